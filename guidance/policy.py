@@ -1,0 +1,137 @@
+"""What an evaluation policy is: which samples' unconditional branch is evaluated at a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from .prediction import Space
+
+if TYPE_CHECKING:
+    from .composition import Guidance
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is.
+
+    Args:
+        index: Network evaluation within the run, from 0.
+        total: Number of network evaluations of the run.
+        noise: sigma / alpha of the network's input (the variance-exploding noise level); None
+            where the scheduler's noise level is unknown.
+    """
+
+    index: int
+    total: int
+    noise: float | None
+
+
+class PolicyState:
+    """What a policy remembers during one run; the base remembers nothing."""
+
+    def wanted(self, step: Step) -> list[bool]:
+        """For every sample, whether its unconditional branch is to be evaluated at this step."""
+        raise NotImplementedError
+
+    def observe(self, step: Step, rows: list[int], gamma: Tensor | None) -> None:
+        """See the predictions of a step; called after every step with a guided sample.
+
+        Args:
+            step: The step just evaluated.
+            rows: The samples whose both branches were evaluated.
+            gamma: Cosine of conditional and unconditional prediction in the policy's space, with
+                shape (len(rows),), on the network's device; None if `needs_gamma` is False.
+        """
+
+
+class Policy:
+    """Base of all policies. Subclasses are frozen dataclasses of their settings.
+
+    Attributes:
+        name: The name by which `pipe(..., guidance=name)` finds the policy.
+        needs_gamma: Whether `PolicyState.observe` wants the cosine of the two predictions.
+        space: The space in which that cosine is taken.
+        needs_noise: Whether the policy reads `Step.noise`.
+    """
+
+    name: ClassVar[str]
+    needs_gamma: ClassVar[bool] = False
+    needs_noise: bool = False
+    space: Space = "native"
+
+    def start(self, batch: int, on_cpu: bool) -> PolicyState:
+        """A fresh state for a run of `batch` samples."""
+        raise NotImplementedError
+
+    def __ror__(self, rule) -> Guidance:
+        from .composition import Guidance
+
+        return Guidance(rule, self)
+
+
+@dataclass(frozen=True)
+class Always(Policy):
+    """Both branches at every step: ordinary guidance."""
+
+    name: ClassVar[str] = "always"
+
+    def start(self, batch: int, on_cpu: bool) -> PolicyState:
+        """A state that wants every sample at every step."""
+        return _Window(batch, lambda step: True)
+
+
+@dataclass(frozen=True)
+class Interval(Policy):
+    """Guidance within a window only; outside it the conditional prediction stands alone.
+
+    Args:
+        start_step, stop_step: Guided while ``start_step <= index < stop_step``; network
+            evaluations counted from 0, so a second-order scheduler has about twice its steps.
+        noise_low, noise_high: Guided while ``noise_low < sigma/alpha <= noise_high``, in units of
+            the data (Kynkäänniemi et al., https://arxiv.org/abs/2404.07724; SDXL: 0.28 and 5.42).
+
+    Raises:
+        ValueError: a window is empty.
+    """
+
+    name: ClassVar[str] = "interval"
+
+    start_step: int = 0
+    stop_step: int | None = None
+    noise_low: float = 0.0
+    noise_high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ValueError(f"Interval: empty steps [{self.start_step}, {self.stop_step})")
+        if not self.noise_low < self.noise_high:
+            raise ValueError(f"Interval: empty noise window ({self.noise_low}, {self.noise_high}]")
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a noise window is set."""
+        return self.noise_low > 0 or self.noise_high < math.inf
+
+    def start(self, batch: int, on_cpu: bool) -> PolicyState:
+        """A state that wants every sample within the window."""
+        return _Window(batch, self._inside)
+
+    def _inside(self, step: Step) -> bool:
+        stop = step.total if self.stop_step is None else self.stop_step
+        if not self.start_step <= step.index < stop:
+            return False
+        return not self.needs_noise or self.noise_low < step.noise <= self.noise_high
+
+
+class _Window(PolicyState):
+    """The same answer for every sample."""
+
+    def __init__(self, batch: int, inside) -> None:
+        self.batch, self.inside = batch, inside
+
+    def wanted(self, step: Step) -> list[bool]:
+        return [self.inside(step)] * self.batch

@@ -1,0 +1,100 @@
+r"""Prediction types: every network output is an affine view of the denoised image.
+
+With :math:`x_t = \alpha_t x_0 + \sigma_t \varepsilon`, the denoised image is
+
+.. math:: D = a_x x_t + a_p \, \mathrm{pred}
+
+for each of the four conventions in use (epsilon, v, flow velocity, sample).
+
+References:
+    Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
+    https://arxiv.org/abs/2202.00512 (v-prediction).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "flow", "sample"]
+Space = Literal["x0", "native"]
+
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    r"""Noise level of one network call.
+
+    Args:
+        alpha: Signal coefficient :math:`\alpha_t` of the network's input (float or 0-d tensor).
+        sigma: Noise coefficient :math:`\sigma_t` of the network's input (float or 0-d tensor).
+        prediction: What the network predicts.
+
+    Variance-exploding schedulers scale the network's input by :math:`1/\sqrt{\sigma^2 + 1}`; the
+    coefficients here are those of the scaled input, so that :math:`\alpha^2 + \sigma^2 = 1`.
+    """
+
+    alpha: float | Tensor
+    sigma: float | Tensor
+    prediction: PredictionType
+
+    def coefficients(self) -> tuple[float | Tensor, float | Tensor]:
+        """The pair (a_x, a_p) with ``D = a_x * x_t + a_p * pred``.
+
+        Raises:
+            ValueError: the prediction type is unknown.
+        """
+        alpha, sigma = self.alpha, self.sigma
+        match self.prediction:
+            case "epsilon":
+                return 1 / alpha, -sigma / alpha
+            case "v_prediction":
+                return alpha, -sigma
+            case "flow":
+                return 1.0, -sigma
+            case "sample":
+                return 0.0, 1.0
+        raise ValueError(
+            f"unknown prediction type {self.prediction!r}: expected one of {PREDICTION_TYPES}"
+        )
+
+    def to_x0(self, pred: Tensor, x_t: Tensor) -> Tensor:
+        """Denoised image of a prediction.
+
+        Args:
+            pred: Network output, with shape (B, \\*), any floating dtype.
+            x_t: Network input, with shape (B, \\*).
+
+        Returns:
+            D, with shape (B, \\*), in float32 (float64 if the inputs are).
+        """
+        a_x, a_p = self.coefficients()
+        return a_x * accumulate(x_t) + a_p * accumulate(pred)
+
+    def from_x0(self, denoised: Tensor, x_t: Tensor) -> Tensor:
+        """The prediction whose denoised image is `denoised`; inverse of `to_x0`."""
+        a_x, a_p = self.coefficients()
+        return (denoised - a_x * accumulate(x_t)) / a_p
+
+
+def accumulate(tensor: Tensor) -> Tensor:
+    """The tensor in the precision that norms and dot products are computed in (>= float32)."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Per-sample inner product over all non-batch dimensions, shape (B,), at least float32."""
+    return (accumulate(a) * accumulate(b)).flatten(1).sum(1)
+
+
+def norm(a: Tensor) -> Tensor:
+    """Per-sample L2 norm over all non-batch dimensions, shape (B,), at least float32."""
+    return accumulate(a).flatten(1).norm(dim=1)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape (B,) to (B, 1, ..., 1) so that it broadcasts against `like`."""
+    return values.view(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,70 @@
+"""Names of guidance settings, and presets per model family."""
+
+from __future__ import annotations
+
+from .adaptive import AdaptiveGuidance
+from .apg import APG
+from .cfg import CFG
+from .composition import Guidance
+from .policy import Always, Interval, Policy
+from .rule import Rule
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (CFG, APG)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Always, Interval, AdaptiveGuidance)
+}
+
+# APG: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds are
+# norms over all elements of the latents at the model's native size; here they are per element.
+PRESETS: dict[str, dict[str, Rule | Policy]] = {
+    "edm2-s": {"apg": APG(norm_threshold=2.5 / 128, momentum=-0.75)},
+    "dit": {"apg": APG(norm_threshold=5 / 64, momentum=-0.5)},
+    "sd2": {"apg": APG(norm_threshold=7.5 / 192, momentum=-0.75)},
+    "sdxl": {
+        "apg": APG(norm_threshold=15 / 256, momentum=-0.5),
+        "interval": Interval(noise_low=0.28, noise_high=5.42),
+    },
+}
+
+
+def available() -> list[str]:
+    """Every name that `resolve` knows, without the combinations."""
+    return [*RULES, *POLICIES]
+
+
+def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None) -> Guidance:
+    """Turn what a user wrote into a `Guidance`.
+
+    Args:
+        guidance: A name ("cfg", "apg", "ag"), a combination of a rule and a policy ("apg+ag"), or
+            a configured object.
+        family: Model family whose presets the names stand for, e.g. "sdxl". Names without a preset
+            there take the defaults of their class.
+
+    Raises:
+        ValueError: unknown name (the message lists the known ones), or two rules or policies.
+        TypeError: neither a name nor a guidance object.
+    """
+    if isinstance(guidance, Guidance):
+        return guidance
+    if isinstance(guidance, Rule):
+        return Guidance(rule=guidance)
+    if isinstance(guidance, Policy):
+        return Guidance(policy=guidance)
+    if not isinstance(guidance, str):
+        raise TypeError(
+            f"guidance must be a name, a rule, a policy or None, got {type(guidance).__name__}"
+        )
+    parts: dict[str, Rule | Policy] = {}
+    for name in guidance.lower().split("+"):
+        kind = "rule" if name in RULES else "policy"
+        if name not in RULES and name not in POLICIES:
+            raise ValueError(
+                f"unknown guidance {guidance!r}: known are {', '.join(available())}, "
+                "and a rule with a policy, such as 'apg+ag'"
+            )
+        if kind in parts:
+            raise ValueError(f"{guidance!r} names two {'rules' if kind == 'rule' else 'policies'}")
+        preset = PRESETS.get(family or "", {}).get(name)
+        parts[kind] = preset if preset is not None else (RULES | POLICIES)[name]()
+    return Guidance(**parts)

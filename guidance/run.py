@@ -1,0 +1,166 @@
+"""The state of one run: made at its first step, dropped at its end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adaptive import cosine
+from .cfg import CFG
+from .composition import Guidance
+from .lagged import LaggedReads
+from .policy import Step
+from .prediction import NoiseLevel, Space, norm
+from .trace import StepRecord, Trace
+
+
+class NonFinitePredictionError(FloatingPointError):
+    """The network returned NaN or infinity."""
+
+
+class Run:
+    """Applies one `Guidance` along one trajectory of a batch.
+
+    Args:
+        guidance: Rule and policy.
+        batch: Number of samples, B.
+        total: Number of network evaluations planned.
+        on_cpu: Whether the predictions live on the CPU (device values are then read at once).
+        detailed: Record cosines and norms at every step.
+
+    Each step is `plan`, which says what to evaluate, then `combine`.
+    """
+
+    def __init__(
+        self, guidance: Guidance, batch: int, total: int, on_cpu: bool, detailed: bool = False
+    ) -> None:
+        self.guidance, self.batch, self.total, self.detailed = guidance, batch, total, detailed
+        self.policy_state = guidance.policy.start(batch, on_cpu)
+        self.rule_state: Tensor | None = None
+        self.finite = LaggedReads(0 if on_cpu else 1)
+        self.trace = Trace(batch)
+        self.step = Step(-1, total, None)
+
+    def plan(self, noise: float | None = None) -> list[int]:
+        """Begin a step: the samples whose unconditional branch is to be evaluated.
+
+        Args:
+            noise: sigma / alpha of the network's input; None where unknown.
+        """
+        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+        self.step = Step(self.step.index + 1, self.total, noise)
+        wanted = self.policy_state.wanted(self.step)
+        return [row for row in range(self.batch) if wanted[row]]
+
+    def combine(
+        self,
+        rows: list[int],
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None,
+        x_t: Tensor,
+        guidance_scale: float,
+        level: NoiseLevel | None,
+    ) -> tuple[Tensor, Tensor]:
+        """End a step: predictions for which classifier-free guidance yields the guided one.
+
+        Args:
+            rows: What `plan` returned.
+            pred_cond: Network output of the conditional branch, with shape (B, \\*).
+            pred_uncond: Network output of the unconditional branch, with shape (len(rows), \\*);
+                None if `rows` is empty.
+            x_t: Network input, with shape (B, \\*).
+            guidance_scale: w; 1 means no guidance.
+            level: Noise level of `x_t`; may be None if ``guidance.needs_x0`` is False.
+
+        Returns:
+            (cond, uncond), both with shape (B, \\*) and the dtype of `pred_cond`, such that
+            ``uncond + w * (cond - uncond)`` is the guided prediction. For `CFG` these are the
+            predictions themselves, untouched; otherwise both are the guided prediction.
+
+        Raises:
+            NonFinitePredictionError: a prediction is NaN or infinite (on other devices than the
+                CPU one step later, or from `finish`).
+        """
+        record = StepRecord(self.step.index, self.step.noise, rows)
+        self.trace.steps.append(record)
+        self._check_finite(pred_cond, pred_uncond)
+        if not rows:
+            return pred_cond, pred_cond
+        every = len(rows) == self.batch
+        index = None if every else torch.tensor(rows, device=pred_cond.device)
+        cond = pred_cond if every else pred_cond[index]
+        views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
+        policy = self.guidance.policy
+        if policy.needs_gamma or self.detailed:
+            space = policy.space if policy.needs_gamma or level is not None else "native"
+            record.gamma = cosine(*views.pair(space))
+        self.policy_state.observe(self.step, rows, record.gamma)
+        rule = self.guidance.rule
+        if isinstance(rule, CFG) and not self.detailed:
+            return pred_cond, _fill(pred_cond, pred_uncond, index)
+        rule_cond, rule_uncond = views.pair(rule.space)
+        guided, state = rule.combine(
+            rule_cond, rule_uncond, guidance_scale, self._state_of(index)
+        )
+        self._keep_state(state, index)
+        if self.detailed:
+            record.cond_norm, record.update_norm = norm(rule_cond), norm(guided - rule_cond)
+        if isinstance(rule, CFG):
+            return pred_cond, _fill(pred_cond, pred_uncond, index)
+        guided = _fill(pred_cond, views.back(guided, rule.space).to(pred_cond.dtype), index)
+        return guided, guided
+
+    def finish(self) -> None:
+        """Raise what was still on its way from the device."""
+        self._raise_if_not_finite(self.finite.rest())
+
+    def _state_of(self, index: Tensor | None) -> Tensor | None:
+        if index is None or self.rule_state is None:
+            return self.rule_state
+        return self.rule_state[index]
+
+    def _keep_state(self, state: Tensor | None, index: Tensor | None) -> None:
+        if state is None or index is None:
+            self.rule_state = state
+            return
+        if self.rule_state is None:
+            self.rule_state = state.new_zeros(self.batch, *state.shape[1:])
+        self.rule_state = self.rule_state.index_copy(0, index, state)
+
+    def _check_finite(self, *predictions: Tensor | None) -> None:
+        flags = [torch.isfinite(p).flatten(1).all(1).all() for p in predictions if p is not None]
+        self.finite.push(self.step.index, self.step.index, torch.stack(flags).all())
+        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+
+    def _raise_if_not_finite(self, values) -> None:
+        for step, finite in values:
+            if not finite:
+                raise NonFinitePredictionError(
+                    f"the network's prediction is not finite (NaN or infinity) at step {step} of "
+                    f"{self.total}, counted from 0; in fp16, try bfloat16 or float32"
+                )
+
+
+class _Views:
+    """The two predictions in either space, converted at most once."""
+
+    def __init__(self, cond: Tensor, uncond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+        self.native, self.x_t, self.level = (cond, uncond), x_t, level
+        self.x0: tuple[Tensor, Tensor] | None = None
+
+    def pair(self, space: Space) -> tuple[Tensor, Tensor]:
+        if space == "native":
+            return self.native
+        if self.x0 is None:
+            if self.level is None:
+                raise ValueError("denoised images need the noise level of the scheduler")
+            self.x0 = tuple(self.level.to_x0(pred, self.x_t) for pred in self.native)
+        return self.x0
+
+    def back(self, guided: Tensor, space: Space) -> Tensor:
+        return guided if space == "native" else self.level.from_x0(guided, self.x_t)
+
+
+def _fill(base: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
+    """`base` with `values` at `index` (everywhere if None)."""
+    return values if index is None else base.index_copy(0, index, values)

@@ -1,0 +1,45 @@
+"""Prediction types are views of one denoised image."""
+
+import pytest
+import torch
+
+from pilotage.guidance import PREDICTION_TYPES, NoiseLevel
+
+LEVELS = [(alpha, (1 - alpha**2) ** 0.5) for alpha in (0.9, 0.1, 2.0**-12)]
+
+
+def make_prediction(kind, x0, noise, alpha, sigma):
+    """What a perfect network of each convention outputs, from the definitions."""
+    return {
+        "epsilon": noise,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow": noise - x0,
+        "sample": x0,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize(("alpha", "sigma"), LEVELS)
+def test_x0_is_recovered(kind, alpha, sigma):
+    if kind == "flow":
+        alpha = 1 - sigma
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    level = NoiseLevel(alpha, sigma, kind)
+    x_t = alpha * x0 + sigma * noise
+    pred = make_prediction(kind, x0, noise, alpha, sigma)
+    torch.testing.assert_close(level.to_x0(pred, x_t), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_is_converted_in_float32():
+    level = NoiseLevel(0.6, 0.8, "v_prediction")
+    x_t, pred = torch.randn(2, 1, 4, 8, 8, dtype=torch.float16)
+    denoised = level.to_x0(pred, x_t)
+    assert denoised.dtype == torch.float32
+    torch.testing.assert_close(denoised, 0.6 * x_t.float() - 0.8 * pred.float())
+
+
+def test_unknown_type_lists_the_known():
+    with pytest.raises(ValueError, match="epsilon.*flow"):
+        NoiseLevel(1.0, 0.1, "score").coefficients()

@@ -1,0 +1,143 @@
+"""Policies and the state of a run, on tensors alone."""
+
+import math
+
+import pytest
+import torch
+
+from pilotage.guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    Guidance,
+    Interval,
+    NoiseLevel,
+    NonFinitePredictionError,
+    Run,
+    cosine,
+)
+
+LEVEL = NoiseLevel(0.6, 0.8, "v_prediction")
+W = 5.0
+
+
+def trajectory(steps, batch=3, seed=0):
+    """Pairs of predictions that come closer to each other, each sample at its own pace."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        cond, noise, x_t = torch.randn(3, batch, 4, 6, 6, generator=generator)
+        gap = torch.tensor([2.0 ** -(step * (row + 1)) for row in range(batch)])
+        yield cond, cond + gap.view(-1, 1, 1, 1) * noise, x_t
+
+
+def drive(guidance, steps=6, batch=3, select=None, **options):
+    """Run a guidance over the trajectory; returns the guided predictions and the run."""
+    rows_of = list(range(batch)) if select is None else select
+    run = Run(guidance, len(rows_of), steps, on_cpu=True, **options)
+    guided = []
+    for cond, uncond, x_t in trajectory(steps, batch):
+        cond, uncond, x_t = cond[rows_of], uncond[rows_of], x_t[rows_of]
+        rows = run.plan(noise=1.5)
+        c, u = run.combine(rows, cond, uncond[rows] if rows else None, x_t, W, LEVEL)
+        guided.append(u + W * (c - u))
+    run.finish()
+    return guided, run
+
+
+def test_cosine_is_per_sample_and_total():
+    a = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    b = torch.tensor([[0.0, 2.0], [3.0, 3.0], [0.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(cosine(a, b), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+
+
+def test_threshold_above_one_is_cfg():
+    never, run = drive(CFG() | AdaptiveGuidance(1.01))
+    plain, _ = drive(Guidance(CFG()))
+    assert all(torch.equal(a, b) for a, b in zip(never, plain, strict=True))
+    assert run.trace.nfe == [12, 12, 12]
+
+
+def test_threshold_minus_one_stops_after_the_first_step():
+    guided, run = drive(CFG() | AdaptiveGuidance(-1.0))
+    assert run.trace.nfe == [7, 7, 7]
+    conds = [cond for cond, _, _ in trajectory(6)]
+    for got, cond in zip(guided[1:], conds[1:], strict=True):
+        torch.testing.assert_close(got, cond, rtol=0, atol=0)
+
+
+def test_latch_equals_the_definition():
+    """k of sample i is the first step whose cosine reaches the threshold, that step included."""
+    guidance = CFG() | AdaptiveGuidance(0.99)
+    _, run = drive(guidance)
+    gammas = [
+        cosine(LEVEL.to_x0(c, x), LEVEL.to_x0(u, x)).tolist() for c, u, x in trajectory(6)
+    ]
+    for row, nfe in enumerate(run.trace.nfe):
+        k = next(i + 1 for i, gamma in enumerate(gammas) if gamma[row] >= 0.99)
+        assert nfe == 6 + k
+    assert len(set(run.trace.nfe)) > 1, "the samples should stop at different steps"
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG()])
+def test_samples_do_not_depend_on_batch_mates(rule):
+    together, run = drive(rule | AdaptiveGuidance(0.99))
+    for row in range(3):
+        alone, single = drive(rule | AdaptiveGuidance(0.99), select=[row])
+        assert single.trace.nfe == run.trace.nfe[row : row + 1]
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-6, atol=1e-6)
+
+
+def test_lag_delays_every_decision_by_exactly_that():
+    base = drive(CFG() | AdaptiveGuidance(0.99, lag=0), steps=8)[1].trace.nfe
+    late = drive(CFG() | AdaptiveGuidance(0.99, lag=1), steps=8)[1].trace.nfe
+    assert late == [min(n + 1, 16) for n in base]
+
+
+def test_interval_by_step_and_by_noise():
+    assert drive(Guidance(APG(), Interval(1, 4)))[1].trace.nfe == [9, 9, 9]
+    assert drive(Guidance(CFG(), Interval(noise_low=1.5)))[1].trace.nfe == [6, 6, 6]
+    assert drive(Guidance(CFG(), Interval(noise_high=1.5)))[1].trace.nfe == [12, 12, 12]
+    with pytest.raises(ValueError, match="empty"):
+        Interval(4, 4)
+    with pytest.raises(ValueError, match="empty"):
+        Interval(noise_low=3, noise_high=1)
+
+
+def test_runs_share_nothing():
+    first, _ = drive(Guidance(APG(momentum=-0.75)))
+    second, _ = drive(Guidance(APG(momentum=-0.75)))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_cfg_hands_the_predictions_through():
+    cond, uncond, x_t = next(trajectory(1))
+    run = Run(Guidance(CFG()), 3, 1, on_cpu=True)
+    c, u = run.combine(run.plan(), cond, uncond, x_t, W, None)
+    assert c is cond and u is uncond
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_prediction_names_the_step(value):
+    run = Run(Guidance(APG()), 3, 20, on_cpu=True)
+    for step, (cond, uncond, x_t) in enumerate(trajectory(3)):
+        if step == 2:
+            uncond[1, 0, 0, 0] = value
+            with pytest.raises(NonFinitePredictionError, match="step 2 of 20"):
+                run.combine(run.plan(), cond, uncond, x_t, W, LEVEL)
+        else:
+            run.combine(run.plan(), cond, uncond, x_t, W, LEVEL)
+
+
+def test_trace_records_norms_when_asked():
+    guided, run = drive(Guidance(APG(norm_threshold=0.0, momentum=0.0)), detailed=True)
+    records = run.trace.as_dicts()
+    assert [r["step"] for r in records] == list(range(6))
+    for record, (cond, uncond, x_t) in zip(records, trajectory(6), strict=True):
+        denoised = LEVEL.to_x0(cond, x_t)
+        expected = denoised.flatten(1).norm(dim=1).tolist()
+        assert record["cond_norm"] == pytest.approx(expected, rel=1e-5)
+        assert len(record["gamma"]) == len(record["update_norm"]) == 3
+    plain, run = drive(Guidance(APG(norm_threshold=0.0, momentum=0.0)))
+    assert all(torch.equal(a, b) for a, b in zip(guided, plain, strict=True))
+    assert "gamma" not in run.trace.as_dicts()[0]
