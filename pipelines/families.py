@@ -1,0 +1,26 @@
+"""Which model family a pipeline belongs to, for presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EMBEDDED = "emoji"
+
+
+def model_family(pipe: Any) -> str | None:
+    """Name of the family in ``pilotage.guidance.PRESETS``, or None.
+
+    Recognised by the pipeline's class and the shape of its network, never by a path.
+    """
+    name = type(pipe).__name__
+    if name.startswith("StableDiffusionXL"):
+        return "sdxl"
+    if name == "DiTPipeline":
+        return "dit"
+    if name.startswith("StableDiffusion") and getattr(pipe, "unet", None) is not None:
+        config = pipe.unet.config
+        if config.cross_attention_dim == 1024:
+            return "sd2"
+        if (config.cross_attention_dim, config.sample_size) == (192, 16):
+            return EMBEDDED
+    return None
