@@ -128,7 +128,9 @@ def _find_icons(modules: Path, package: str, emoji: list[dict]) -> dict[str, dic
     chars_file = folder / "chars.json"
     chars = json.loads(chars_file.read_text()) if chars_file.is_file() else {}
     by_code = {_hexcode(code): name for code, name in chars.items()}
-    squashed = {name.replace("-", ""): name for name in icons["icons"]}  # fxemoji runs words together
+    squashed = {
+        name.replace("-", ""): name for name in icons["icons"]
+    }  # fxemoji runs words together
     found = {}
     for entry in emoji:
         code = _hexcode(entry["hexcode"])

@@ -72,7 +72,9 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(True, (16, 32, 96), (64, 128, 160), (False, True, False), 64, 32, 32, 6e-4, 2e-3),
-    "gpu": Preset(False, (32, 64, 128), (96, 160, 160), (False, True, True), 128, 64, 512, 1e-3, 1e-3),
+    "gpu": Preset(
+        False, (32, 64, 128), (96, 160, 160), (False, True, True), 128, 64, 512, 1e-3, 1e-3
+    ),
 }
 
 
@@ -355,10 +357,15 @@ def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
         with torch.inference_mode():
             images = to_unit(held_pixels)
             decoded = torch.cat(
-                [model.decode(model.encode(part).latent_dist.mean).sample for part in images.split(64)]
+                [
+                    model.decode(model.encode(part).latent_dist.mean).sample
+                    for part in images.split(64)
+                ]
             )
             mse = (decoded.clamp(-1, 1) - images).div(2).square().mean().item()
-        sheet = torch.cat([images[:28].unflatten(0, (2, 14)), decoded[:28].unflatten(0, (2, 14))], 1)
+        sheet = torch.cat(
+            [images[:28].unflatten(0, (2, 14)), decoded[:28].unflatten(0, (2, 14))], 1
+        )
         save_sheet(sheet.flatten(0, 1), args.work / "autoencoder.png")
         return {"held_out_psnr": -10 * math.log10(mse), "steps": run.step}
 
@@ -459,9 +466,7 @@ def train_denoiser(args: argparse.Namespace, preset: Preset) -> None:
         with torch.inference_mode():
             generator = torch.Generator(device).manual_seed(0)
             tokens = tokenize([d.text for d in held])
-            losses = [
-                loss_of(network, held_latents, tokens, generator).item() for _ in range(4)
-            ]
+            losses = [loss_of(network, held_latents, tokens, generator).item() for _ in range(4)]
         if run.accelerator.is_main_process:
             picks = held[:: max(1, len(held) // 28)][:28]
             pipe.set_progress_bar_config(disable=True)
@@ -474,7 +479,11 @@ def train_denoiser(args: argparse.Namespace, preset: Preset) -> None:
             ).images
             sheet = emoji.contact_sheet(images, 14, [d.text.replace(" style", "") for d in picks])
             sheet.save(args.work / "denoiser.png")
-        return {"held_out_loss": sum(losses) / len(losses), "steps": run.step, "batch": preset.batch}
+        return {
+            "held_out_loss": sum(losses) / len(losses),
+            "steps": run.step,
+            "batch": preset.batch,
+        }
 
     training.run(step_loss, report, args.report_minutes)
     if training.accelerator.is_main_process:

@@ -1,0 +1,52 @@
+"""Where the embedded emoji model lies, and how to load a guided text-to-image pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..pipelines import guided
+
+FOLDER = Path("examples/emoji/model")
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model: in the working directory, else in the checkout installed from.
+
+    Raises:
+        FileNotFoundError: neither is there (a wheel does not contain the model).
+    """
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (root / FOLDER / "model_index.json").is_file():
+            return root / FOLDER
+    raise FileNotFoundError(
+        f"the embedded model ({FOLDER}) is not here: run inside a checkout of Pilotage, "
+        "or name another model"
+    )
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A guided pipeline from a folder or hub name.
+
+    Raises:
+        ValueError: a weights file is damaged or incomplete.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and not Path(model).is_dir():
+            raise
+        raise ValueError(
+            f"the weights in {model} are damaged or incomplete ({error}): fetch them again"
+        ) from error
+    return guided(pipe)
+
+
+def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
+    """The embedded emoji model as a guided ``StableDiffusionPipeline``."""
+    return load_pipeline(embedded_folder(), dtype)
