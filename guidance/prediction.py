@@ -32,6 +32,7 @@ class NoiseLevel:
         alpha: Signal coefficient :math:`\alpha_t` of the network's input (float or 0-d tensor).
         sigma: Noise coefficient :math:`\sigma_t` of the network's input (float or 0-d tensor).
         prediction: What the network predicts.
+        sign: -1 if the network outputs the negative of that (some flow models do).
 
     Variance-exploding schedulers scale the network's input by :math:`1/\sqrt{\sigma^2 + 1}`; the
     coefficients here are those of the scaled input, so that :math:`\alpha^2 + \sigma^2 = 1`.
@@ -40,6 +41,7 @@ class NoiseLevel:
     alpha: float | Tensor
     sigma: float | Tensor
     prediction: PredictionType
+    sign: int = 1
 
     def coefficients(self) -> tuple[float | Tensor, float | Tensor]:
         """The pair (a_x, a_p) with ``D = a_x * x_t + a_p * pred``.
@@ -47,16 +49,16 @@ class NoiseLevel:
         Raises:
             ValueError: the prediction type is unknown.
         """
-        alpha, sigma = self.alpha, self.sigma
+        alpha, sigma, sign = self.alpha, self.sigma, self.sign
         match self.prediction:
             case "epsilon":
-                return 1 / alpha, -sigma / alpha
+                return 1 / alpha, -sign * sigma / alpha
             case "v_prediction":
-                return alpha, -sigma
+                return alpha, -sign * sigma
             case "flow":
-                return 1.0, -sigma
+                return 1.0, -sign * sigma
             case "sample":
-                return 0.0, 1.0
+                return 0.0, float(sign)
         raise ValueError(
             f"unknown prediction type {self.prediction!r}: expected one of {PREDICTION_TYPES}"
         )

@@ -99,9 +99,7 @@ class Run:
         if isinstance(rule, CFG) and not self.detailed:
             return pred_cond, _fill(pred_cond, pred_uncond, index)
         rule_cond, rule_uncond = views.pair(rule.space)
-        guided, state = rule.combine(
-            rule_cond, rule_uncond, guidance_scale, self._state_of(index)
-        )
+        guided, state = rule.combine(rule_cond, rule_uncond, guidance_scale, self._state_of(index))
         self._keep_state(state, index)
         if self.detailed:
             record.cond_norm, record.update_norm = norm(rule_cond), norm(guided - rule_cond)

@@ -8,10 +8,12 @@ import diffusers
 
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
-from .layouts import LAYOUTS, LayoutError
+from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
+from .support import LAYOUTS
 
 __all__ = [
+    "LAYOUTS",
     "GuidedMixin",
     "LayoutError",
     "UnknownSchedulerError",

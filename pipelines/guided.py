@@ -1,4 +1,4 @@
-"""``guided(pipe)`` and the drop-in pipeline classes: diffusers pipelines that take ``guidance=``."""
+"""``guided(pipe)`` and the drop-in classes: diffusers pipelines that take ``guidance=``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..guidance import Guidance, Policy, Rule, Trace, resolve
+from ..guidance import CFG, Guidance, Policy, Rule, Trace, resolve
 from .families import model_family
-from .layouts import LayoutError, layout_of
+from .layouts import Layout, LayoutError
 from .noise_levels import check_scheduler
 from .seam import Seam, attached
+from .support import layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 
 SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 CALL_DOCUMENTATION = """
         guidance (`str`, rule, policy or `Guidance`, *optional*):
@@ -56,68 +56,89 @@ class GuidedMixin:
         if guidance is None:
             return stock_call(*args, **kwargs)
         settings = self.resolve_guidance(guidance)
-        layout = layout_of(type(self))
-        scale = _checked_scale(self, settings, args, kwargs)
+        layout = _guidable_layout(type(self))
+        signature = inspect.signature(type(self).stock_class.__call__)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        scales = _checked_scales(type(self), settings, layout, bound.arguments)
         if settings.needs_noise_level or detailed_trace:
             check_scheduler(self.scheduler)
-        seam = Seam(self, settings, layout, scale, detailed_trace)
+        seam = Seam(self, settings, layout, scales, bound.arguments, detailed_trace)
         self._guidance_trace = None
         try:
-            with attached(self, DENOISERS, seam):
+            with attached(self, seam):
                 output = stock_call(*args, **kwargs)
-            if seam.run is not None:
-                seam.run.finish()
+            seam.finish()
         finally:
             if seam.run is not None:
                 self._guidance_trace = seam.run.trace
         return output
 
 
-def _checked_scale(
-    pipe: Any, guidance: Guidance, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float:
-    """The guidance scale of a call.
-
-    Raises:
-        ValueError: it is not a finite positive number, or leaves nothing to guide.
-    """
-    signature = inspect.signature(type(pipe).stock_class.__call__)
-    bound = signature.bind(pipe, *args, **kwargs)
-    bound.apply_defaults()
-    name = next(name for name in SCALE_ARGUMENTS if name in bound.arguments)
-    scale = bound.arguments[name]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ValueError(f"{name} must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{name} must be finite and > 0 (1 is no guidance), got {scale}")
-    if scale <= 1 and not guidance.is_plain:
-        raise ValueError(
-            f"{name}={scale} switches guidance off, so that '{guidance}' has nothing to act on: "
-            f"use {name} > 1, or guidance=None"
-        )
-    return float(scale)
-
-
-def _check_guidable(pipeline_class: type) -> None:
+def _scale_argument(pipeline_class: type) -> str | None:
+    """Name of the argument that holds the guidance scale, None if there is none."""
     parameters = inspect.signature(pipeline_class.__call__).parameters
-    if not any(name in parameters for name in SCALE_ARGUMENTS):
+    return next((name for name in SCALE_ARGUMENTS if name in parameters), None)
+
+
+def _guidable_layout(pipeline_class: type) -> Layout:
+    if _scale_argument(pipeline_class) is None:
         raise LayoutError(
             f"{pipeline_class.__name__} has no classifier-free guidance: "
             f"its call takes none of {', '.join(SCALE_ARGUMENTS)}"
         )
-    layout_of(pipeline_class)
+    return layout_of(pipeline_class)
+
+
+def _checked_scales(
+    pipeline_class: type, guidance: Guidance, layout: Layout, arguments: dict[str, Any]
+) -> dict[str, float]:
+    """The scale of every denoiser, and under its own name if the pipeline may change it.
+
+    Raises:
+        ValueError: it is not a finite positive number, leaves nothing to guide, or an option of
+            the call conflicts with the guidance.
+    """
+    name = _scale_argument(pipeline_class)
+    scale = _positive(name, arguments[name])
+    nothing = f"so that '{guidance}' has nothing to act on: use"
+    if not guidance.is_plain and scale + layout.scale_offset <= 1:
+        raise ValueError(
+            f"{name}={scale} switches guidance off, {nothing} {name} > 1, or guidance=None"
+        )
+    if not guidance.is_plain and name == "true_cfg_scale" and not _has_negative(arguments):
+        raise ValueError(
+            f"without a negative prompt {pipeline_class.__name__} evaluates one branch, {nothing} "
+            "negative_prompt='', or guidance=None"
+        )
+    for option in layout.conflicts:
+        if arguments.get(option) and not isinstance(guidance.rule, CFG):
+            raise ValueError(f"{option} cannot be combined with '{guidance}': leave it out")
+    scales = dict.fromkeys(layout.denoisers, scale)
+    second = arguments.get("guidance_scale_2")
+    if second is not None:
+        return scales | {layout.denoisers[-1]: _positive("guidance_scale_2", second)}
+    return scales | {name: scale}
+
+
+def _positive(name: str, scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ValueError(f"{name} must be a number, got {scale!r}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name} must be finite and > 0 (1 is no guidance), got {scale}")
+    return float(scale)
+
+
+def _has_negative(arguments: dict[str, Any]) -> bool:
+    names = ("negative_prompt", "negative_prompt_embeds")
+    return any(arguments.get(name) is not None for name in names)
 
 
 @functools.cache
 def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The guided subclass of a diffusers pipeline class, of the same name.
-
-    Raises:
-        LayoutError: the pipeline has no guidance, or its layout is not known.
-    """
+    """The guided subclass of a diffusers pipeline class, of the same name."""
     if issubclass(pipeline_class, GuidedMixin):
         return pipeline_class
-    _check_guidable(pipeline_class)
     stock_call = pipeline_class.__call__
 
     @functools.wraps(stock_call)
@@ -159,5 +180,6 @@ def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         LayoutError: the pipeline has no guidance, or Pilotage does not know its branches.
     """
+    _guidable_layout(type(pipe))
     pipe.__class__ = guided_class(type(pipe))
     return pipe

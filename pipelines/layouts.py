@@ -1,138 +1,87 @@
-"""Where a pipeline keeps its branches: one layout per way of calling the denoiser."""
+"""Where a pipeline keeps its branches: one layout per way of calling the denoiser.
+
+A layout is asked to `run` every call of the denoiser. It evaluates the rows that the policy wants
+and returns outputs for which the pipeline's own guidance line, whichever affine form it has, yields
+the guided prediction: where both branches are given equal predictions, so is their combination.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..guidance import NoiseLevel
+from .calls import Call, prediction_of, with_prediction
+
 if TYPE_CHECKING:
     from .seam import Seam
 
-# Inputs whose first dimension is never the batch, whatever its size.
-SHARED_INPUTS = {"image_rotary_emb", "img_ids", "txt_ids", "cross_attention_kwargs", "return_dict"}
-
 
 class LayoutError(RuntimeError):
-    """A pipeline calls its denoiser in a way its layout does not describe."""
-
-
-class Call:
-    """One call of a denoiser, its arguments by name.
-
-    Args:
-        network: The denoiser.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-    """
-
-    def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.network, self.args, self.kwargs = network, args, kwargs
-        self.names = _parameter_names(network)
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self.kwargs:
-            return self.kwargs[name]
-        return self.args[self.names.index(name)]
-
-    @property
-    def sample(self) -> Tensor:
-        """The network's input, the first argument of its forward."""
-        return self[self.names[0]]
-
-    @property
-    def timestep(self) -> Tensor:
-        """The timestep as the pipeline passes it."""
-        return self["timestep"]
-
-    def __call__(self, keep: list[int] | None = None) -> Any:
-        """Call the network, on the rows `keep` of every per-sample input (None: on all)."""
-        if keep is None:
-            return self.network(*self.args, **self.kwargs)
-        batch = self.sample.shape[0]
-        index = torch.tensor(keep, device=self.sample.device)
-        args = [
-            _gather(value, batch, index, name)
-            for name, value in zip(self.names, self.args, strict=False)
-        ]
-        kwargs = {name: _gather(value, batch, index, name) for name, value in self.kwargs.items()}
-        return self.network(*args, **kwargs)
-
-
-def _parameter_names(network: Any) -> list[str]:
-    """Names of the forward's parameters, also behind torch.compile and wrappers."""
-    network = getattr(network, "_orig_mod", network)
-    forward = inspect.unwrap(getattr(network, "forward", network))
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
-
-
-def _gather(value: Any, batch: int, index: Tensor, name: str = "") -> Any:
-    """Rows `index` of every tensor in `value` whose first dimension is the batch."""
-    if name in SHARED_INPUTS:
-        return value
-    if isinstance(value, Tensor):
-        per_sample = value.ndim > 0 and value.shape[0] == batch
-        return value.index_select(0, index.to(value.device)) if per_sample else value
-    if isinstance(value, dict):
-        return {key: _gather(item, batch, index, key) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_gather(item, batch, index) for item in value)
-    return value
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The prediction within what a denoiser returned (tensor, tuple or output object)."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0]
-
-
-def with_tensor(output: Any, tensor: Tensor) -> Any:
-    """The same kind of output with another prediction."""
-    if isinstance(output, Tensor):
-        return tensor
-    if isinstance(output, tuple):
-        return (tensor, *output[1:])
-    return type(output)(**{**output, next(iter(output)): tensor})
+    """A pipeline cannot be guided, or calls its denoiser otherwise than its layout says."""
 
 
 @dataclass(frozen=True)
-class Batched:
-    """Both branches in one batch: [uncond, cond], or [cond, uncond] if `cond_first`."""
+class Layout:
+    """What the layouts have in common.
 
-    cond_first: bool = False
+    Args:
+        denoisers: Attributes of the pipeline that hold the networks of the loop.
+        sign: -1 if the pipeline negates what the network returns.
+        channels: Number of leading channels that the pipeline guides; None: all that it denoises.
+        scale_offset: What the pipeline's scale lacks to w (1 for ``c + s * (c - u)``).
+        conflicts: Options of the call by which the pipeline goes on from its own combination; with
+            any rule but `CFG` they are refused.
+    """
 
-    def batch_of(self, call: Call) -> int:
-        """Number of samples in a call.
-
-        Raises:
-            LayoutError: the batch does not hold every latent twice.
-        """
-        rows = call.sample.shape[0]
-        first, second = call.sample.chunk(2) if rows % 2 == 0 else (call.sample, None)
-        if second is None or not torch.equal(first, second):
-            raise LayoutError(
-                f"expected every latent twice in one batch (unconditional and conditional), "
-                f"got an input of shape {tuple(call.sample.shape)} that is not so"
-            )
-        return rows // 2
+    denoisers: tuple[str, ...] = ("unet", "transformer")
+    sign: int = 1
+    channels: int | None = None
+    scale_offset: float = 0.0
+    conflicts: tuple[str, ...] = ("guidance_rescale",)
 
     def run(self, seam: Seam, call: Call) -> Any:
-        """Evaluate what the policy wants and return what the pipeline expects."""
-        batch = call.sample.shape[0] // 2
-        cond_start, uncond_start = (0, batch) if self.cond_first else (batch, 0)
-        level = seam.noise_level(call.timestep)
+        """Stand in for one call of the denoiser."""
+        raise NotImplementedError
+
+    def finish(self, seam: Seam) -> None:
+        """The pipeline has made its last call."""
+
+
+@dataclass(frozen=True)
+class Batched(Layout):
+    """Both branches in one batch.
+
+    Args:
+        cond_first: [cond, uncond] rather than [uncond, cond].
+        listed: Samples come as items of lists, not as rows of tensors.
+    """
+
+    cond_first: bool = False
+    listed: bool = False
+
+    def run(self, seam: Seam, call: Call) -> Any:
+        """Evaluate both branches of the wanted samples, else the conditional one alone."""
+        if seam.run is None:
+            seam.start(self._batch_of(call) if seam.guided else call.rows, call)
+        batch = seam.run.batch
+        if call.rows == batch:  # the pipeline itself has switched guidance off
+            output = call()
+            seam.unguided(prediction_of(output, self.listed), call)
+            return output
+        level = seam.noise_level(call)
         rows = seam.plan(level)
-        uncond_rows = [uncond_start + row for row in rows]
-        cond_rows = list(range(cond_start, cond_start + batch))
+        cond_start, uncond_start = (0, batch) if self.cond_first else (batch, 0)
         every = len(rows) == batch
-        order = cond_rows + uncond_rows if self.cond_first else uncond_rows + cond_rows
+        cond_rows = range(cond_start, cond_start + batch)
+        uncond_rows = [uncond_start + row for row in rows]
+        order = [*cond_rows, *uncond_rows] if self.cond_first else [*uncond_rows, *cond_rows]
         output = call(None if every else order)
-        prediction = output_tensor(output)
+        prediction = prediction_of(output, self.listed)
         if self.cond_first:
             cond, uncond = prediction[:batch], prediction[batch:]
         else:
@@ -142,34 +91,95 @@ class Batched:
         if every and pair[0] is cond and pair[1] is uncond:
             return output
         halves = pair if self.cond_first else pair[::-1]
-        return with_tensor(output, torch.cat(halves))
+        return with_prediction(output, torch.cat(halves), self.listed)
+
+    def _batch_of(self, call: Call) -> int:
+        """Number of samples in a call that holds every latent twice."""
+        sample = call.sample
+        first, second = sample.chunk(2) if len(sample) % 2 == 0 else (sample, None)
+        if second is None or not torch.equal(first, second):
+            raise LayoutError(
+                "expected every latent twice in one batch (unconditional and conditional), got an "
+                f"input of shape {tuple(sample.shape)} that is not so: this pipeline, or an option "
+                "of this call, arranges its branches in a way that is not known"
+            )
+        return len(sample) // 2
 
 
-UNCOND_COND = Batched()
+@dataclass
+class Pending:
+    """A conditional prediction that waits for the unconditional call of the same step."""
 
-# Pipeline class -> layout. A family is added here, never by copying its loop.
-LAYOUTS: dict[str, Batched] = {
-    "StableDiffusionPipeline": UNCOND_COND,
-    "StableDiffusionImg2ImgPipeline": UNCOND_COND,
-    "StableDiffusionInpaintPipeline": UNCOND_COND,
-    "StableDiffusionControlNetPipeline": UNCOND_COND,
-    "StableDiffusionXLPipeline": UNCOND_COND,
-    "StableDiffusionXLImg2ImgPipeline": UNCOND_COND,
-    "StableDiffusionXLInpaintPipeline": UNCOND_COND,
-    "StableDiffusionXLControlNetPipeline": UNCOND_COND,
-}
+    sample: Tensor
+    level: NoiseLevel | None
+    rows: list[int]
+    cond: Tensor
+    returned: weakref.ref
 
 
-def layout_of(pipeline_class: type) -> Batched:
-    """The layout of a pipeline class, or of the closest base that has one.
+@dataclass(frozen=True)
+class TwoCalls(Layout):
+    """The conditional branch in one call, the unconditional in the next, on the same input.
 
-    Raises:
-        LayoutError: none is known; the message lists the families that are.
+    The conditional prediction is handed out before the guided one is known. Where that differs, it
+    is written into the tensor the pipeline holds, so that both branches equal the guided one.
+
+    Args:
+        matches_norm: The pipeline gives every token (last dimension) of its combination the norm
+            of the conditional prediction. With both branches equal that would be lost, so it is
+            done here.
+        norm_option: Option of the call that switches this on; empty: always on.
     """
-    for base in pipeline_class.__mro__:
-        if base.__name__ in LAYOUTS:
-            return LAYOUTS[base.__name__]
-    raise LayoutError(
-        f"{pipeline_class.__name__} is not a pipeline whose guidance branches are known; "
-        f"known are: {', '.join(sorted(LAYOUTS))}"
-    )
+
+    matches_norm: bool = False
+    norm_option: str = ""
+
+    def run(self, seam: Seam, call: Call) -> Any:
+        """Evaluate the conditional call; of the unconditional one only the wanted samples."""
+        if seam.run is None:
+            seam.start(call.rows, call)
+        pending = seam.pending
+        if pending is not None and _same(call.sample, pending.sample):
+            seam.pending = None
+            return self._unconditional(seam, call, pending)
+        self.finish(seam)
+        level = seam.noise_level(call)
+        rows = seam.plan(level)
+        output = call()
+        if not isinstance(output, tuple):
+            raise LayoutError(f"expected a tuple from the denoiser, got {type(output).__name__}")
+        returned = prediction_of(output)
+        # A copy: the pipeline, or a cache in the network, may go on using the tensor itself.
+        seam.pending = Pending(call.sample, level, rows, returned.clone(), weakref.ref(returned))
+        return output
+
+    def _unconditional(self, seam: Seam, call: Call, pending: Pending) -> Any:
+        returned, rows, cond = pending.returned(), pending.rows, pending.cond
+        uncond = None
+        if rows:
+            uncond = prediction_of(call(None if len(rows) == seam.run.batch else rows))
+        pair = seam.combine(rows, cond, uncond, pending.sample, pending.level)
+        if pair[0] is not cond:
+            if returned is None:
+                raise LayoutError(
+                    "the pipeline no longer holds the conditional prediction it was given, so the "
+                    "guided one cannot be put in its place"
+                )
+            guided = pair[0]
+            if self.matches_norm and (not self.norm_option or seam.options[self.norm_option]):
+                lengths = [torch.norm(pred, dim=-1, keepdim=True) for pred in (cond, guided)]
+                guided = guided * (lengths[0] / lengths[1])
+            returned.copy_(guided)
+            return (guided,)
+        return (pair[1],)
+
+    def finish(self, seam: Seam) -> None:
+        """Close a step whose unconditional call never came: it was not guided."""
+        if seam.pending is not None:
+            pending, seam.pending = seam.pending, None
+            seam.combine([], pending.cond, None, pending.sample, pending.level)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two inputs are one tensor (both are alive, so equal addresses mean that)."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape)

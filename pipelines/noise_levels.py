@@ -17,6 +17,7 @@ BY_TIMESTEP = {
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "TCDScheduler",
@@ -96,10 +97,12 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     prediction = prediction_of(scheduler)
     name = type(scheduler).__name__
     if name in BY_TIMESTEP:
-        square = scheduler.alphas_cumprod.to(getattr(timestep, "device", None))[_first(timestep)]
+        square = _alpha_squared(scheduler, timestep)
         return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
     sigma = float(_sigma(scheduler, timestep))
     if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
+        if scheduler.config.get("invert_sigmas", False):  # the table holds the picture's share
+            return NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
         return NoiseLevel(1 - sigma, sigma, prediction)
     if name in BY_SIGMA:
         alpha = (sigma * sigma + 1) ** -0.5
@@ -107,10 +110,12 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     raise UnknownSchedulerError(f"the noise levels of {name} are not known")
 
 
-def _first(timestep: Tensor | float) -> Tensor | int:
-    if not isinstance(timestep, Tensor):
-        return int(timestep)
-    return timestep.reshape(-1)[0].long()
+def _alpha_squared(scheduler: Any, timestep: Tensor | float) -> Tensor:
+    """alpha_t^2 of a timestep as the scheduler's table has it, on the timestep's device."""
+    first = torch.as_tensor(timestep).reshape(-1)[0]
+    if hasattr(scheduler, "alphas_cumprod"):
+        return scheduler.alphas_cumprod.to(first.device)[first.long()]
+    return scheduler._alpha_cumprod(first, first.device).squeeze()  # Wuerstchen's closed form
 
 
 def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
@@ -119,8 +124,11 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
     if index is None:
         index = getattr(scheduler, "begin_index", None)
     if index is None:
-        start = timestep.reshape(-1)[0] if isinstance(timestep, Tensor) else timestep
-        index = scheduler.index_for_timestep(start)
+        # Before the first step. Some networks are given a rescaled timestep, not found in the
+        # table; their pipelines set `begin_index` where they do not begin at the beginning.
+        first = torch.as_tensor(timestep).reshape(-1)[0]
+        found = (scheduler.timesteps == first.to(scheduler.timesteps.device)).nonzero()
+        index = int(found[0]) if len(found) else 0
     if not getattr(scheduler, "state_in_first_order", True):
         name = type(scheduler).__name__
         if name == "KDPM2DiscreteScheduler":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Run
-from .layouts import Batched, Call
+from .calls import Call
+from .layouts import Layout, Pending
 from .noise_levels import noise_level, ratio
 
 
@@ -21,8 +23,9 @@ class Seam:
         pipe: The pipeline being called.
         guidance: Rule and policy.
         layout: Where the pipeline keeps its branches.
-        guidance_scale: w as given to the call; a pipeline that exposes its current scale (and may
-            change it on the way) is asked at every step.
+        scales: Denoiser -> the pipeline's own guidance scale as given to the call. A pipeline that
+            exposes its current scale (and may change it on the way) is asked at every step.
+        options: All arguments of the call, by name.
         detailed: Record cosines and norms at every step.
     """
 
@@ -30,49 +33,69 @@ class Seam:
         self,
         pipe: Any,
         guidance: Guidance,
-        layout: Batched,
-        guidance_scale: float,
+        layout: Layout,
+        scales: dict[str, float],
+        options: dict[str, Any],
         detailed: bool = False,
     ) -> None:
         self.pipe, self.guidance, self.layout = pipe, guidance, layout
-        self.given_scale, self.detailed = guidance_scale, detailed
+        self.scales, self.options, self.detailed = scales, options, detailed
+        self.denoiser = layout.denoisers[0]
         self.run: Run | None = None
+        self.pending: Pending | None = None
 
-    def __call__(self, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Stand in for ``network(*args, **kwargs)``."""
-        call = Call(network, args, kwargs)
-        if not getattr(self.pipe, "do_classifier_free_guidance", True):
-            return self._unguided(call)
-        if self.run is None:
-            self._begin(self.layout.batch_of(call), call)
-        return self.layout.run(self, call)
+    def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Stand in for ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+        if kwargs.get("skip_layers") is not None:  # skip-layer guidance: not a branch of ours
+            return network(*args, **kwargs)
+        self.denoiser = name
+        return self.layout.run(
+            self, Call(network, args, kwargs, getattr(self.layout, "listed", False))
+        )
 
-    def _begin(self, batch: int, call: Call) -> None:
+    def start(self, batch: int, call: Call) -> None:
+        """Begin the run at the first call."""
         scheduler = self.pipe.scheduler
         total = getattr(self.pipe, "num_timesteps", None) or len(scheduler.timesteps)
         on_cpu = call.sample.device.type == "cpu"
         self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
 
-    def _unguided(self, call: Call) -> Any:
-        """A step at which the pipeline itself has switched guidance off."""
-        if self.run is None:
-            self._begin(call.sample.shape[0], call)
-        self.run.plan()
-        output = call()
-        prediction = output[0] if not isinstance(output, Tensor) else output
-        self.run.combine([], prediction, None, call.sample, 1.0, None)
-        return output
+    def finish(self) -> None:
+        """Close the last step and raise what was still on its way from the device."""
+        if self.run is not None:
+            self.layout.finish(self)
+            self.run.finish()
 
-    def noise_level(self, timestep: Tensor) -> NoiseLevel | None:
+    @property
+    def guided(self) -> bool:
+        """Whether the pipeline evaluates both branches."""
+        return bool(getattr(self.pipe, "do_classifier_free_guidance", self.scale > 1))
+
+    @property
+    def scale(self) -> float:
+        """w at this step; 1 means no guidance."""
+        scale = self.scales[self.denoiser]
+        if "guidance_scale" in self.scales:  # the pipeline's argument of that name is w
+            current = getattr(self.pipe, "guidance_scale", None)
+            scale = scale if current is None else float(current)
+        return scale + self.layout.scale_offset
+
+    def noise_level(self, call: Call) -> NoiseLevel | None:
         """The noise level of this step, if the guidance or the trace needs it."""
         if not (self.guidance.needs_noise_level or self.detailed):
             return None
-        return noise_level(self.pipe.scheduler, timestep)
+        level = noise_level(self.pipe.scheduler, call.timestep)
+        return replace(level, sign=level.sign * self.layout.sign)
 
     def plan(self, level: NoiseLevel | None) -> list[int]:
         """The samples whose unconditional branch is to be evaluated at this step."""
         wants_noise = self.guidance.policy.needs_noise or self.detailed
         return self.run.plan(ratio(level) if wants_noise else None)
+
+    def unguided(self, prediction: Tensor, call: Call) -> None:
+        """Account for a step at which the pipeline itself has switched guidance off."""
+        self.run.plan()
+        self.run.combine([], prediction, None, call.sample, 1.0, None)
 
     def combine(
         self,
@@ -84,28 +107,24 @@ class Seam:
     ) -> tuple[Tensor, Tensor]:
         """Predictions for which the pipeline's own guidance line yields the guided one.
 
-        Only the channels that are denoised are guided: extra input channels (masks, reference
-        images) are left out, extra output channels (a learned variance) go to the pipeline as the
-        network made them.
+        Only the channels that the pipeline guides take part: extra input channels (masks,
+        reference images) are left out, extra output channels (a learned variance) go to the
+        pipeline as the network made them.
         """
-        channels = min(x_t.shape[1], cond.shape[1])
+        channels = min(x_t.shape[1], cond.shape[1], self.layout.channels or cond.shape[1])
         x_t = x_t[:, :channels]
         if cond.shape[1] == channels:
             return self.run.combine(rows, cond, uncond, x_t, self.scale, level)
-        head = uncond[:, :channels] if rows else None
-        pair = self.run.combine(rows, cond[:, :channels], head, x_t, self.scale, level)
-        rest = cond[:, channels:]
+        head, rest = cond[:, :channels], cond[:, channels:]
+        uncond_head = uncond[:, :channels] if rows else None
+        pair = self.run.combine(rows, head, uncond_head, x_t, self.scale, level)
+        if pair[0] is head and pair[1] is uncond_head:
+            return cond, uncond
         uncond_rest = rest
         if rows:
             index = torch.tensor(rows, device=cond.device)
             uncond_rest = rest.index_copy(0, index, uncond[:, channels:])
         return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
-
-    @property
-    def scale(self) -> float:
-        """w at this step."""
-        scale = getattr(self.pipe, "guidance_scale", self.given_scale)
-        return self.given_scale if scale is None else float(scale)
 
 
 class GuidedDenoiser:
@@ -115,14 +134,16 @@ class GuidedDenoiser:
     configuration, dtype and device.
     """
 
-    def __init__(self, network: Any, seam: Seam) -> None:
+    def __init__(self, name: str, network: Any, seam: Seam) -> None:
+        object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_network", network)
         object.__setattr__(self, "_seam", seam)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate through the seam; straight through once that is gone."""
         if self._seam is None:
             return self._network(*args, **kwargs)
-        return self._seam(self._network, args, kwargs)
+        return self._seam(self._name, self._network, args, kwargs)
 
     @property
     def __class__(self) -> type:
@@ -139,15 +160,16 @@ class GuidedDenoiser:
 
 
 @contextlib.contextmanager
-def attached(pipe: Any, names: tuple[str, ...], seam: Seam) -> Iterator[None]:
-    """Put `seam` in front of the denoisers `names` of `pipe`; always taken away again.
+def attached(pipe: Any, seam: Seam) -> Iterator[None]:
+    """Put `seam` in front of the denoisers of `pipe`; always taken away again.
 
     Only the pipeline's own reference is exchanged, past ``DiffusionPipeline.__setattr__`` (which
     would record it in the configuration): the network, and every other pipeline that shares it,
     never notices.
     """
-    networks = {name: pipe.__dict__[name] for name in names if pipe.__dict__.get(name) is not None}
-    stand_ins = {name: GuidedDenoiser(network, seam) for name, network in networks.items()}
+    names = [name for name in seam.layout.denoisers if pipe.__dict__.get(name) is not None]
+    networks = {name: pipe.__dict__[name] for name in names}
+    stand_ins = {name: GuidedDenoiser(name, networks[name], seam) for name in names}
     pipe.__dict__.update(stand_ins)
     try:
         yield

@@ -32,6 +32,15 @@ def test_x0_is_recovered(kind, alpha, sigma):
     torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_negated_outputs(kind):
+    """A network that outputs -pred, told so, gives the same denoised image."""
+    x_t, pred = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    plain, negated = NoiseLevel(0.6, 0.8, kind), NoiseLevel(0.6, 0.8, kind, sign=-1)
+    torch.testing.assert_close(negated.to_x0(-pred, x_t), plain.to_x0(pred, x_t))
+    torch.testing.assert_close(negated.from_x0(x_t * 2, x_t), -plain.from_x0(x_t * 2, x_t))
+
+
 def test_half_precision_is_converted_in_float32():
     level = NoiseLevel(0.6, 0.8, "v_prediction")
     x_t, pred = torch.randn(2, 1, 4, 8, 8, dtype=torch.float16)

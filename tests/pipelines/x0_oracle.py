@@ -1,0 +1,89 @@
+"""The denoised image according to each scheduler's own code, independent of Pilotage's tables."""
+
+import copy
+
+import torch
+
+OWN_STEP = {  # schedulers whose step() reports pred_original_sample of the unclipped prediction
+    "CogVideoXDDIMScheduler",
+    "DDIMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
+CONVERT = {  # schedulers whose convert_model_output() gives the denoised image
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+}
+
+
+def own_x0(scheduler, index, pred, x_in):
+    """Denoised image of a prediction at call `index` of the loop, in float64.
+
+    `x_in` is what the network saw (scaled by the scheduler).
+    """
+    s = copy.deepcopy(scheduler)
+    name, t = type(s).__name__, s.timesteps[index]
+    pred, x_in = pred.double(), x_in.double()
+    if name.startswith("FlowMatch"):
+        sigma = float(s.sigmas[index])
+        if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
+            return x_in + (1 - sigma) * pred
+        return x_in - sigma * pred
+    if name in OWN_STEP:
+        # Undo the scaling with the scheduler's own function, which is linear.
+        unit = copy.deepcopy(s).scale_model_input(torch.ones((), dtype=torch.float64), t)
+        s.is_scale_input_called = True
+        return s.step(pred, t, x_in / unit).pred_original_sample
+    if name in CONVERT:
+        if s.step_index is None:
+            s._init_step_index(t)
+        return s.convert_model_output(pred, sample=x_in)
+    if name == "DEISMultistepScheduler":
+        if s.step_index is None:
+            s._init_step_index(t)
+        alpha, sigma = s._sigma_to_alpha_sigma_t(s.sigmas[s.step_index].double())
+        return (x_in - sigma * s.convert_model_output(pred, sample=x_in)) / alpha
+    if name in (
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+    ):
+        sigma = scale_of_input(s, t)
+        return k_diffusion_x0(s.config.prediction_type, pred, x_in * (sigma**2 + 1) ** 0.5, sigma)
+    if name == "DDPMWuerstchenScheduler":
+        bar = s._alpha_cumprod(t, t.device).double()
+        return (x_in - (1 - bar) ** 0.5 * pred) / bar**0.5
+    bar = float(s.alphas_cumprod[int(t)])
+    alpha, sigma = bar**0.5, (1 - bar) ** 0.5
+    return {
+        "epsilon": lambda: (x_in - sigma * pred) / alpha,
+        "v_prediction": lambda: alpha * x_in - sigma * pred,
+        "sample": lambda: pred,
+    }[s.config.prediction_type]()
+
+
+def scale_of_input(scheduler, t):
+    """sigma of the current evaluation, read off how the scheduler scales a one."""
+    factor = float(
+        copy.deepcopy(scheduler).scale_model_input(torch.ones(1, dtype=torch.float64), t)
+    )
+    return (1 / factor**2 - 1) ** 0.5
+
+
+def k_diffusion_x0(kind, pred, x, sigma):
+    """Karras et al.'s parametrization with the unscaled x = x0 + sigma * noise."""
+    if kind == "epsilon":
+        return x - sigma * pred
+    if kind == "v_prediction":
+        return x / (sigma**2 + 1) - pred * sigma / (sigma**2 + 1) ** 0.5
+    return pred
+
+
+def own_prediction(scheduler, index, x0, x_in):
+    """The prediction whose denoised image is `x0`: `own_x0` inverted, as it is affine in pred."""
+    zero = own_x0(scheduler, index, torch.zeros_like(x0), x_in)
+    slope = own_x0(scheduler, index, torch.ones_like(x0), x_in) - zero
+    return (x0 - zero) / slope
