@@ -5,14 +5,23 @@ from __future__ import annotations
 from .adaptive import AdaptiveGuidance
 from .apg import APG
 from .cfg import CFG
+from .cfg_zero_star import CFGZeroStar
 from .composition import Guidance
+from .frequency_decoupled import FDG
+from .magnitude_aware import MagnitudeAware
 from .policy import Always, Interval, Policy
+from .rescale import CFGRescale
 from .rule import Rule
+from .tcfg import TCFG
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (CFG, APG)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (CFG, APG, CFGRescale, CFGZeroStar, TCFG, MagnitudeAware, FDG)
+}
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (Always, Interval, AdaptiveGuidance)
 }
+# A star is awkward in shells.
+ALIASES: dict[str, str] = {"cfg-zero-star": CFGZeroStar.name}
 
 # APG: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds are
 # norms over all elements of the latents at the model's native size; here they are per element.
@@ -28,7 +37,7 @@ PRESETS: dict[str, dict[str, Rule | Policy]] = {
 
 
 def available() -> list[str]:
-    """Every name that `resolve` knows, without the combinations."""
+    """Every name that `resolve` knows, without aliases and combinations."""
     return [*RULES, *POLICIES]
 
 
@@ -56,7 +65,8 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
             f"guidance must be a name, a rule, a policy or None, got {type(guidance).__name__}"
         )
     parts: dict[str, Rule | Policy] = {}
-    for name in guidance.lower().split("+"):
+    for written in guidance.lower().split("+"):
+        name = ALIASES.get(written, written)
         kind = "rule" if name in RULES else "policy"
         if name not in RULES and name not in POLICIES:
             raise ValueError(

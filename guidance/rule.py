@@ -22,10 +22,12 @@ class Rule:
     Attributes:
         name: The name by which `pipe(..., guidance=name)` finds the rule.
         space: Where the rule acts: on denoised images ("x0") or on raw network outputs ("native").
+        needs_flow: Whether the rule makes sense for networks that predict a flow velocity only.
     """
 
     name: ClassVar[str]
     space: Space = "native"
+    needs_flow: bool = False
 
     def combine(
         self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: Tensor | None

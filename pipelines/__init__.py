@@ -1,7 +1,9 @@
 """diffusers pipelines that take ``guidance=``.
 
 ``from pilotage.pipelines import StableDiffusionXLPipeline`` gives diffusers' class with that one
-argument more; so does every other pipeline name of diffusers whose branches are known.
+argument more; so does every other pipeline name of diffusers. ``guidance=`` is refused, with the
+reason, where a pipeline has no guidance or keeps its branches in a way that is not known:
+``pipelines/SUPPORT.md`` lists what is.
 """
 
 import diffusers
@@ -25,11 +27,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    stock = getattr(diffusers, name, None) if name in LAYOUTS else None
-    if stock is None:
+    stock = getattr(diffusers, name, None) if not name.startswith("_") else None
+    if not (isinstance(stock, type) and issubclass(stock, diffusers.DiffusionPipeline)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return guided_class(stock)
 
 
 def __dir__():
-    return sorted([*__all__, *LAYOUTS])
+    return sorted([*__all__, *(name for name in dir(diffusers) if name.endswith("Pipeline"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import math
@@ -12,11 +13,14 @@ from diffusers import DiffusionPipeline
 from ..guidance import CFG, Guidance, Policy, Rule, Trace, resolve
 from .families import model_family
 from .layouts import Layout, LayoutError
-from .noise_levels import check_scheduler
+from .noise_levels import check_scheduler, prediction_of
 from .seam import Seam, attached
 from .support import layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
+
+# Set while from_pipe() builds a pipeline whose modules are to stay as they are.
+_KEEP_DTYPE: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_dtype", default=False)
 
 SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 
@@ -39,6 +43,30 @@ class GuidedMixin:
     def guidance_trace(self) -> Trace | None:
         """What the last call with ``guidance=`` evaluated; None before the first."""
         return self._guidance_trace
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+        """See the stock pipeline; a ``custom_pipeline`` comes back guided, too."""
+        pipe = super().from_pretrained(*args, **kwargs)
+        return pipe if isinstance(pipe, GuidedMixin) else guided(pipe)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+        """See the stock pipeline; without a dtype asked for, the shared modules keep theirs.
+
+        Stock ``from_pipe`` casts them to float32, in place and so for the first pipeline as well.
+        """
+        if "dtype" in kwargs or "torch_dtype" in kwargs:
+            return super().from_pipe(pipeline, **kwargs)
+        token = _KEEP_DTYPE.set(True)
+        try:
+            return super().from_pipe(pipeline, **kwargs)
+        finally:
+            _KEEP_DTYPE.reset(token)
+
+    def to(self, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+        """See the stock pipeline."""
+        return self if _KEEP_DTYPE.get() else super().to(*args, **kwargs)
 
     def resolve_guidance(self, guidance: GuidanceLike) -> Guidance:
         """The settings a name stands for on this pipeline (presets of its model family)."""
@@ -63,6 +91,11 @@ class GuidedMixin:
         scales = _checked_scales(type(self), settings, layout, bound.arguments)
         if settings.needs_noise_level or detailed_trace:
             check_scheduler(self.scheduler)
+        if settings.rule.needs_flow and prediction_of(self.scheduler) != "flow":
+            raise ValueError(
+                f"'{settings.rule}' is for networks that predict a flow velocity, the one of this "
+                f"pipeline predicts {prediction_of(self.scheduler)!r}"
+            )
         seam = Seam(self, settings, layout, scales, bound.arguments, detailed_trace)
         self._guidance_trace = None
         try:

@@ -27,7 +27,9 @@ def test_wheel_holds_only_pilotage_and_works_without_the_checkout(tmp_path):
         archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"pilotage"}
-    sources = {f"pilotage/{p.relative_to(ROOT)}" for layer in LAYERS for p in (ROOT / layer).rglob("*.py")}
+    sources = {
+        f"pilotage/{p.relative_to(ROOT)}" for layer in LAYERS for p in (ROOT / layer).rglob("*.py")
+    }
     assert sources <= set(names)
     script = (
         "import pathlib, pilotage.guidance, pilotage.pipelines, pilotage.eval.cli\n"

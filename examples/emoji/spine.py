@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data as emoji
 from pilotage.eval.embedded import embedded_folder, load_embedded
 from pilotage.eval.extractors import EfficientNetLite0
 from pilotage.eval.images import contrast, saturation, ssim, to_tensor
 from pilotage.eval.record import write_figures
+
+import data as emoji
 
 STEPS = 20
 BATCH = 8
@@ -143,7 +144,9 @@ def measure(archive: Path) -> dict:
             "nfe_mean": round(statistics.mean(ag_nfe), 3),
             "nfe_min": min(ag_nfe),
             "nfe_max": max(ag_nfe),
-            "ssim_to_cfg": round(ssim(images["ag", AG_SCALE], images["cfg", AG_SCALE]).mean().item(), 4),
+            "ssim_to_cfg": round(
+                ssim(images["ag", AG_SCALE], images["cfg", AG_SCALE]).mean().item(), 4
+            ),
             "time_ratio": round(seconds, 4),
             "nfe_ratio": round(rows, 4),
             "batch": BATCH,

@@ -98,7 +98,10 @@ def test_non_contiguous_inputs():
     cond, uncond = draw((2, 8, 8, 4))
     strided = apg(cond.movedim(-1, 1), uncond.movedim(-1, 1), 5.0, norm_threshold=1.0)[0]
     plain = apg(
-        cond.movedim(-1, 1).contiguous(), uncond.movedim(-1, 1).contiguous(), 5.0, norm_threshold=1.0
+        cond.movedim(-1, 1).contiguous(),
+        uncond.movedim(-1, 1).contiguous(),
+        5.0,
+        norm_threshold=1.0,
     )[0]
     torch.testing.assert_close(strided, plain)
 
@@ -111,7 +114,9 @@ def test_views_of_one_network_give_one_result(kind):
     level = NoiseLevel(alpha, sigma, kind)
     pred_cond, pred_uncond = level.from_x0(cond, x_t), level.from_x0(uncond, x_t)
     direct, _ = APG().combine(cond, uncond, 10.0, None)
-    through, _ = APG().combine(level.to_x0(pred_cond, x_t), level.to_x0(pred_uncond, x_t), 10.0, None)
+    through, _ = APG().combine(
+        level.to_x0(pred_cond, x_t), level.to_x0(pred_uncond, x_t), 10.0, None
+    )
     torch.testing.assert_close(through, direct, rtol=1e-9, atol=1e-9)
 
 

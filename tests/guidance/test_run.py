@@ -69,9 +69,7 @@ def test_latch_equals_the_definition():
     """k of sample i is the first step whose cosine reaches the threshold, that step included."""
     guidance = CFG() | AdaptiveGuidance(0.99)
     _, run = drive(guidance)
-    gammas = [
-        cosine(LEVEL.to_x0(c, x), LEVEL.to_x0(u, x)).tolist() for c, u, x in trajectory(6)
-    ]
+    gammas = [cosine(LEVEL.to_x0(c, x), LEVEL.to_x0(u, x)).tolist() for c, u, x in trajectory(6)]
     for row, nfe in enumerate(run.trace.nfe):
         k = next(i + 1 for i, gamma in enumerate(gammas) if gamma[row] >= 0.99)
         assert nfe == 6 + k
@@ -133,7 +131,7 @@ def test_trace_records_norms_when_asked():
     guided, run = drive(Guidance(APG(norm_threshold=0.0, momentum=0.0)), detailed=True)
     records = run.trace.as_dicts()
     assert [r["step"] for r in records] == list(range(6))
-    for record, (cond, uncond, x_t) in zip(records, trajectory(6), strict=True):
+    for record, (cond, _, x_t) in zip(records, trajectory(6), strict=True):
         denoised = LEVEL.to_x0(cond, x_t)
         expected = denoised.flatten(1).norm(dim=1).tolist()
         assert record["cond_norm"] == pytest.approx(expected, rel=1e-5)

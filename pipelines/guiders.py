@@ -1,0 +1,388 @@
+"""Guidance for modular pipelines: the same rules and policies as a guider component of diffusers.
+
+    pipe.update_components(guider=Guider("apg", guidance_scale=15).bind(pipe))
+
+A guider is told of a step, makes one set of conditions per pass, and combines the predictions. It
+sees neither the network's input nor the noise level, which rules on denoised images need: the input
+is read where the denoiser is called, the noise level from the scheduler of the bound pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers import BaseGuidance, ModularPipeline
+from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.modular_pipelines import BlockState
+from torch import Tensor
+
+from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, cfg, resolve
+from ..guidance.presets import POLICIES, RULES
+from .families import model_family
+from .layouts import LayoutError
+from .noise_levels import check_scheduler, noise_level, ratio
+
+# Modular pipelines whose guider gets predictions in the scheduler's own convention (Z-Image negates
+# its network's output before) of the latents alone -> the argument of the denoiser that holds them.
+NETWORK_INPUTS: dict[str, str] = {
+    "QwenImageModularPipeline": "hidden_states",
+    "StableDiffusion3ModularPipeline": "hidden_states",
+    "StableDiffusionXLModularPipeline": "sample",
+    "Wan22Image2VideoModularPipeline": "hidden_states",
+    "Wan22ModularPipeline": "hidden_states",
+    "Wan22VaceModularPipeline": "hidden_states",
+    "WanImage2VideoModularPipeline": "hidden_states",
+    "WanModularPipeline": "hidden_states",
+    "ZImageModularPipeline": "x",
+}
+
+
+NOT_THE_SCHEDULER = (
+    "the scheduler of the pipeline this guider is bound to is not the one that runs: bind it to "
+    "the pipeline it is a component of"
+)
+
+
+class Guider(BaseGuidance):
+    r"""A guidance rule and policy as the ``guider`` component of a modular pipeline.
+
+    Args:
+        guidance: A name ("cfg", "apg", "apg+ag"), a rule, a policy, or both
+            (``APG() | AdaptiveGuidance()``); also what ``config["guidance"]`` holds.
+        guidance_scale: w; 1 means no guidance, as for `ClassifierFreeGuidance` (whose
+            ``use_original_formulation`` counts from 0 instead). May be set later.
+        enabled: False leaves the conditional prediction alone.
+        detailed_trace: Record cosines and norms of the predictions at every step.
+
+    Everything but plain "cfg" has to know its pipeline: see `bind`. A modular pipeline evaluates
+    whole batches, so the unconditional pass is left out once no sample wants it; a sample that has
+    stopped on its own gets its conditional prediction meanwhile.
+
+    Raises:
+        ValueError: unknown name or setting, or a scale at which there is nothing to guide.
+        TypeError: `guidance` is none of the above.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond"]
+
+    def __init__(
+        self,
+        guidance: str | Rule | Policy | Guidance | dict[str, Any] = "cfg",
+        guidance_scale: float = 7.5,
+        enabled: bool = True,
+        detailed_trace: bool = False,
+    ) -> None:
+        super().__init__(enabled=enabled)
+        self._given = _from_config(guidance) if isinstance(guidance, dict) else guidance
+        self.guidance = resolve(self._given)
+        self.detailed_trace = detailed_trace
+        self.register_to_config(
+            guidance=_to_config(self._given), enabled=enabled, detailed_trace=detailed_trace
+        )
+        self.guidance_scale = guidance_scale
+        self._pipe: weakref.ref | None = None
+        self._course = _Course()
+        self._rows: list[int] | None = None
+        self._level: NoiseLevel | None = None
+        self._sample: Tensor | list[Tensor] | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """w; 1 means no guidance."""
+        return self.config["guidance_scale"]
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ValueError(f"guidance_scale must be a number, got {scale!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"guidance_scale must be finite and > 0 (1: no guidance), got {scale}")
+        if scale <= 1 and not self.guidance.is_plain:
+            raise ValueError(
+                f"guidance_scale={scale} switches guidance off, so that '{self.guidance}' has "
+                "nothing to act on: use guidance_scale > 1, or disable()"
+            )
+        self.register_to_config(guidance_scale=scale)
+
+    @property
+    def guidance_trace(self) -> Trace | None:
+        """What the last run did; None before the first. Its rows are the samples guided.
+
+        Whole batches are evaluated: see `passes` for what that cost.
+        """
+        return self._course.trace
+
+    @property
+    def passes(self) -> int:
+        """Passes of a batch through the network in the last run, 1 or 2 a step."""
+        steps = self._course.trace.steps if self._course.trace else []
+        return sum(2 if step.rows else 1 for step in steps)
+
+    def bind(self, pipe: ModularPipeline) -> Guider:
+        """Tell the guider its pipeline, whose scheduler and model family it needs.
+
+        Args:
+            pipe: The modular pipeline that this guider is, or will be, a component of. Its
+                scheduler may be exchanged at any time. Only a weak reference is kept.
+
+        Returns:
+            The guider itself.
+
+        Raises:
+            LayoutError: not a modular pipeline whose guider calls are known.
+        """
+        if not isinstance(pipe, ModularPipeline):
+            raise LayoutError(
+                f"{type(pipe).__name__} is not a modular pipeline: use pilotage.pipelines.guided"
+            )
+        if not self._is_free and _input_name(pipe) is None:
+            raise LayoutError(
+                f"what {type(pipe).__name__} gives its guider is not known, so only 'cfg' works "
+                f"there; known are: {', '.join(NETWORK_INPUTS)}"
+            )
+        self._pipe = weakref.ref(pipe)
+        self.guidance = resolve(self._given, model_family(pipe))
+        return self
+
+    def partner(self, guidance_scale: float) -> Guider:
+        """A guider of another scale that takes part in the same runs.
+
+        For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``.
+        """
+        partner = self.new(guidance_scale=guidance_scale)
+        partner._course = self._course
+        return partner
+
+    def new(self, **kwargs: Any) -> Guider:
+        """A copy for other runs, bound to the same pipeline; `kwargs` override its arguments."""
+        settings = {name: self.config[name] for name in ("guidance_scale", "enabled")}
+        settings |= {"guidance": self._given, "detailed_trace": self.detailed_trace}
+        copy = type(self)(**(settings | kwargs))
+        pipe = self._pipe and self._pipe()
+        return copy if pipe is None else copy.bind(pipe)
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[BlockState]:
+        """Begin a step: the conditions of each pass, the conditional one first.
+
+        Args:
+            data: Name -> tensor for every pass, or tuple (conditional, unconditional).
+        """
+        return self._begin_step(lambda *which: self._prepare_batch(data, *which))
+
+    def prepare_inputs_from_block_state(
+        self, data: BlockState, input_fields: dict[str, str | tuple[str, str]]
+    ) -> list[BlockState]:
+        """The same, from names of fields of a block state."""
+        return self._begin_step(
+            lambda *which: self._prepare_batch_from_block_state(input_fields, data, *which)
+        )
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        """Before a pass: arrange for the network's input to be read."""
+        super().prepare_models(denoiser)
+        if self._is_free or not self.is_conditional:
+            return
+        name = _input_name(self._bound_pipe())
+
+        def read(network: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            self._sample = args[0] if args else kwargs[name]
+
+        handle = denoiser.register_forward_pre_hook(read, with_kwargs=True)
+
+    def __call__(self, data: list[BlockState]) -> GuiderOutput:
+        """End a step: combine the predictions of its passes."""
+        return self.forward(**{getattr(d, self._identifier_key): d.noise_pred for d in data})
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        """The guided prediction of the step that `prepare_inputs` began.
+
+        Args:
+            pred_cond: Conditional prediction, with shape (B, \\*), as the scheduler expects it.
+            pred_uncond: Unconditional prediction, with shape (B, \\*); None if it was not wanted.
+
+        Returns:
+            The guided prediction, with shape (B, \\*) and the dtype of `pred_cond`, and its inputs.
+
+        Raises:
+            LayoutError: no step was begun, or the predictions do not fit it.
+            NonFinitePredictionError: a prediction is NaN or infinite.
+        """
+        run, rows = self._course.run, self._rows
+        if run is None or rows is None:
+            raise LayoutError("a guider's predictions came before set_state and prepare_inputs")
+        if len(pred_cond) != run.batch or (pred_uncond is None) != (not rows):
+            raise LayoutError(
+                f"expected {2 if rows else 1} predictions of {run.batch} samples, got shapes "
+                f"{[tuple(pred.shape) for pred in (pred_cond, pred_uncond) if pred is not None]}"
+            )
+        x_t = pred_cond if self._is_free else self._network_input(pred_cond)  # free: never read
+        kept = pred_uncond
+        if 0 < len(rows) < run.batch:
+            kept = pred_uncond[torch.tensor(rows, device=pred_uncond.device)]
+        scale = self.guidance_scale
+        cond, uncond = run.combine(rows, pred_cond, kept, x_t, scale, self._level)
+        self._rows = self._level = self._sample = None
+        self._course.end_step()
+        pred = cond if cond is uncond else cfg(cond, uncond, scale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the pass now prepared is the conditional one."""
+        return self._count_prepared == 1
+
+    @property
+    def num_conditions(self) -> int:
+        """2 if this guider guides at all: the conditions that text encoders have to provide.
+
+        How many passes a step makes, the run decides in `prepare_inputs`.
+        """
+        return 2 if self._enabled and self.guidance_scale != 1 else 1
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether neither noise level nor network input are needed, hence no pipeline."""
+        return self.guidance.is_plain and not self.detailed_trace
+
+    def _bound_pipe(self) -> ModularPipeline | None:
+        pipe = self._pipe and self._pipe()
+        if pipe is None and not self._is_free:
+            raise LayoutError(
+                f"'{self.guidance}' needs the scheduler of its pipeline: "
+                "pipe.update_components(guider=guider.bind(pipe))"
+            )
+        return pipe
+
+    def _begin_step(self, make_batch) -> list[BlockState]:
+        cond = make_batch(0, self._input_predictions[0])
+        pipe, course, step = self._bound_pipe(), self._course, self._step
+        scheduler = None if pipe is None else pipe.scheduler
+        needs_level = self.guidance.needs_noise_level or self.detailed_trace
+        if step == 0 or (self._is_free and step != course.next_step):
+            if needs_level:
+                check_scheduler(scheduler)
+            batch, on_cpu = _batch_of(cond)
+            total = _evaluations(scheduler, self._timestep) or self._num_inference_steps
+            run = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
+            course.begin(run, exact=scheduler is not None)
+        course.begin_step(step, scheduler)
+        self._level = noise_level(scheduler, self._timestep) if needs_level else None
+        wants_noise = self.guidance.policy.needs_noise or self.detailed_trace
+        rows = course.run.plan(ratio(self._level) if wants_noise else None)
+        self._rows = rows if self.num_conditions == 2 else []
+        return [cond, make_batch(1, self._input_predictions[1])] if self._rows else [cond]
+
+    def _network_input(self, prediction: Tensor) -> Tensor:
+        """x_t as the network saw it, in the shape of its prediction."""
+        x_t = self._sample
+        if isinstance(x_t, (list, tuple)):  # Z-Image: samples of one frame each
+            x_t = torch.stack(tuple(x_t)).squeeze(2)
+        if x_t is not None:
+            x_t = x_t[:, : prediction.shape[1]]  # without masks and reference images
+        if x_t is None or x_t.shape != prediction.shape:
+            raise LayoutError(
+                f"the network's input does not fit its prediction of shape "
+                f"{tuple(prediction.shape)}: got {None if x_t is None else tuple(x_t.shape)}"
+            )
+        return x_t
+
+
+class _Course:
+    """The run that a guider and its partners are in, and how far it is."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.trace: Trace | None = None
+        self.exact = False
+        self.next_step = 0
+        self.offset: int | None = None
+
+    def begin(self, run: Run, exact: bool) -> None:
+        """Drop what is left of an earlier run; `exact` if the new one knows its last step."""
+        self.run, self.trace, self.exact = run, run.trace, exact
+        self.next_step, self.offset = 0, None
+
+    def begin_step(self, step: int, scheduler: Any) -> None:
+        """Check that a step follows the last one, and that `scheduler` keeps pace."""
+        if self.run is None or step != self.next_step:
+            raise LayoutError(
+                f"step {step} came where step {self.next_step if self.run else 0} was expected: a "
+                "run begins at step 0 and visits every step once. The second guider of a pipeline "
+                "has to be a partner of the first: guider_2=guider.partner(guidance_scale)"
+            )
+        self.next_step = step + 1
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and self.offset is None:
+            self.offset = index - step
+        keeps_pace = step == 0 if index is None else index - step == self.offset
+        if hasattr(scheduler, "step_index") and not keeps_pace:
+            raise LayoutError(NOT_THE_SCHEDULER)
+
+    def end_step(self) -> None:
+        """Finish and drop the run after its last step.
+
+        Without a scheduler there may be more to come, but such a run holds nothing to get rid of.
+        """
+        if self.next_step >= self.run.total:
+            self.run.finish()
+            self.run = None if self.exact else self.run
+
+
+def _input_name(pipe: ModularPipeline) -> str | None:
+    """The denoiser's argument with the latents, None if the pipeline is not known."""
+    stock = next(base for base in type(pipe).__mro__ if base.__module__.startswith("diffusers."))
+    return NETWORK_INPUTS.get(stock.__name__)
+
+
+def _evaluations(scheduler: Any, timestep: Tensor) -> int | None:
+    """Number of network evaluations from the first one, at `timestep`, to the last."""
+    if scheduler is None:
+        return None
+    places = (scheduler.timesteps == timestep).nonzero()
+    if len(places) == 0:
+        raise LayoutError(NOT_THE_SCHEDULER)
+    start = getattr(scheduler, "begin_index", None)
+    return len(scheduler.timesteps) - (int(places[0]) if start is None else start)
+
+
+def _batch_of(batch: BlockState) -> tuple[int, bool]:
+    """Number of samples in the conditions of a pass, and whether they are on the CPU."""
+    for value in batch.as_dict().values():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return len(value), value.device.type == "cpu"
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return len(value), value[0].device.type == "cpu"
+    raise LayoutError("a guider got no conditions to make batches of")
+
+
+def _to_config(guidance: str | Rule | Policy | Guidance) -> str | dict[str, Any]:
+    """A name as it is, objects as dictionaries ready for JSON."""
+    if isinstance(guidance, str):
+        return guidance
+    settings = resolve(guidance)
+    return {"rule": _settings(settings.rule), "policy": _settings(settings.policy)}
+
+
+def _settings(part: Rule | Policy) -> dict[str, Any]:
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    # An open end (a default) stays out: JSON knows no infinity.
+    ends = {field.name for field in fields(part) if field.default == math.inf}
+    open_ends = {name for name in ends if values[name] == math.inf}
+    return {"name": part.name} | {k: v for k, v in values.items() if k not in open_ends}
+
+
+def _from_config(config: dict[str, Any]) -> Guidance:
+    """Inverse of `_to_config` for dictionaries."""
+    parts = {}
+    for kind, known in (("rule", RULES), ("policy", POLICIES)):
+        settings = dict(config[kind])
+        name = settings.pop("name")
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
+        parts[kind] = known[name](**settings)
+    return Guidance(**parts)
