@@ -41,7 +41,9 @@ class AdaptiveGuidance(Policy):
     Args:
         threshold: gamma-bar, the cosine at which a sample's unconditional branch is dropped. Above
             1 it is never dropped. The value depends on model, scheduler and above all on `space`:
-            the epsilon predictions of SDXL agree to 0.9999 from the first step on.
+            the epsilon predictions of SDXL agree to 0.9999 from the first step on. The default, on
+            denoised images, guides 18 of 50 steps on SDXL (w = 7) and 25 of 50 on a flow model
+            (w = 4.5); the paper's own values (0.991 to 0.996) are for another model and space.
         space: "x0" compares denoised images, "native" the raw network outputs.
         lag: How many steps after its measurement a decision takes effect. None: 0 on the CPU, 1 on
             other devices, where the value then arrives without stalling the queue. A lag of 1
@@ -54,7 +56,7 @@ class AdaptiveGuidance(Policy):
     name: ClassVar[str] = "ag"
     needs_gamma: ClassVar[bool] = True
 
-    threshold: float = 0.99
+    threshold: float = 0.999
     space: Space = "x0"
     lag: int | None = None
 

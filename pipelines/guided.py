@@ -6,6 +6,7 @@ import contextvars
 import functools
 import inspect
 import math
+import numbers
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -155,7 +156,7 @@ def _checked_scales(
 
 
 def _positive(name: str, scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise ValueError(f"{name} must be a number, got {scale!r}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{name} must be finite and > 0 (1 is no guidance), got {scale}")

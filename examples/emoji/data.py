@@ -6,8 +6,10 @@ of Hugging Face's ``imagefolder`` (``metadata.jsonl`` beside the pictures), unde
 
     python examples/emoji/data.py prepare            # cache/emoji.zip (fetches npm packages)
     python examples/emoji/data.py sheet --split pair # contact sheet of what is inside
+    python examples/emoji/data.py splits             # writes down what is held out
 
-Splits are fixed by a hash of the names (see `split_of`), never by chance or by order:
+Splits are fixed by a hash of the names (see `split_of`), never by chance or by order, and written
+down in ``splits.json``:
 
 * ``concept``: concepts held out entirely, in every style (subjects for personalization),
 * ``pair``: (concept, style) pairs held out of concepts otherwise trained on (evaluation),
@@ -244,6 +246,14 @@ def contact_sheet(images: list[Image.Image], columns: int, labels: list[str] | N
     return sheet
 
 
+def held_out(drawings: list[Drawing]) -> dict[str, list]:
+    """Names of the held-out concepts and of the held-out (concept, style) pairs, sorted."""
+    return {
+        "concepts": sorted({d.concept for d in drawings if d.split == "concept"}),
+        "pairs": sorted([d.concept, d.style] for d in drawings if d.split == "pair"),
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -254,7 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--everyday", action="store_true", help="only the everyday concepts")
     show.add_argument("--count", type=int, default=196)
     show.add_argument("-o", "--output", type=Path, default=Path("cache/sheet.png"))
-    for command in (make, show):
+    write = commands.add_parser("splits", help="write down what is held out")
+    write.add_argument("-o", "--output", type=Path, default=HERE / "splits.json")
+    for command in (make, show, write):
         command.add_argument("--archive", type=Path, default=DEFAULT_ARCHIVE)
     return parser
 
@@ -269,6 +281,10 @@ def main(argv: list[str] | None = None) -> None:
         for split in ("train", "pair", "concept"):
             chosen = [d for d in drawings if d.split == split]
             print(f"  {split}: {len(chosen)} drawings, {len({d.concept for d in chosen})} concepts")
+        return
+    if args.command == "splits":
+        args.output.write_text(json.dumps(held_out(load(args.archive)), indent=0) + "\n")
+        print(args.output)
         return
     drawings = [d for d in load(args.archive, args.everyday) if d.split == args.split]
     step = max(1, len(drawings) // args.count)

@@ -19,286 +19,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data as emoji
+from card import model_card
+from networks import (
+    MAX_TOKENS,
+    NOISE_SCHEDULE,
+    PRESETS,
+    Denoiser,
+    Preset,
+    assemble,
+    build_autoencoder,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+)
+from training import Training, write_json
 
-MAX_TOKENS = 24
 CAPTION_DROPOUT = 0.12
 CROPS_UNTIL = 0.73  # of the autoencoder's clock
-EMA_DECAY = 0.999
-NOISE_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What differs between a run on two CPU cores and one on a GPU."""
-
-    everyday: bool
-    autoencoder_channels: tuple[int, ...]
-    unet_channels: tuple[int, ...]
-    unet_attention: tuple[bool, ...]
-    autoencoder_batch: int
-    crop: int
-    batch: int
-    learning_rate: float
-    autoencoder_learning_rate: float
-
-
-PRESETS = {
-    "cpu": Preset(True, (16, 32, 96), (64, 128, 160), (False, True, False), 64, 32, 32, 6e-4, 2e-3),
-    "gpu": Preset(
-        False, (32, 64, 128), (96, 160, 160), (False, True, True), 128, 64, 512, 1e-3, 1e-3
-    ),
-}
-
-
-# --- building blocks -------------------------------------------------------------------------
-
-
-def build_autoencoder(preset: Preset) -> AutoencoderKL:
-    """A convolutional AutoencoderKL, 64x64x3 to 16x16x4."""
-    levels = len(preset.autoencoder_channels)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=preset.autoencoder_channels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=16,
-        sample_size=emoji.RESOLUTION,
-        mid_block_add_attention=False,
-    )
-
-
-def build_tokenizer(captions: list[str], vocabulary: int = 2048) -> CLIPTokenizer:
-    """A CLIP tokenizer (lower-cased byte-pair encoding) trained on the captions."""
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    empty = CLIPTokenizer(vocab={token: i for i, token in enumerate(specials)}, merges=[])
-    trained = empty.train_new_from_iterator([captions], vocabulary)
-    trained.model_max_length = MAX_TOKENS
-    return trained
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A small CLIPTextModel of the tokenizer's vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_unet(preset: Preset) -> UNet2DConditionModel:
-    """A UNet2DConditionModel on 4x16x16 latents."""
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in preset.unet_attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(preset.unet_attention)]
-    return UNet2DConditionModel(
-        sample_size=emoji.RESOLUTION // 4,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        block_out_channels=preset.unet_channels,
-        layers_per_block=1,
-        cross_attention_dim=192,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-class Denoiser(nn.Module):
-    """UNet and text encoder trained together."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Predict v for latents (B, 4, 16, 16), timesteps (B,) and tokens (B, L)."""
-        states = self.text_encoder(tokens).last_hidden_state
-        return self.unet(x_t, t, encoder_hidden_states=states).sample
-
-
-# --- one resumable training run --------------------------------------------------------------
-
-
-class Training:
-    """Optimizer, EMA, clock and checkpoint of one stage.
-
-    The learning rate follows the clock: a short warm-up, then a half cosine to zero at the end of
-    `minutes`. Random numbers are a function of the step, so a resumed run draws what the
-    uninterrupted one would have drawn.
-    """
-
-    def __init__(self, name: str, model: nn.Module, args: argparse.Namespace, rate: float):
-        self.accelerator = Accelerator(mixed_precision=mixed_precision(args.precision))
-        self.folder = args.work / name
-        self.limit = args.minutes * 60
-        self.rate, self.step, self.elapsed = rate, 0, 0.0
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
-        )
-        device = self.accelerator.device
-        self.ema = {k: v.detach().clone().to(device) for k, v in model.state_dict().items()}
-        self.bare = model.to(device, memory_format=torch.channels_last)
-        self._resume()
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, self.optimizer)
-        self.losses: list[Tensor] = []
-
-    def _resume(self) -> None:
-        if not (self.folder / "state.json").is_file():
-            return
-        state = json.loads((self.folder / "state.json").read_text())
-        tensors = load_file(self.folder / f"state-{state['step']}.safetensors")
-        weights, moments = {}, {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition("/")
-            {"model": weights, "ema": self.ema, "adam": moments}[kind][name] = value
-        self.bare.load_state_dict(weights)
-        self.ema = {k: v.to(self.accelerator.device) for k, v in self.ema.items()}
-        for i, parameter in enumerate(self.bare.parameters()):
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"])),
-                "exp_avg": moments[f"{i}.exp_avg"].to(parameter),
-                "exp_avg_sq": moments[f"{i}.exp_avg_sq"].to(parameter),
-            }
-        self.step, self.elapsed = state["step"], state["elapsed"]
-
-    def save(self, **record) -> None:
-        """Write weights, EMA, Adam's moments (safetensors) and the clock (JSON), then rename."""
-        if not self.accelerator.is_main_process:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model/{k}": v for k, v in self.bare.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        for i, parameter in enumerate(self.bare.parameters()):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"adam/{i}.{moment}"] = self.optimizer.state[parameter][moment]
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        older = list(self.folder.glob("state-*.safetensors"))
-        newest = self.folder / f"state-{self.step}.safetensors"
-        save_file(tensors, self.folder / "partial")
-        os.replace(self.folder / "partial", newest)
-        write_json(
-            self.folder / "state.json", {"step": self.step, "elapsed": self.elapsed, **record}
-        )
-        for path in older:
-            if path != newest:
-                path.unlink()
-
-    def generator(self) -> torch.Generator:
-        """The random numbers of the current step and process."""
-        rank = self.accelerator.process_index
-        seed = (self.step * 64 + rank) * 2 + 1
-        return torch.Generator(self.accelerator.device).manual_seed(seed)
-
-    @property
-    def progress(self) -> float:
-        """Share of the clock that has run out, 0 to 1."""
-        return min(1.0, self.elapsed / self.limit)
-
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step at the learning rate of the clock, then the EMA."""
-        warm = min(1.0, (self.step + 1) / 200)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.progress)) + 1e-7
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        state = self.bare.state_dict()
-        names = [k for k in self.ema if self.ema[k].is_floating_point()]
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                [self.ema[k] for k in names], [state[k].to(self.ema[k]) for k in names], 1 - decay
-            )
-        self.losses = [*self.losses[-199:], loss.detach()]
-
-    def loss(self) -> float:
-        """Mean training loss of the last 200 steps."""
-        return torch.stack(self.losses).mean().item()
-
-    def run(self, step_loss, report, every: float) -> None:
-        """Train until the clock runs out; `report(self)` after each checkpoint.
-
-        Args:
-            step_loss: () -> loss of the current step.
-            report: what to record beside a checkpoint; returns a JSON-able dict.
-            every: minutes between checkpoints.
-        """
-        bar = tqdm(
-            total=round(self.limit),
-            initial=round(self.elapsed),
-            unit="s",
-            disable=not self.accelerator.is_main_process,
-            mininterval=5,
-        )
-        clock, saved = time.monotonic(), self.elapsed
-        while self.elapsed < self.limit:
-            self.update(step_loss())
-            now = time.monotonic()
-            self.elapsed, clock = self.elapsed + now - clock, now
-            if self.step % 20 == 0:
-                bar.set_postfix(step=self.step, loss=f"{self.loss():.4f}")
-                bar.update(round(self.elapsed) - bar.n)
-            if self.elapsed - saved > every * 60 or self.elapsed >= self.limit:
-                if not math.isfinite(self.loss()):
-                    raise FloatingPointError(f"the loss is not finite at step {self.step}")
-                self.save(loss=self.loss(), **report(self))
-                saved, clock = self.elapsed, time.monotonic()
-        bar.close()
-
-
-def mixed_precision(wish: str) -> str:
-    """bf16 where the hardware computes in it, else full precision ("no")."""
-    if wish != "auto":
-        return wish
-    if torch.cuda.is_available():
-        return "bf16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def load_pixels(archive: Path, drawings: list[emoji.Drawing]) -> Tensor:
@@ -312,9 +62,6 @@ def load_pixels(archive: Path, drawings: list[emoji.Drawing]) -> Tensor:
 def to_unit(pixels: Tensor) -> Tensor:
     """uint8 [0, 255] to float [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
-
-
-# --- stage 1: the autoencoder ----------------------------------------------------------------
 
 
 def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
@@ -363,10 +110,10 @@ def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
                 ]
             )
             mse = (decoded.clamp(-1, 1) - images).div(2).square().mean().item()
-        sheet = torch.cat(
-            [images[:28].unflatten(0, (2, 14)), decoded[:28].unflatten(0, (2, 14))], 1
-        )
-        save_sheet(sheet.flatten(0, 1), args.work / "autoencoder.png")
+        columns = min(14, len(images))
+        rows = zip(images.split(columns)[:2], decoded.split(columns)[:2], strict=True)
+        sheet = torch.cat([part for pair in rows for part in pair])
+        save_sheet(sheet, args.work / "autoencoder.png", columns)
         return {"held_out_psnr": -10 * math.log10(mse), "steps": run.step}
 
     training.run(step_loss, report, args.report_minutes)
@@ -378,14 +125,11 @@ def ema_copy(run: Training, model: nn.Module) -> nn.Module:
     return model.to(run.accelerator.device, memory_format=torch.channels_last).eval()
 
 
-def save_sheet(images: Tensor, path: Path) -> None:
-    """Pictures in [-1, 1], 14 to a row."""
+def save_sheet(images: Tensor, path: Path, columns: int) -> None:
+    """Pictures in [-1, 1], in a grid."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = VaeImageProcessor().postprocess(images.clamp(-1, 1).cpu())
-    emoji.contact_sheet(pictures, 14).save(path)
-
-
-# --- stage 2: the denoiser -------------------------------------------------------------------
+    emoji.contact_sheet(pictures, columns).save(path)
 
 
 def trained_autoencoder(args: argparse.Namespace, preset: Preset) -> AutoencoderKL:
@@ -491,28 +235,6 @@ def train_denoiser(args: argparse.Namespace, preset: Preset) -> None:
         assemble(autoencoder, network, tokenizer).save_pretrained(args.work / "pipeline")
 
 
-def assemble(
-    autoencoder: AutoencoderKL, network: Denoiser, tokenizer: CLIPTokenizer
-) -> StableDiffusionPipeline:
-    """A stock pipeline of the trained parts, with DPM++ 2M."""
-    scheduler = DPMSolverMultistepScheduler(
-        **NOISE_SCHEDULE, timestep_spacing="trailing", steps_offset=1
-    )
-    return StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=network.text_encoder,
-        tokenizer=tokenizer,
-        unet=network.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-# --- export ----------------------------------------------------------------------------------
-
-
 def export(args: argparse.Namespace, preset: Preset) -> None:
     """Write the pipeline in fp16 (shards of at most 14 MB) and what it was trained on."""
     pipe = StableDiffusionPipeline.from_pretrained(args.work / "pipeline", safety_checker=None)
@@ -521,7 +243,7 @@ def export(args: argparse.Namespace, preset: Preset) -> None:
     stages = {}
     for stage in ("autoencoder", "denoiser"):
         state = json.loads((args.work / stage / "state.json").read_text())
-        stages[stage] = {**state, "minutes": round(state.pop("elapsed") / 60, 1)}
+        stages[stage] = state | {"minutes": round(state.pop("elapsed") / 60, 1)}
     card = {
         "preset": args.preset,
         "settings": asdict(preset),
@@ -537,6 +259,7 @@ def export(args: argparse.Namespace, preset: Preset) -> None:
         "torch": torch.__version__,
     }
     write_json(args.output / "training.json", card)
+    (args.output / "README.md").write_text(model_card(card))
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB: {args.output}")
 

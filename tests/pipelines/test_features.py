@@ -112,7 +112,7 @@ def ip_adapter(unet, tokens=4, width=16):
 def test_ip_adapter_images_are_gathered():
     pipe = guided(FAMILIES["sd"].build())
     pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
-    embeds = torch.randn(6, 1, 16, generator=torch.Generator().manual_seed(1))
+    embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))  # uncond, cond
     extra = {"ip_adapter_image_embeds": [embeds]}
     assert equal(latents(pipe, "sd", **extra), latents(pipe, "sd", guidance="cfg", **extra))
     other = {"ip_adapter_image_embeds": [embeds.flip(0)]}
