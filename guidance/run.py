@@ -92,7 +92,9 @@ class Run:
         views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
         policy = self.guidance.policy
         if policy.needs_gamma or self.detailed:
-            space = policy.space if policy.needs_gamma or level is not None else "native"
+            space = policy.space
+            if not policy.needs_gamma:
+                space = "x0" if level is not None else "native"
             record.gamma = cosine(*views.pair(space))
         self.policy_state.observe(self.step, rows, record.gamma)
         rule = self.guidance.rule
@@ -107,6 +109,17 @@ class Run:
             return pred_cond, _fill(pred_cond, pred_uncond, index)
         guided = _fill(pred_cond, views.back(guided, rule.space).to(pred_cond.dtype), index)
         return guided, guided
+
+    def skip(self, prediction: Tensor) -> None:
+        """A step that is not to be guided, whatever the policy says.
+
+        Args:
+            prediction: Network output of the one branch evaluated, with shape (B, \\*).
+        """
+        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+        self.step = Step(self.step.index + 1, self.total, None)
+        self.trace.steps.append(StepRecord(self.step.index, None, []))
+        self._check_finite(prediction)
 
     def finish(self) -> None:
         """Raise what was still on its way from the device."""

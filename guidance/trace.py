@@ -15,7 +15,8 @@ class StepRecord:
         index: Network evaluation within the run, from 0.
         noise: sigma / alpha of the network's input; None where unknown.
         rows: The samples whose both branches were evaluated.
-        gamma: Cosine of the two predictions in the policy's space, with shape (len(rows),).
+        gamma: Cosine of the two predictions, with shape (len(rows),): in the policy's space, or for
+            policies without one on denoised images where the noise level is known.
         cond_norm: L2 norm of the conditional prediction in the rule's space, likewise.
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
 

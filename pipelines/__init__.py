@@ -10,6 +10,7 @@ import diffusers
 
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
+from .guiders import Guider
 from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
 from .support import LAYOUTS
@@ -17,6 +18,7 @@ from .support import LAYOUTS
 __all__ = [
     "LAYOUTS",
     "GuidedMixin",
+    "Guider",
     "LayoutError",
     "UnknownSchedulerError",
     "guided",

@@ -9,7 +9,7 @@ import math
 import numbers
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from ..guidance import CFG, Guidance, Policy, Rule, Trace, resolve
 from .families import model_family
@@ -205,6 +205,8 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
 def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Let a pipeline instance take ``guidance=``.
 
+    Modular pipelines take a `Guider` component instead.
+
     Args:
         pipe: Any diffusers pipeline with classifier-free guidance.
 
@@ -214,6 +216,11 @@ def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         LayoutError: the pipeline has no guidance, or Pilotage does not know its branches.
     """
+    if isinstance(pipe, ModularPipeline):
+        raise LayoutError(
+            "modular pipelines are guided by a component: "
+            'pipe.update_components(guider=Guider("apg", guidance_scale=7.5).bind(pipe))'
+        )
     _guidable_layout(type(pipe))
     pipe.__class__ = guided_class(type(pipe))
     return pipe

@@ -40,7 +40,6 @@ NETWORK_INPUTS: dict[str, str] = {
     "ZImageModularPipeline": "x",
 }
 
-
 NOT_THE_SCHEDULER = (
     "the scheduler of the pipeline this guider is bound to is not the one that runs: bind it to "
     "the pipeline it is a component of"
@@ -60,7 +59,9 @@ class Guider(BaseGuidance):
 
     Everything but plain "cfg" has to know its pipeline: see `bind`. A modular pipeline evaluates
     whole batches, so the unconditional pass is left out once no sample wants it; a sample that has
-    stopped on its own gets its conditional prediction meanwhile.
+    stopped on its own gets its conditional prediction meanwhile. Guidance lasts for every network
+    evaluation; diffusers' guiders end it after `num_inference_steps` of them, which is about half
+    way with a second-order scheduler.
 
     Raises:
         ValueError: unknown name or setting, or a scale at which there is nothing to guide.
@@ -139,12 +140,13 @@ class Guider(BaseGuidance):
             raise LayoutError(
                 f"{type(pipe).__name__} is not a modular pipeline: use pilotage.pipelines.guided"
             )
-        if not self._is_free and _input_name(pipe) is None:
+        known = _input_name(pipe) is not None
+        if not (known or self._is_free):
             raise LayoutError(
                 f"what {type(pipe).__name__} gives its guider is not known, so only 'cfg' works "
                 f"there; known are: {', '.join(NETWORK_INPUTS)}"
             )
-        self._pipe = weakref.ref(pipe)
+        self._pipe = weakref.ref(pipe) if known else None
         self.guidance = resolve(self._given, model_family(pipe))
         return self
 
@@ -214,7 +216,7 @@ class Guider(BaseGuidance):
         """
         run, rows = self._course.run, self._rows
         if run is None or rows is None:
-            raise LayoutError("a guider's predictions came before set_state and prepare_inputs")
+            raise LayoutError("a guider's predictions came before its prepare_inputs")
         if len(pred_cond) != run.batch or (pred_uncond is None) != (not rows):
             raise LayoutError(
                 f"expected {2 if rows else 1} predictions of {run.batch} samples, got shapes "
@@ -261,6 +263,8 @@ class Guider(BaseGuidance):
     def _begin_step(self, make_batch) -> list[BlockState]:
         cond = make_batch(0, self._input_predictions[0])
         pipe, course, step = self._bound_pipe(), self._course, self._step
+        if step is None:
+            raise LayoutError("a guider's prepare_inputs came before set_state")
         scheduler = None if pipe is None else pipe.scheduler
         needs_level = self.guidance.needs_noise_level or self.detailed_trace
         if step == 0 or (self._is_free and step != course.next_step):

@@ -71,7 +71,7 @@ class Batched(Layout):
         batch = seam.run.batch
         if call.rows == batch:  # the pipeline itself has switched guidance off
             output = call()
-            seam.unguided(prediction_of(output, self.listed), call)
+            seam.run.skip(prediction_of(output, self.listed))
             return output
         level = seam.noise_level(call)
         rows = seam.plan(level)
@@ -181,5 +181,8 @@ class TwoCalls(Layout):
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two inputs are one tensor (both are alive, so equal addresses mean that)."""
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape)
+    """Whether two inputs belong to one step: one tensor as a rule, else equal ones."""
+    if a.shape != b.shape:
+        return False
+    # Both are alive, so equal addresses mean one tensor; values are compared only where not.
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)

@@ -92,11 +92,6 @@ class Seam:
         wants_noise = self.guidance.policy.needs_noise or self.detailed
         return self.run.plan(ratio(level) if wants_noise else None)
 
-    def unguided(self, prediction: Tensor, call: Call) -> None:
-        """Account for a step at which the pipeline itself has switched guidance off."""
-        self.run.plan()
-        self.run.combine([], prediction, None, call.sample, 1.0, None)
-
     def combine(
         self,
         rows: list[int],

@@ -102,6 +102,14 @@ def test_interval_by_step_and_by_noise():
         Interval(noise_low=3, noise_high=1)
 
 
+def test_skipped_steps_ask_no_policy():
+    run = Run(Guidance(CFG(), Interval(noise_low=1.0)), 2, 3, on_cpu=True)
+    run.skip(torch.ones(2, 4, 6, 6))
+    assert run.plan(noise=2.0) == [0, 1]
+    assert run.trace.nfe == [1, 1]
+    assert run.step.index == 1
+
+
 def test_runs_share_nothing():
     first, _ = drive(Guidance(APG(momentum=-0.75)))
     second, _ = drive(Guidance(APG(momentum=-0.75)))
@@ -129,6 +137,9 @@ def test_non_finite_prediction_names_the_step(value):
 
 def test_trace_records_norms_when_asked():
     guided, run = drive(Guidance(APG(norm_threshold=0.0, momentum=0.0)), detailed=True)
+    cond, uncond, x_t = next(trajectory(6))
+    in_x0 = cosine(LEVEL.to_x0(cond, x_t), LEVEL.to_x0(uncond, x_t)).tolist()
+    assert run.trace.as_dicts()[0]["gamma"] == pytest.approx(in_x0, rel=1e-5)
     records = run.trace.as_dicts()
     assert [r["step"] for r in records] == list(range(6))
     for record, (cond, _, x_t) in zip(records, trajectory(6), strict=True):

@@ -157,6 +157,7 @@ def test_guidance_switched_off_on_the_way(pipes):
     }
     stock = latents(pipe, "sd", **options)
     assert equal(stock, latents(pipe, "sd", guidance="cfg", **options))
+    assert equal(stock, latents(pipe, "sd", guidance=Interval(noise_low=1e-3), **options))
     steps = len(pipe.guidance_trace.steps)
     assert pipe.guidance_trace.nfe == [steps + 2] * 3
 
