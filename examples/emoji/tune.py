@@ -26,8 +26,8 @@ import data as emoji
 from spine import AG_SCALE, STEPS, generate, retrieval
 
 HIGH_SCALE = 15.0
-THRESHOLDS = (0.1, 0.2, 0.4)
-MOMENTA = (-0.5, -0.75)
+THRESHOLDS = (0.025, 0.05, 0.1, 0.2)
+MOMENTA = (0.0, -0.25, -0.5)
 TARGET_NFE = 30
 
 
