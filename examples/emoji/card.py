@@ -17,7 +17,8 @@ It exists to measure guidance on something real and small, not to make pictures 
 
 | | |
 |---|---|
-| trained on | {pictures} pictures of {concepts} concepts (licences: `../NOTICE.md`) |
+| denoiser trained on | {pictures} pictures of {concepts} concepts (licences: `../NOTICE.md`) |
+| autoencoder trained on | the training split of all concepts |
 | held out | concepts and (concept, style) pairs of `../splits.json` |
 | parameters | UNet {unet:.1f} M, text encoder {text_encoder:.1f} M, autoencoder {vae:.1f} M |
 | autoencoder | {a_steps} steps in {a_minutes} minutes |
