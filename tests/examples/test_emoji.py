@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from pilotage.eval.embedded import embedded_folder, load_embedded, load_pipeline
+from pilotage.pipelines import GuidedMixin
 
 import data
 import networks
@@ -159,6 +160,26 @@ def test_embedded_model_is_small_half_precision_safetensors():
         assert dtypes <= {"F16", "I64"}
     record = json.loads((folder / "training.json").read_text())
     assert record["stages"]["denoiser"]["held_out_loss"] > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cfg_on_the_embedded_model_is_the_stock_pipeline(batch):
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(embedded_folder(), torch_dtype=torch.float32)
+    ours = load_embedded()
+    assert not isinstance(stock, GuidedMixin) and isinstance(ours, GuidedMixin)
+    images = []
+    for pipe, extra in ((stock, {}), (ours, {"guidance": "cfg"}), (ours, {})):
+        pipe.set_progress_bar_config(disable=True)
+        call = {
+            "prompt": ["noto style fox", "flat style key", "twemoji style pizza"][:batch],
+            "num_inference_steps": 4,
+            "generator": [torch.Generator().manual_seed(i) for i in range(batch)],
+            "output_type": "pt",
+        }
+        images.append(pipe(**call, **extra).images)
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 
 
 def test_embedded_model_follows_the_prompt_and_saturates():

@@ -86,6 +86,32 @@ def test_samples_do_not_depend_on_batch_mates(rule):
             torch.testing.assert_close(a[row : row + 1], b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("guidance", [Guidance(APG()), APG() | AdaptiveGuidance(0.97)])
+def test_views_of_one_network_give_one_result(guidance):
+    """Epsilon, v, sample and flow outputs of one denoiser: the same pictures, the same stops.
+
+    A flow model sees the same noise level as x / (alpha + sigma), its own alpha and sigma likewise.
+    """
+    results, costs = [], []
+    for kind in ("epsilon", "v_prediction", "sample", "flow"):
+        run, guided = Run(guidance, 3, 6, on_cpu=True), []
+        for step, (cond, uncond, noise) in enumerate(trajectory(6)):
+            sigma = 0.9 - 0.1 * step
+            alpha = (1 - sigma**2) ** 0.5
+            scale = 1 / (alpha + sigma) if kind == "flow" else 1.0
+            level = NoiseLevel(alpha * scale, sigma * scale, kind)
+            x_t = (scale * (alpha * cond + sigma * noise)).double()
+            native = [level.from_x0(denoised.double(), x_t) for denoised in (cond, uncond)]
+            rows = run.plan()
+            c, u = run.combine(rows, native[0], native[1][rows] if rows else None, x_t, W, level)
+            guided.append(level.to_x0(u + W * (c - u), x_t))
+        results.append(torch.stack(guided))
+        costs.append(run.trace.nfe)
+    for result, cost in zip(results, costs, strict=True):
+        assert cost == costs[0]
+        torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-9)
+
+
 def test_lag_delays_every_decision_by_exactly_that():
     base = drive(CFG() | AdaptiveGuidance(0.99, lag=0), steps=8)[1].trace.nfe
     late = drive(CFG() | AdaptiveGuidance(0.99, lag=1), steps=8)[1].trace.nfe

@@ -128,6 +128,7 @@ def test_exception_leaves_the_stock_pipeline(pipes, name):
 
 def test_interrupt_and_callback(pipes):
     pipe = guided(pipes("sd"))
+    before, network = latents(pipe, "sd"), pipe.unet
     seen = []
 
     def stop(pipe, step, timestep, tensors):
@@ -138,6 +139,8 @@ def test_interrupt_and_callback(pipes):
     latents(pipe, "sd", guidance="apg", callback_on_step_end=stop, num_inference_steps=4)
     assert seen == [0]
     assert len(pipe.guidance_trace.steps) == 1
+    assert pipe.unet is network
+    assert equal(latents(pipe, "sd"), before)
 
 
 def test_guidance_switched_off_on_the_way(pipes):
