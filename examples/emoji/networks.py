@@ -106,6 +106,20 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
     )
 
 
+class Reconstruction(nn.Module):
+    """The autoencoder as it is trained: encode, sample, decode."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded pictures (B, 3, H, W) and KL terms (B,), from standard normal noise."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, posterior.kl()
+
+
 class Denoiser(nn.Module):
     """UNet and text encoder trained together."""
 

@@ -39,6 +39,7 @@ from networks import (
     PRESETS,
     Denoiser,
     Preset,
+    Reconstruction,
     assemble,
     build_autoencoder,
     build_text_encoder,
@@ -70,9 +71,8 @@ def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
     train = [d for d in drawings if d.split == "train"]
     held = [d for d in drawings if d.split != "train"][:256]
     torch.manual_seed(0)
-    training = Training(
-        "autoencoder", build_autoencoder(preset), args, preset.autoencoder_learning_rate
-    )
+    model = Reconstruction(build_autoencoder(preset))
+    training = Training("autoencoder", model, args, preset.autoencoder_learning_rate)
     device = training.accelerator.device
     pixels = load_pixels(args.archive, train).to(device)
     held_pixels = load_pixels(args.archive, held).to(device)
@@ -92,15 +92,15 @@ def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
     def step_loss() -> Tensor:
         generator = training.generator()
         images = batch(generator)
-        posterior = training.bare.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
-        decoded = training.bare.decode(posterior.mean + posterior.std * noise).sample.float()
-        error = decoded - images
+        side = images.shape[-1] // 4
+        noise = torch.randn(len(images), 4, side, side, generator=generator, device=device)
+        decoded, divergence = training.model(images, noise)
+        error = decoded.float() - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean()
+        return error.abs().mean() + 0.5 * edges + 1e-6 * divergence.mean()
 
     def report(run: Training) -> dict:
-        model = ema_copy(run, build_autoencoder(preset))
+        model = ema_copy(run, Reconstruction(build_autoencoder(preset))).vae
         with torch.inference_mode():
             images = to_unit(held_pixels)
             decoded = torch.cat(
@@ -113,7 +113,8 @@ def train_autoencoder(args: argparse.Namespace, preset: Preset) -> None:
         columns = min(14, len(images))
         rows = zip(images.split(columns)[:2], decoded.split(columns)[:2], strict=True)
         sheet = torch.cat([part for pair in rows for part in pair])
-        save_sheet(sheet, args.work / "autoencoder.png", columns)
+        if run.accelerator.is_main_process:
+            save_sheet(sheet, args.work / "autoencoder.png", columns)
         return {"held_out_psnr": -10 * math.log10(mse), "steps": run.step}
 
     training.run(step_loss, report, args.report_minutes)
@@ -139,9 +140,10 @@ def trained_autoencoder(args: argparse.Namespace, preset: Preset) -> Autoencoder
         raise SystemExit(f"no autoencoder in {folder}: run the 'autoencoder' stage first")
     step = json.loads((folder / "state.json").read_text())["step"]
     tensors = load_file(folder / f"state-{step}.safetensors")
-    model = build_autoencoder(preset)
-    model.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema/")})
-    return model.eval()
+    model = Reconstruction(build_autoencoder(preset))
+    weights = {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
+    model.load_state_dict(weights)
+    return model.vae.eval()
 
 
 @torch.inference_mode()
