@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from ..guidance import CFG, Guidance, Policy, Rule, Trace, resolve
 from .families import model_family
 from .layouts import Layout, LayoutError
-from .noise_levels import check_scheduler, prediction_of
+from .noise_levels import check_scheduler, prediction_type_of
 from .seam import Seam, attached
 from .support import layout_of
 
@@ -92,10 +92,10 @@ class GuidedMixin:
         scales = _checked_scales(type(self), settings, layout, bound.arguments)
         if settings.needs_noise_level or detailed_trace:
             check_scheduler(self.scheduler)
-        if settings.rule.needs_flow and prediction_of(self.scheduler) != "flow":
+        if settings.rule.needs_flow and prediction_type_of(self.scheduler) != "flow":
             raise ValueError(
                 f"'{settings.rule}' is for networks that predict a flow velocity, the one of this "
-                f"pipeline predicts {prediction_of(self.scheduler)!r}"
+                f"pipeline predicts {prediction_type_of(self.scheduler)!r}"
             )
         seam = Seam(self, settings, layout, scales, bound.arguments, detailed_trace)
         self._guidance_trace = None

@@ -31,6 +31,7 @@ class Layout:
 
     Args:
         denoisers: Attributes of the pipeline that hold the networks of the loop.
+        listed: Samples come as items of lists, not as rows of tensors.
         sign: -1 if the pipeline negates what the network returns.
         channels: Number of leading channels that the pipeline guides; None: all that it denoises.
         scale_offset: What the pipeline's scale lacks to w (1 for ``c + s * (c - u)``).
@@ -39,6 +40,7 @@ class Layout:
     """
 
     denoisers: tuple[str, ...] = ("unet", "transformer")
+    listed: bool = False
     sign: int = 1
     channels: int | None = None
     scale_offset: float = 0.0
@@ -58,11 +60,9 @@ class Batched(Layout):
 
     Args:
         cond_first: [cond, uncond] rather than [uncond, cond].
-        listed: Samples come as items of lists, not as rows of tensors.
     """
 
     cond_first: bool = False
-    listed: bool = False
 
     def run(self, seam: Seam, call: Call) -> Any:
         """Evaluate both branches of the wanted samples, else the conditional one alone."""

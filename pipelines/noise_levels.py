@@ -68,10 +68,10 @@ def check_scheduler(scheduler: Any) -> None:
             f"the noise levels of {name} are not known, and this guidance needs denoised images: "
             f"use one of {', '.join(sorted(known))}, or a rule in native space"
         )
-    prediction_of(scheduler)
+    prediction_type_of(scheduler)
 
 
-def prediction_of(scheduler: Any) -> PredictionType:
+def prediction_type_of(scheduler: Any) -> PredictionType:
     """What the network of a scheduler predicts."""
     if type(scheduler).__name__ in BY_FLOW_SIGMA:
         return "flow"
@@ -94,7 +94,7 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     Raises:
         UnknownSchedulerError: the scheduler is not known.
     """
-    prediction = prediction_of(scheduler)
+    prediction = prediction_type_of(scheduler)
     name = type(scheduler).__name__
     if name in BY_TIMESTEP:
         square = _alpha_squared(scheduler, timestep)

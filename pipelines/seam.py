@@ -49,9 +49,7 @@ class Seam:
         if kwargs.get("skip_layers") is not None:  # skip-layer guidance: not a branch of ours
             return network(*args, **kwargs)
         self.denoiser = name
-        return self.layout.run(
-            self, Call(network, args, kwargs, getattr(self.layout, "listed", False))
-        )
+        return self.layout.run(self, Call(network, args, kwargs, self.layout.listed))
 
     def start(self, batch: int, call: Call) -> None:
         """Begin the run at the first call."""

@@ -1,4 +1,7 @@
-"""One resumable training run: optimizer, averaged weights, clock and checkpoint."""
+"""One resumable training run: optimizer, averaged weights, clock and checkpoint.
+
+The recipe needs diffusers but not Pilotage, so that it is easily carried to a machine with a GPU.
+"""
 
 from __future__ import annotations
 

@@ -113,7 +113,10 @@ def test_recipe_trains_resumes_and_exports(archive, tmp_path, monkeypatch):
     train.main(["export", "-o", str(output), *common])
     assert "Not fully trained" in (output / "README.md").read_text()
     pipe = load_pipeline(output)
-    assert pipe.vae.config.scaling_factor == pytest.approx(0.18215, rel=50)
+    trained = [d for d in data.load(archive) if d.split == "train"]
+    latents = train.encode(pipe.vae, train.load_pixels(archive, trained))
+    # Measured on what was trained on; the exported weights are rounded to half precision.
+    assert (latents * pipe.vae.config.scaling_factor).std().item() == pytest.approx(1, rel=0.02)
     image = pipe("noto style fox", num_inference_steps=2, guidance="apg").images[0]
     assert image.size == (64, 64)
 
