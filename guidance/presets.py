@@ -26,9 +26,9 @@ ALIASES: dict[str, str] = {"cfg-zero-star": CFGZeroStar.name}
 # APG: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds are
 # norms over all elements of the latents at the model's native size; here they are per element.
 PRESETS: dict[str, dict[str, Rule | Policy]] = {
-    # The embedded model (examples/emoji), chosen from examples/emoji/tune.py: a threshold that takes
-    # away over a third of CFG's excess saturation at w = 15 (smaller ones take more, but bound the
-    # update at any w); 30 of 40 evaluations over 20 steps of DPM++ 2M at w = 7.5.
+    # The embedded model (examples/emoji), chosen from examples/emoji/tune.py: a threshold that
+    # takes away over a third of the excess saturation of CFG at w = 15 (smaller ones take more,
+    # but bound the update at any w); 30 of 40 evaluations over 20 steps of DPM++ 2M at w = 7.5.
     "emoji": {
         "apg": APG(norm_threshold=0.05, momentum=-0.5),
         "ag": AdaptiveGuidance(threshold=0.9975),
