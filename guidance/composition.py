@@ -42,7 +42,9 @@ class Guidance:
     @property
     def needs_x0(self) -> bool:
         """Whether denoised images, hence the scheduler's noise levels, are needed."""
-        return self.rule.space == "x0" or (self.policy.needs_gamma and self.policy.space == "x0")
+        policy = self.policy
+        reads = policy.needs_gamma or policy.needs_history
+        return self.rule.space == "x0" or (reads and policy.space == "x0")
 
     @property
     def needs_noise_level(self) -> bool:

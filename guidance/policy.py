@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -47,6 +48,30 @@ class PolicyState:
                 shape (len(rows),), on the network's device; None if `needs_gamma` is False.
         """
 
+    def scale(self, step: Step, guidance_scale: float) -> float | Tensor:
+        """w at this step (0-d if to be differentiated by); `guidance_scale` was asked for."""
+        return guidance_scale
+
+    def estimate(self, step: Step, pred_cond: Tensor) -> Tensor | None:
+        """What stands in for the unconditional predictions at a step that evaluates none.
+
+        Asked only of policies with `needs_history`.
+
+        Args:
+            step: The step just evaluated.
+            pred_cond: Conditional prediction in the policy's space, with shape (B, \\*).
+
+        Returns:
+            The estimate in the same space and shape; None: the conditional prediction stands alone.
+        """
+        return None
+
+    def keep(self, step: Step, pred_cond: Tensor, pred_uncond: Tensor) -> None:
+        """Remember the predictions of a guided step, whether evaluated or estimated.
+
+        Asked only of policies with `needs_history`; both have the shape (B, \\*), in its space.
+        """
+
 
 class Policy:
     """Base of all policies. Subclasses are frozen dataclasses of their settings.
@@ -54,14 +79,18 @@ class Policy:
     Attributes:
         name: The name by which `pipe(..., guidance=name)` finds the policy.
         needs_gamma: Whether `PolicyState.observe` wants the cosine of the two predictions.
-        space: The space in which that cosine is taken.
+        needs_history: Whether the policy keeps predictions, to estimate unconditional ones.
+        space: The space in which the cosine is taken and predictions are kept.
         needs_noise: Whether the policy reads `Step.noise`.
+        identity: What the policy's settings were fitted on; None: they hold anywhere.
     """
 
     name: ClassVar[str]
     needs_gamma: ClassVar[bool] = False
+    needs_history: bool = False
     needs_noise: bool = False
     space: Space = "native"
+    identity: Mapping[str, Any] | None = None
 
     def start(self, batch: int, on_cpu: bool) -> PolicyState:
         """A fresh state for a run of `batch` samples."""

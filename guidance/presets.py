@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from .adaptive import AdaptiveGuidance
+from .alternating import Extrapolate, Hold
 from .apg import APG
 from .cfg import CFG
 from .cfg_zero_star import CFGZeroStar
 from .composition import Guidance
 from .frequency_decoupled import FDG
+from .linear_ag import LinearAG
 from .magnitude_aware import MagnitudeAware
 from .policy import Always, Interval, Policy
 from .rescale import CFGRescale
 from .rule import Rule
+from .schedule import Schedule
 from .tcfg import TCFG
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (CFG, APG, CFGRescale, CFGZeroStar, TCFG, MagnitudeAware, FDG)
 }
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Always, Interval, AdaptiveGuidance)
+    policy.name: policy
+    for policy in (Always, Interval, AdaptiveGuidance, LinearAG, Hold, Extrapolate, Schedule)
 }
 # A star is awkward in shells.
 ALIASES: dict[str, str] = {"cfg-zero-star": CFGZeroStar.name}

@@ -10,7 +10,7 @@ from .cfg import CFG
 from .composition import Guidance
 from .lagged import LaggedReads
 from .policy import Step
-from .prediction import NoiseLevel, Space, norm
+from .prediction import NoiseLevel, Space, accumulate, dot, norm
 from .trace import StepRecord, Trace
 
 
@@ -67,15 +67,16 @@ class Run:
             rows: What `plan` returned.
             pred_cond: Network output of the conditional branch, with shape (B, \\*).
             pred_uncond: Network output of the unconditional branch, with shape (len(rows), \\*);
-                None if `rows` is empty.
+                None if `rows` is empty: then the policy may give an estimate of it.
             x_t: Network input, with shape (B, \\*).
             guidance_scale: w; 1 means no guidance.
             level: Noise level of `x_t`; may be None if ``guidance.needs_x0`` is False.
 
         Returns:
             (cond, uncond), both with shape (B, \\*) and the dtype of `pred_cond`, such that
-            ``uncond + w * (cond - uncond)`` is the guided prediction. For `CFG` these are the
-            predictions themselves, untouched; otherwise both are the guided prediction.
+            ``uncond + w * (cond - uncond)`` is the guided prediction. For `CFG` at the scale given
+            these are the predictions themselves, untouched; otherwise both are the guided
+            prediction.
 
         Raises:
             NonFinitePredictionError: a prediction is NaN or infinite (on other devices than the
@@ -84,28 +85,35 @@ class Run:
         record = StepRecord(self.step.index, self.step.noise, rows)
         self.trace.steps.append(record)
         self._check_finite(pred_cond, pred_uncond)
+        policy, rule, state = self.guidance.policy, self.guidance.rule, self.policy_state
         if not rows:
-            return pred_cond, pred_cond
+            pred_uncond = self._estimate(pred_cond, x_t, level)
+            if pred_uncond is None:
+                return pred_cond, pred_cond
+            rows, record.estimated = list(range(self.batch)), True
         every = len(rows) == self.batch
         index = None if every else torch.tensor(rows, device=pred_cond.device)
         cond = pred_cond if every else pred_cond[index]
         views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
-        policy = self.guidance.policy
         if policy.needs_gamma or self.detailed:
             space = policy.space
             if not policy.needs_gamma:
                 space = "x0" if level is not None else "native"
             record.gamma = cosine(*views.pair(space))
-        self.policy_state.observe(self.step, rows, record.gamma)
-        rule = self.guidance.rule
-        if isinstance(rule, CFG) and not self.detailed:
-            return pred_cond, _fill(pred_cond, pred_uncond, index)
-        rule_cond, rule_uncond = views.pair(rule.space)
-        guided, state = rule.combine(rule_cond, rule_uncond, guidance_scale, self._state_of(index))
-        self._keep_state(state, index)
-        if self.detailed:
-            record.cond_norm, record.update_norm = norm(rule_cond), norm(guided - rule_cond)
-        if isinstance(rule, CFG):
+        state.observe(self.step, rows, record.gamma)
+        if policy.needs_history:
+            state.keep(self.step, *views.pair(policy.space))
+        scale = state.scale(self.step, guidance_scale)
+        # A scale that is a tensor may carry a gradient, which the pipeline's own line would lose.
+        own_scale = not isinstance(scale, Tensor) and scale == guidance_scale
+        untouched = isinstance(rule, CFG) and own_scale
+        if not (untouched and not self.detailed):
+            rule_cond, rule_uncond = views.pair(rule.space)
+            guided, kept = rule.combine(rule_cond, rule_uncond, scale, self._state_of(index))
+            self._keep_state(kept, index)
+            if self.detailed:
+                _measure(record, rule_cond, rule_uncond, guided, scale)
+        if untouched:
             return pred_cond, _fill(pred_cond, pred_uncond, index)
         guided = _fill(pred_cond, views.back(guided, rule.space).to(pred_cond.dtype), index)
         return guided, guided
@@ -118,12 +126,30 @@ class Run:
         """
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
         self.step = Step(self.step.index + 1, self.total, None)
-        self.trace.steps.append(StepRecord(self.step.index, None, []))
+        self.leave(prediction)
+
+    def leave(self, prediction: Tensor) -> None:
+        """End a planned step without guidance: its unconditional branch never came.
+
+        Args:
+            prediction: Network output of the conditional branch, with shape (B, \\*).
+        """
+        self.trace.steps.append(StepRecord(self.step.index, self.step.noise, []))
         self._check_finite(prediction)
 
     def finish(self) -> None:
         """Raise what was still on its way from the device."""
         self._raise_if_not_finite(self.finite.rest())
+
+    def _estimate(self, pred_cond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> Tensor | None:
+        """What stands in for the unconditional network output; None: nothing does."""
+        policy = self.guidance.policy
+        if not policy.needs_history:
+            return None
+        if policy.space == "native":
+            return self.policy_state.estimate(self.step, pred_cond)
+        estimate = self.policy_state.estimate(self.step, level.to_x0(pred_cond, x_t))
+        return None if estimate is None else level.from_x0(estimate, x_t).to(pred_cond.dtype)
 
     def _state_of(self, index: Tensor | None) -> Tensor | None:
         if index is None or self.rule_state is None:
@@ -170,6 +196,19 @@ class _Views:
 
     def back(self, guided: Tensor, space: Space) -> Tensor:
         return guided if space == "native" else self.level.from_x0(guided, self.x_t)
+
+
+def _measure(
+    record: StepRecord, cond: Tensor, uncond: Tensor, guided: Tensor, scale: float
+) -> None:
+    """Put the norms of a step and what the rule did to them into its record."""
+    cond, uncond = accumulate(cond), accumulate(uncond)
+    difference, update = cond - uncond, guided - cond
+    record.cond_norm, record.update_norm = norm(cond), norm(update)
+    plain = (scale - 1) * norm(difference)
+    record.scale_factor = record.update_norm / plain.where(plain > 0, 1)
+    product = norm(difference) * record.cond_norm
+    record.parallel_share = dot(difference, cond).square() / product.where(product > 0, 1).square()
 
 
 def _fill(base: Tensor, values: Tensor, index: Tensor | None) -> Tensor:

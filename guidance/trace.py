@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+MEASURED = ("gamma", "cond_norm", "update_norm", "scale_factor", "parallel_share")
 
 
 @dataclass
@@ -17,8 +20,14 @@ class StepRecord:
         rows: The samples whose both branches were evaluated.
         gamma: Cosine of the two predictions, with shape (len(rows),): in the policy's space, or for
             policies without one on denoised images where the noise level is known.
+        estimated: Whether the unconditional predictions of this step are estimates; `rows` is then
+            empty, and what follows is of every sample.
         cond_norm: L2 norm of the conditional prediction in the rule's space, likewise.
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
+        scale_factor: `update_norm` in units of plain guidance's, (w - 1) times the norm of the
+            difference of the two predictions; 1 for CFG.
+        parallel_share: Squared cosine between that difference and the conditional prediction: the
+            share of the difference's square that is parallel to it.
 
     The tensors stay on the network's device until they are read.
     """
@@ -26,16 +35,19 @@ class StepRecord:
     index: int
     noise: float | None
     rows: list[int]
+    estimated: bool = False
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
     update_norm: Tensor | None = None
+    scale_factor: Tensor | None = None
+    parallel_share: Tensor | None = None
 
     def as_dict(self) -> dict:
         """Plain numbers and lists."""
-        tensors = ("gamma", "cond_norm", "update_norm")
-        values = {name: getattr(self, name) for name in tensors}
+        values = {name: getattr(self, name) for name in MEASURED}
         lists = {name: v.float().tolist() for name, v in values.items() if v is not None}
-        return {"step": self.index, "noise": self.noise, "rows": self.rows, **lists}
+        plain = {"step": self.index, "noise": self.noise, "rows": self.rows}
+        return plain | {"estimated": self.estimated} | lists
 
 
 @dataclass
@@ -57,3 +69,52 @@ class Trace:
     def as_dicts(self) -> list[dict]:
         """One dictionary a step, ready for JSON."""
         return [step.as_dict() for step in self.steps]
+
+    def plot(self) -> Any:
+        """What was measured over the steps, as a matplotlib figure; faint lines are samples.
+
+        Panels without figures are left out: most need ``detailed_trace=True``.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: the run has no steps.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "trace.plot() needs matplotlib: pip install matplotlib"
+            ) from (error)
+        if not self.steps:
+            raise ValueError("a trace without steps cannot be plotted")
+        measured = [n for n in MEASURED if any(getattr(s, n) is not None for s in self.steps)]
+        panels = ["evaluations", *measured]
+        figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+        for name, axis in zip(panels, axes, strict=True):
+            axis.set_ylabel(name.replace("_", " "))
+            axis.grid(alpha=0.3)
+            values = self._evaluations() if name == "evaluations" else self._series(name)
+            for row in values:
+                axis.plot(*zip(*row, strict=True), color="tab:blue", alpha=0.3, marker=".")
+        for step in self.steps:
+            if step.estimated:
+                axes[0].axvspan(step.index - 0.5, step.index + 0.5, color="tab:orange", alpha=0.2)
+        axes[0].set_title(f"network evaluations a sample: {sum(self.nfe) / self.batch:g}")
+        axes[-1].set_xlabel("network evaluation of the conditional branch (orange: estimated)")
+        return figure
+
+    def _evaluations(self) -> list[list[tuple[int, float]]]:
+        """(step, share of the samples whose both branches ran, plus 1), one line."""
+        return [[(s.index, 1 + len(s.rows) / self.batch) for s in self.steps]]
+
+    def _series(self, name: str) -> list[list[tuple[int, float]]]:
+        """(step, value) of every sample."""
+        lines: list[list[tuple[int, float]]] = [[] for _ in range(self.batch)]
+        for step in self.steps:
+            values = getattr(step, name)
+            if values is not None:
+                rows = range(self.batch) if step.estimated else step.rows
+                for row, value in zip(rows, values.float().tolist(), strict=True):
+                    lines[row].append((step.index, value))
+        return [line for line in lines if line]

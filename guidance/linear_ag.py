@@ -1,0 +1,124 @@
+r"""LinearAG: the unconditional prediction as a linear function of what the run has already seen.
+
+.. math:: \hat u_t = \sum_{i \le t} \beta^c_{t,i} \, c_i + \sum_{i < t} \beta^u_{t,i} \, u_i
+
+with scalar coefficients for every step, fitted by least squares on trajectories of ordinary
+guidance. Real and estimated guidance alternate over the first half of the run: 25 network
+evaluations for 20 steps. What the second half does is not settled by the paper, so both ways are
+offered. An estimated :math:`u_i` is fed back as the estimate.
+
+References:
+    Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
+    Models", AAAI 2025, https://arxiv.org/abs/2312.12487
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from .alternating import Alternating
+from .prediction import Space
+from .stand_in import StandIn, Weights
+
+Target = Literal["uncond", "difference"]
+
+
+@dataclass(frozen=True)
+class Coefficients(StandIn):
+    """The coefficients of LinearAG for a run of T network evaluations.
+
+    Args:
+        cond: Row t holds the weights of the conditional predictions 0 .. t.
+        uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1.
+        intercept: b_t, added to every element; empty: none.
+        space: The space of the predictions they were fitted on.
+        identity: What they were fitted on (see `pilotage.pipelines.identity`); pipelines refuse
+            them elsewhere. None: not checked.
+
+    Raises:
+        ValueError: the rows are not as described.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    cond: tuple[tuple[float, ...], ...]
+    uncond: tuple[tuple[float, ...], ...]
+    intercept: tuple[float, ...] = ()
+    space: Space = "native"
+    identity: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cond", "uncond"):
+            object.__setattr__(self, name, tuple(tuple(row) for row in getattr(self, name)))
+        object.__setattr__(self, "intercept", tuple(self.intercept))
+        steps = len(self.cond)
+        lengths = [[len(row) for row in rows] for rows in (self.cond, self.uncond)]
+        if lengths != [list(range(1, steps + 1)), list(range(steps))] or not steps:
+            raise ValueError(
+                "Coefficients: row t must hold t + 1 conditional and t unconditional weights, got "
+                f"rows of {lengths[0]} and {lengths[1]}"
+            )
+        if len(self.intercept) not in (0, steps):
+            raise ValueError(f"Coefficients: {len(self.intercept)} intercepts for {steps} steps")
+        if self.space not in ("x0", "native"):
+            raise ValueError(f"Coefficients: space is 'x0' or 'native', got {self.space!r}")
+
+    def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `StandIn`."""
+        self._last(step, evaluated)
+        return Weights(
+            dict(enumerate(self.cond[step])),
+            dict(enumerate(self.uncond[step])),
+            self.intercept[step] if self.intercept else 0.0,
+        )
+
+    def check_total(self, total: int) -> None:
+        """See `StandIn`."""
+        if total != len(self.cond):
+            raise ValueError(
+                f"coefficients fitted for {len(self.cond)} network evaluations cannot guide a run "
+                f"of {total}: use as many steps, or fit them for that number"
+            )
+
+    def __str__(self) -> str:
+        return f"Coefficients({len(self.cond)} steps)"
+
+
+@dataclass(frozen=True)
+class LinearAG(Alternating):
+    """LinearAG: real and linearly estimated guidance in turn, then a cheap tail.
+
+    Args:
+        period, head: See `Alternating`. The defaults are the paper's.
+        tail: "cond" (the conditional prediction alone) or "linear" (still estimated).
+        coefficients: What `pilotage.pipelines.fit` found for this model, scheduler, number of
+            steps, scale and negative prompt.
+
+    Raises:
+        ValueError: no coefficients, or a setting is out of its range.
+    """
+
+    name: ClassVar[str] = "linear-ag"
+    estimated: ClassVar[str] = "linear"
+
+    coefficients: Coefficients | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coefficients is None:
+            raise ValueError(
+                "linear-ag needs coefficients fitted for this model: make them with 'pilotage fit' "
+                "(or pilotage.pipelines.fit), then guidance=load_guidance(file)"
+            )
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """What the coefficients were fitted on."""
+        return self.coefficients.identity
+
+    @property
+    def stands_in(self) -> StandIn:
+        """The coefficients."""
+        return self.coefficients
