@@ -7,12 +7,15 @@ import functools
 import inspect
 import math
 import numbers
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from ..guidance import CFG, Guidance, Policy, Rule, Trace, resolve
+from ..guidance import CFG, Guidance, Policy, Rule, Trace, load_guidance, resolve
 from .families import model_family
+from .fitted import check_identity
 from .layouts import Layout, LayoutError
 from .noise_levels import check_scheduler, prediction_type_of
 from .seam import Seam, attached
@@ -70,7 +73,15 @@ class GuidedMixin:
         return self if _KEEP_DTYPE.get() else super().to(*args, **kwargs)
 
     def resolve_guidance(self, guidance: GuidanceLike) -> Guidance:
-        """The settings a name stands for on this pipeline (presets of its model family)."""
+        """The settings a name stands for on this pipeline.
+
+        A file ``guidance/NAME.json`` in the folder that the pipeline was loaded from comes first,
+        then the presets of its model family, then the defaults.
+        """
+        if isinstance(guidance, str):
+            own = guidance_folder(self)
+            if own is not None and (own / f"{guidance}.json").is_file():
+                return load_guidance(own / f"{guidance}.json")
         return resolve(guidance, model_family(self))
 
     def __call__(
@@ -81,15 +92,39 @@ class GuidedMixin:
         **kwargs: Any,
     ) -> Any:
         """See the stock pipeline."""
-        stock_call = super().__call__
+        stock_call = type(self).stock_class.__call__
         if guidance is None:
-            return stock_call(*args, **kwargs)
+            return stock_call(self, *args, **kwargs)
+        return self.call_guided(
+            stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs
+        )
+
+    def call_guided(
+        self,
+        stock_call: Callable[..., Any],
+        *args: Any,
+        guidance: GuidanceLike,
+        detailed_trace: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock pipeline's call under a guidance.
+
+        Args:
+            stock_call: ``__call__`` of the stock class, or what it wraps (without ``no_grad``, to
+                differentiate through a run).
+            args, kwargs: Its arguments.
+            guidance: How to guide.
+            detailed_trace: Record cosines and norms of the predictions at every step.
+        """
         settings = self.resolve_guidance(guidance)
         layout = _guidable_layout(type(self))
         signature = inspect.signature(type(self).stock_class.__call__)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         scales = _checked_scales(type(self), settings, layout, bound.arguments)
+        if settings.policy.identity is not None:
+            scale = scales[layout.denoisers[0]] + layout.scale_offset
+            check_identity(self, settings.policy.identity, bound.arguments, scale)
         if settings.needs_noise_level or detailed_trace:
             check_scheduler(self.scheduler)
         if settings.rule.needs_flow and prediction_type_of(self.scheduler) != "flow":
@@ -101,7 +136,7 @@ class GuidedMixin:
         self._guidance_trace = None
         try:
             with attached(self, seam):
-                output = stock_call(*args, **kwargs)
+                output = stock_call(self, *args, **kwargs)
             seam.finish()
         finally:
             if seam.run is not None:
@@ -109,14 +144,20 @@ class GuidedMixin:
         return output
 
 
-def _scale_argument(pipeline_class: type) -> str | None:
+def guidance_folder(pipe: Any) -> Path | None:
+    """Where a pipeline loaded from a folder keeps its own settings; the folder may not exist."""
+    loaded_from = getattr(pipe.config, "_name_or_path", None)
+    return Path(loaded_from) / "guidance" if loaded_from and Path(loaded_from).is_dir() else None
+
+
+def scale_argument(pipeline_class: type) -> str | None:
     """Name of the argument that holds the guidance scale, None if there is none."""
     parameters = inspect.signature(pipeline_class.__call__).parameters
     return next((name for name in SCALE_ARGUMENTS if name in parameters), None)
 
 
 def _guidable_layout(pipeline_class: type) -> Layout:
-    if _scale_argument(pipeline_class) is None:
+    if scale_argument(pipeline_class) is None:
         raise LayoutError(
             f"{pipeline_class.__name__} has no classifier-free guidance: "
             f"its call takes none of {', '.join(SCALE_ARGUMENTS)}"
@@ -133,7 +174,7 @@ def _checked_scales(
         ValueError: it is not a finite positive number, leaves nothing to guide, or an option of
             the call conflicts with the guidance.
     """
-    name = _scale_argument(pipeline_class)
+    name = scale_argument(pipeline_class)
     scale = _positive(name, arguments[name])
     nothing = f"so that '{guidance}' has nothing to act on: use"
     if not guidance.is_plain and scale + layout.scale_offset <= 1:

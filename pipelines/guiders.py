@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from diffusers.modular_pipelines import BlockState
 from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, cfg, resolve
-from ..guidance.presets import POLICIES, RULES
+from ..guidance.saved import from_dict, to_dict
 from .families import model_family
 from .layouts import LayoutError
 from .noise_levels import check_scheduler, noise_level, ratio
@@ -78,7 +77,7 @@ class Guider(BaseGuidance):
         detailed_trace: bool = False,
     ) -> None:
         super().__init__(enabled=enabled)
-        self._given = _from_config(guidance) if isinstance(guidance, dict) else guidance
+        self._given = from_dict(guidance) if isinstance(guidance, dict) else guidance
         self.guidance = resolve(self._given)
         self.detailed_trace = detailed_trace
         self.register_to_config(
@@ -148,6 +147,11 @@ class Guider(BaseGuidance):
             )
         self._pipe = weakref.ref(pipe) if known else None
         self.guidance = resolve(self._given, model_family(pipe))
+        if self.guidance.policy.identity is not None:
+            raise ValueError(
+                f"'{self.guidance}' was fitted for one model, scheduler and negative prompt, which "
+                "a guider cannot check: use it with guided(pipeline)"
+            )
         return self
 
     def partner(self, guidance_scale: float) -> Guider:
@@ -227,7 +231,11 @@ class Guider(BaseGuidance):
         if 0 < len(rows) < run.batch:
             kept = pred_uncond[torch.tensor(rows, device=pred_uncond.device)]
         scale = self.guidance_scale
-        cond, uncond = run.combine(rows, pred_cond, kept, x_t, scale, self._level)
+        if self.num_conditions == 1:
+            run.leave(pred_cond)
+            cond = uncond = pred_cond
+        else:
+            cond, uncond = run.combine(rows, pred_cond, kept, x_t, scale, self._level)
         self._rows = self._level = self._sample = None
         self._course.end_step()
         pred = cond if cond is uncond else cfg(cond, uncond, scale)
@@ -366,27 +374,4 @@ def _batch_of(batch: BlockState) -> tuple[int, bool]:
 
 def _to_config(guidance: str | Rule | Policy | Guidance) -> str | dict[str, Any]:
     """A name as it is, objects as dictionaries ready for JSON."""
-    if isinstance(guidance, str):
-        return guidance
-    settings = resolve(guidance)
-    return {"rule": _settings(settings.rule), "policy": _settings(settings.policy)}
-
-
-def _settings(part: Rule | Policy) -> dict[str, Any]:
-    values = {field.name: getattr(part, field.name) for field in fields(part)}
-    # An open end (a default) stays out: JSON knows no infinity.
-    ends = {field.name for field in fields(part) if field.default == math.inf}
-    open_ends = {name for name in ends if values[name] == math.inf}
-    return {"name": part.name} | {k: v for k, v in values.items() if k not in open_ends}
-
-
-def _from_config(config: dict[str, Any]) -> Guidance:
-    """Inverse of `_to_config` for dictionaries."""
-    parts = {}
-    for kind, known in (("rule", RULES), ("policy", POLICIES)):
-        settings = dict(config[kind])
-        name = settings.pop("name")
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
-        parts[kind] = known[name](**settings)
-    return Guidance(**parts)
+    return guidance if isinstance(guidance, str) else to_dict(resolve(guidance))

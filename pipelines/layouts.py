@@ -177,7 +177,7 @@ class TwoCalls(Layout):
         """Close a step whose unconditional call never came: it was not guided."""
         if seam.pending is not None:
             pending, seam.pending = seam.pending, None
-            seam.combine([], pending.cond, None, pending.sample, pending.level)
+            seam.run.leave(pending.cond)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
