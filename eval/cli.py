@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from dataclasses import asdict
@@ -35,14 +36,12 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
-    from ..guidance import resolve
+    from .embedded import check_guidance, load_embedded, load_pipeline
 
-    resolve(guidance)  # an unknown name fails before anything is loaded
+    check_guidance(guidance, model)  # an unknown name fails before anything is loaded
 
     import torch
     from PIL.PngImagePlugin import PngInfo
-
-    from .embedded import load_embedded, load_pipeline
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,11 +104,52 @@ def info() -> None:
     console.print(table)
 
 
+MODULES = {
+    "compare": ("compare", "Compare guidance settings: pictures, metrics and a report."),
+    "fit": ("fit", "Fit LinearAG's coefficients to a model."),
+    "calibrate": ("calibrate", "Find Adaptive Guidance's threshold for a cost or a quality."),
+    "search": ("search", "Search a schedule of evaluated, estimated and skipped steps."),
+    "fid": ("frechet", "Fréchet distance between two sets of pictures."),
+    "kid": ("kid", "Kernel distance between two sets of pictures."),
+    "cmmd": ("cmmd", "CMMD between two sets of pictures, on CLIP embeddings."),
+    "precision-recall": ("precision_recall", "Precision, recall, density and coverage."),
+    "saturation": ("saturation", "Saturation, contrast and colourfulness of pictures."),
+    "similarity": ("similarity", "SSIM and PSNR to pictures of the same name."),
+    "alignment": ("alignment", "How well pictures show what their prompts say."),
+    "statistics": ("statistics", "Keep a folder's features or their statistics in a file."),
+}
+
+
+def _register(name: str, module: str, text: str) -> None:
+    # The module is imported when its command runs, so that ``pilotage --help`` stays fast; it
+    # parses its own arguments, --help too.
+    def forward(context: typer.Context) -> None:
+        command = importlib.import_module(f".{module}", __package__).app
+        command(context.args, prog_name=context.command_path)
+
+    forward.__doc__ = text
+    settings = {
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": [],
+    }
+    app.command(name, context_settings=settings)(forward)
+
+
+for _name, (_module, _text) in MODULES.items():
+    _register(_name, _module, _text)
+
+
 def main() -> None:
-    """Entry point of ``pilotage``: errors of the user's making end in one line."""
+    """Entry point of ``pilotage``."""
+    run(app)
+
+
+def run(command: typer.Typer) -> None:
+    """Run a command: errors of the user's making end in one line and status 2."""
     try:
-        app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        command()
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
 

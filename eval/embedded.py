@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..guidance import load_guidance, resolve
 from ..pipelines import guided
 
 FOLDER = Path("examples/emoji/model")
@@ -50,3 +51,20 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
     """The embedded emoji model as a guided ``StableDiffusionPipeline``."""
     return load_pipeline(embedded_folder(), dtype)
+
+
+def check_guidance(name: str, model: str | None) -> None:
+    """Find mistakes in a guidance name before a model is loaded.
+
+    Args:
+        name: As written by the user: a name the model's own folder has settings for, or any other.
+        model: Folder or hub name; None: the embedded model.
+
+    Raises:
+        ValueError: unknown name, or damaged settings.
+    """
+    own = (embedded_folder() if model is None else Path(model)) / "guidance" / f"{name}.json"
+    if own.is_file():
+        load_guidance(own)
+    else:
+        resolve(name)

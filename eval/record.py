@@ -50,12 +50,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def write_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write measured figures with command line, machine, versions and date beside them."""
-    context = {
+def figures_context() -> dict[str, Any]:
+    """Command line, date, machine and versions."""
+    return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
     }
-    write_json(path, {**figures, "context": context})
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write measured figures with command line, machine, versions and date beside them."""
+    write_json(path, {**figures, "context": figures_context()})
