@@ -1,0 +1,208 @@
+"""Policy search: for every step, which branches to evaluate, which to estimate, and how strongly.
+
+Two ways to the same kind of result, the Pareto front of quality over network evaluations:
+
+* `search`: greedy removal of the cheapest unconditional evaluations, then evolution of the front,
+  in which single steps may also be scaled to make up for others (the idea of OUSAC,
+  https://arxiv.org/abs/2512.14096). No gradient is needed.
+* `pilotage.eval.relaxed_search.relaxed_search`: the differentiable relaxation of the Adaptive
+  Guidance paper (https://arxiv.org/abs/2312.12487).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..guidance import Guidance, HoldDifference, Schedule, StandIn, resolve
+from ..guidance.saved import save_guidance
+from ..pipelines.fitted import run_identity
+from .trials import Trials
+
+FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule and what it was found to do."""
+
+    schedule: Schedule
+    nfe: float
+    quality: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a policy search found.
+
+    Args:
+        front: Candidates that no other beats in both cost and quality, cheapest first.
+        tried: Number of schedules tried.
+        guidance: The cheapest on the front that reaches the floor, ready for ``guidance=``.
+        best: The same with its figures.
+    """
+
+    front: tuple[Candidate, ...]
+    tried: int
+    guidance: Guidance
+    best: Candidate
+
+    def save(self, path: Path | str) -> None:
+        """Write the settings as JSON (see `save_guidance`)."""
+        measured = {
+            "nfe": self.best.nfe,
+            "quality": self.best.quality,
+            "front": [[c.nfe, round(c.quality, 5), str(c.schedule)] for c in self.front],
+        }
+        save_guidance(Path(path), self.guidance, measured)
+
+
+def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Those that no other beats in both cost and quality, cheapest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.nfe, -c.quality)):
+        if not front or candidate.quality > front[-1].quality:
+            front.append(candidate)
+    return tuple(front)
+
+
+class Trier:
+    """Tries schedules, each once."""
+
+    def __init__(self, trials: Trials, bar: Any) -> None:
+        self.trials, self.bar = trials, bar
+        self.known: dict[tuple, Candidate] = {}
+
+    def __call__(self, schedule: Schedule) -> Candidate:
+        """The schedule with its figures; measured only the first time."""
+        key = (schedule.choices, schedule.factors)
+        if key not in self.known:
+            quality, nfe = self.trials.judge(self.trials.compose(schedule))
+            self.known[key] = Candidate(schedule, nfe, quality)
+            self.bar.update()
+        return self.known[key]
+
+
+def search(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    quality_floor: float = 0.9,
+    stand_in: StandIn | None = None,
+    rounds: int = 60,
+    progress: bool = True,
+    **settings: Any,
+) -> Search:
+    """Look for the cheapest schedule whose quality reaches a floor.
+
+    Every step but the first may evaluate both branches, estimate the unconditional one or let the
+    conditional one stand alone. The greedy part costs about 3 T runs of the prompts.
+
+    Args:
+        pipe: A guided pipeline.
+        prompts: A few typical prompts; 16 give a usable order, more a finer one.
+        quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
+            otherwise).
+        stand_in: What estimates; default: `HoldDifference`. `Fit.coefficients` is better.
+        rounds: Schedules tried by evolution after the greedy part.
+        progress: Show a bar.
+        settings: As of `Trials`.
+
+    Raises:
+        ValueError: the floor is not between 0 and 1, or a setting out of its range.
+    """
+    from tqdm import tqdm
+
+    check_floor(quality_floor)
+    trials = Trials(pipe, prompts, **settings)
+    stand_in = stand_in or HoldDifference()
+    total = evaluations(trials)
+    with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+        trier = Trier(trials, bar)
+        _remove_greedily(trier, Schedule(("both",) * total, stand_in=stand_in))
+        _evolve(trier, quality_floor, rounds, random.Random(trials.seed))
+    return conclude(trials, trier, quality_floor)
+
+
+def check_floor(floor: float) -> None:
+    """Raise ValueError unless 0 < floor < 1."""
+    if not 0 < floor < 1:
+        raise ValueError(f"quality_floor must be between 0 and 1, got {floor}")
+
+
+def evaluations(trials: Trials) -> int:
+    """Network evaluations of one branch in a run (second-order schedulers make two a step)."""
+    call = trials.batches()[0]
+    call = {k: v[:1] if isinstance(v, list) else v for k, v in call.items()}
+    trials.pipe(guidance="cfg", output_type="latent", **call)
+    return len(trials.pipe.guidance_trace.steps)
+
+
+def conclude(trials: Trials, trier: Trier, floor: float) -> Search:
+    """The front of everything tried; its schedules know what they were found for."""
+    w = trials.guidance_scale
+    steps, negative = trials.num_inference_steps, trials.negative_prompt
+    identity = run_identity(trials.pipe, steps, (w, w), negative)
+    front = tuple(
+        replace(c, schedule=replace(c.schedule, identity=identity))
+        for c in pareto(trier.known.values())
+    )
+    best = next((c for c in front if c.quality >= floor), front[-1])
+    return Search(front, len(trier.known), resolve(trials.compose(best.schedule)), best)
+
+
+def _changed(schedule: Schedule, index: int, choice: str) -> Schedule:
+    choices = list(schedule.choices)
+    choices[index] = choice
+    return replace(schedule, choices=tuple(choices))
+
+
+def _remove_greedily(trier: Trier, full: Schedule) -> None:
+    """Take unconditional evaluations away, always the one whose loss alone was least.
+
+    Of the two replacements of a step, the better one is tried first in company, too; where the
+    other one does better there, it stays.
+    """
+    alone: list[tuple[float, int, tuple[str, ...]]] = []
+    for index in range(1, len(full.choices)):
+        tried = {c: trier(_changed(full, index, c)).quality for c in ("estimate", "cond")}
+        order = tuple(sorted(tried, key=tried.get, reverse=True))
+        alone.append((tried[order[0]], index, order))
+    schedule = full
+    for _, index, order in sorted(alone, reverse=True):
+        candidates = [trier(_changed(schedule, index, choice)) for choice in order]
+        schedule = max(candidates, key=lambda c: c.quality).schedule
+
+
+def _evolve(trier: Trier, floor: float, rounds: int, chance: random.Random) -> None:
+    """Vary members of the front, most often those near the floor."""
+    for _ in range(rounds):
+        front = pareto(trier.known.values())
+        near = sorted(front, key=lambda c: abs(c.quality - floor))
+        parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule
+        trier(_mutated(parent, chance))
+
+
+def _mutated(schedule: Schedule, chance: random.Random) -> Schedule:
+    """Swap two steps, change one, or scale one."""
+    choices = list(schedule.choices)
+    factors = list(schedule.factors or (1.0,) * len(choices))
+    kind = chance.choice(("swap", "change", "scale", "scale all"))
+    real = [i for i, choice in enumerate(choices) if choice == "both" and i]
+    other = [i for i, choice in enumerate(choices) if choice != "both"]
+    if kind == "swap" and real and other:
+        i, j = chance.choice(real), chance.choice(other)
+        choices[i], choices[j] = choices[j], choices[i]
+    elif kind == "change":
+        i = chance.randrange(1, len(choices))
+        choices[i] = chance.choice([c for c in ("both", "estimate", "cond") if c != choices[i]])
+    elif kind == "scale":
+        i = chance.choice([i for i, choice in enumerate(choices) if choice != "cond"])
+        factors[i] = chance.choice(FACTORS)
+    else:
+        times = chance.choice((0.9, 0.95, 1.05, 1.1))
+        factors = [round(factor * times, 4) for factor in factors]
+    return replace(schedule, choices=tuple(choices), factors=tuple(factors))
