@@ -85,6 +85,7 @@ def info() -> None:
     from rich.table import Table
 
     from ..guidance import PRESETS, available
+    from ..guidance.presets import LITERATURE
     from .record import machine, versions
 
     console = Console()
@@ -94,7 +95,7 @@ def info() -> None:
     console.print(f"machine: {machine()['processor']}, accelerator: {machine()['accelerator']}")
     console.print(f"guidance: {', '.join(available())}; combined: apg+ag, apg+interval")
     table = Table("model family", "name", "settings", title="presets")
-    for family, presets in PRESETS.items():
+    for family, presets in (PRESETS | {"any (literature)": LITERATURE}).items():
         for name, preset in presets.items():
             values = ", ".join(
                 f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"

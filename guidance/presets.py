@@ -46,10 +46,18 @@ PRESETS: dict[str, dict[str, Rule | Policy]] = {
     },
 }
 
+# Adaptive Guidance as its paper sets it (https://arxiv.org/abs/2312.12487, DPM++ 2M, 20 steps,
+# w = 7.5): cosines of raw network outputs, on its own models. On networks that predict noise
+# finely (SDXL) they stop guidance at once: calibrate instead.
+LITERATURE: dict[str, Policy] = {
+    f"ag-{threshold}": AdaptiveGuidance(threshold, space="native")
+    for threshold in (0.991, 0.994, 0.996)
+}
+
 
 def available() -> list[str]:
     """Every name that `resolve` knows, without aliases and combinations."""
-    return [*RULES, *POLICIES]
+    return [*RULES, *POLICIES, *LITERATURE]
 
 
 def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None) -> Guidance:
@@ -79,13 +87,13 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     for written in guidance.lower().split("+"):
         name = ALIASES.get(written, written)
         kind = "rule" if name in RULES else "policy"
-        if name not in RULES and name not in POLICIES:
+        if name not in available():
             raise ValueError(
                 f"unknown guidance {guidance!r}: known are {', '.join(available())}, "
                 "and a rule with a policy, such as 'apg+ag'"
             )
         if kind in parts:
             raise ValueError(f"{guidance!r} names two {'rules' if kind == 'rule' else 'policies'}")
-        preset = PRESETS.get(family or "", {}).get(name)
+        preset = LITERATURE.get(name) or PRESETS.get(family or "", {}).get(name)
         parts[kind] = preset if preset is not None else (RULES | POLICIES)[name]()
     return Guidance(**parts)

@@ -14,6 +14,7 @@ pictures lie in ``cache/evaluate``: an interrupted run goes on where it stopped,
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
@@ -30,10 +31,12 @@ from pilotage.guidance import available
 from pilotage.pipelines.processes import processes
 
 import data as emoji
+from timing import seconds_in_turn
 
 STEPS = 20
 SCALES = (1.5, 3, 5, 7.5, 10, 15)
 POLICY_SCALE = 7.5
+ROUNDS = 3  # of the timing
 POLICIES = ("ag", "linear-ag")
 
 
@@ -102,6 +105,11 @@ def main() -> None:
     )
     if not state.is_main_process:
         return
+    # Pictures may have been made while the machine had other work: seconds are measured anew.
+    cells = {row["label"]: Setting(row["method"], row["w"], row["steps"]) for row in rows}
+    seconds = seconds_in_turn(pipe, list(cells.values()), prompts[: args.batch_size], ROUNDS)
+    for row in rows:
+        row["seconds"] = round(statistics.median(seconds[cells[row["label"]]]) / args.batch_size, 4)
     figures = {
         "prompts": len(prompts),
         "seeds": len(seeds),

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pilotage.eval.calibration import agreement, cost_curve
 from pilotage.eval.comparison import compare
@@ -42,6 +40,7 @@ from pilotage.pipelines.fit import fit
 
 import data as emoji
 from evaluate import fit_alignment
+from timing import seconds_in_turn
 
 STEPS = 20
 SCALE = 7.5
@@ -116,27 +115,14 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
 
 def time_ratios(pipe, columns: list[Setting], prompts: list[str]) -> dict[str, float]:
     """Seconds of each setting over those of CFG in the same round, median over rounds, batch 8."""
-    ratios: dict[str, list[float]] = {setting.method: [] for setting in columns}
-
-    def seconds(setting: Setting) -> float:
-        generator = [torch.Generator().manual_seed(i) for i in range(BATCH)]
-        begin = time.perf_counter()
-        pipe(
-            prompts[:BATCH],
-            guidance=setting.guidance,
-            guidance_scale=SCALE,
-            num_inference_steps=setting.steps,
-            generator=generator,
+    seconds = seconds_in_turn(pipe, columns, prompts[:BATCH], TIMING_ROUNDS)
+    full = seconds[columns[0]]
+    return {
+        setting.method: round(
+            statistics.median(a / b for a, b in zip(values, full, strict=True)), 4
         )
-        return time.perf_counter() - begin
-
-    for turn in tqdm(range(TIMING_ROUNDS + 1), desc="timing", unit="round"):
-        full = seconds(columns[0])
-        for setting in columns[1:]:
-            ratio = seconds(setting) / full
-            if turn > 0:  # in the first, libraries prepare for the batch sizes that occur
-                ratios[setting.method].append(ratio)
-    return {m: round(statistics.median(r), 4) for m, r in ratios.items() if r}
+        for setting, values in seconds.items()
+    }
 
 
 def main() -> None:
@@ -188,7 +174,7 @@ def main() -> None:
         intervals = (f"{name}_interval" for name in kept[2:])
         row = {"method": method, "guidance": cell["guidance"]}
         row |= {name: cell.get(name) for name in (*kept, *intervals)}
-        rows.append(row | {"time_ratio": ratios.get(method, 1.0)})
+        rows.append(row | {"time_ratio": ratios[method]})
     by_name = {row["method"]: row for row in rows}
     figures = {
         "rows": rows,

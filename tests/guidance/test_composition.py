@@ -40,3 +40,12 @@ def test_wrong_type(value):
 def test_two_policies():
     with pytest.raises(TypeError, match="already has the policy"):
         APG() | AdaptiveGuidance() | Interval(0, 5)
+
+
+def test_literature_settings_are_names_on_any_model():
+    """The thresholds of https://arxiv.org/abs/2312.12487, on raw network outputs."""
+    for threshold in (0.991, 0.994, 0.996):
+        for family in (None, "sdxl", "emoji"):
+            found = resolve(f"apg+ag-{threshold}", family)
+            assert found.policy == AdaptiveGuidance(threshold, space="native")
+            assert isinstance(found.rule, APG)
