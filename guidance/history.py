@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .prediction import accumulate
 from .stand_in import Weights
+from .transfer import to_device
 
 Variable = tuple[str, int]  # ("cond" or "uncond", step)
 
@@ -88,7 +89,7 @@ class History:
             # Zeros: an unused place has weight 0, which would not silence a NaN.
             self.kept = prediction.new_zeros(self.plan.places, *prediction.shape)
             table = self.plan.table.to(accumulate(self.kept).dtype)  # before: MPS has no float64
-            self.table = table.to(prediction.device)
+            self.table = to_device(table, prediction.device)
         self.kept[place].copy_(prediction)
         self.written[place] = (kind, step)
 

@@ -12,6 +12,7 @@ from .lagged import LaggedReads
 from .policy import Step
 from .prediction import NoiseLevel, Space, accumulate, dot, norm
 from .trace import StepRecord, Trace
+from .transfer import row_index
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -92,7 +93,7 @@ class Run:
                 return pred_cond, pred_cond
             rows, record.estimated = list(range(self.batch)), True
         every = len(rows) == self.batch
-        index = None if every else torch.tensor(rows, device=pred_cond.device)
+        index = None if every else row_index(rows, pred_cond.device)
         cond = pred_cond if every else pred_cond[index]
         views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
         if policy.needs_gamma or self.detailed:

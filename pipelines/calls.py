@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guidance.transfer import row_index
+
 # Inputs that hold no samples, whatever the size of their first dimension.
 SHARED_INPUTS = {"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks", "return_dict"}
 
@@ -65,6 +67,7 @@ class _Selection:
 
     def __init__(self, batch: int, keep: list[int], listed: bool) -> None:
         self.batch, self.keep, self.listed = batch, keep, listed
+        self.indices: dict[torch.device, Tensor] = {}
 
     def __call__(self, value: Any, name: str = "") -> Any:
         if name in SHARED_INPUTS:
@@ -72,7 +75,9 @@ class _Selection:
         if isinstance(value, Tensor):
             if value.ndim == 0 or value.shape[0] != self.batch:
                 return value
-            return value.index_select(0, torch.tensor(self.keep, device=value.device))
+            if value.device not in self.indices:  # one for all inputs of the call
+                self.indices[value.device] = row_index(self.keep, value.device)
+            return value.index_select(0, self.indices[value.device])
         if isinstance(value, dict):
             return {key: self(item, key) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

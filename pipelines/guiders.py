@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, cfg, resolve
 from ..guidance.saved import from_dict, to_dict
+from ..guidance.transfer import row_index
 from .families import model_family
 from .layouts import LayoutError
 from .noise_levels import check_scheduler, noise_level, ratio
@@ -229,7 +230,7 @@ class Guider(BaseGuidance):
         x_t = pred_cond if self._is_free else self._network_input(pred_cond)  # free: never read
         kept = pred_uncond
         if 0 < len(rows) < run.batch:
-            kept = pred_uncond[torch.tensor(rows, device=pred_uncond.device)]
+            kept = pred_uncond[row_index(rows, pred_uncond.device)]
         scale = self.guidance_scale
         if self.num_conditions == 1:
             run.leave(pred_cond)

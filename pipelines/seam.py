@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Run
+from ..guidance.transfer import row_index
 from .calls import Call
 from .layouts import Layout, Pending
 from .noise_levels import noise_level, ratio
@@ -115,7 +116,7 @@ class Seam:
             return cond, uncond
         uncond_rest = rest
         if rows:
-            index = torch.tensor(rows, device=cond.device)
+            index = row_index(rows, cond.device)
             uncond_rest = rest.index_copy(0, index, uncond[:, channels:])
         return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
 

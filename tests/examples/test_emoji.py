@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
@@ -31,6 +32,14 @@ def drawings():
             name = f"{style}/{i}.webp"
             made.append(data.Drawing(name, style, concept, str(i), 4, split, ["nice", concept]))
     return made
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one precision a process, which "auto" chooses by the processor."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
