@@ -11,6 +11,8 @@ Two ways to the same kind of result, the Pareto front of quality over network ev
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from typing import Any
 from ..guidance import Guidance, HoldDifference, Schedule, StandIn, resolve
 from ..guidance.saved import save_guidance
 from ..pipelines.fitted import run_identity
+from .record import write_json
 from .trials import Trials
 
 FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
@@ -50,14 +53,20 @@ class Search:
     guidance: Guidance
     best: Candidate
 
-    def save(self, path: Path | str) -> None:
-        """Write the settings as JSON (see `save_guidance`)."""
+    def save(self, path: Path | str, candidate: Candidate | None = None) -> None:
+        """Write a schedule as JSON (see `save_guidance`).
+
+        Args:
+            path: File to write.
+            candidate: A member of the front; default: `best`.
+        """
+        chosen = candidate or self.best
         measured = {
-            "nfe": self.best.nfe,
-            "quality": self.best.quality,
+            "nfe": chosen.nfe,
+            "quality": chosen.quality,
             "front": [[c.nfe, round(c.quality, 5), str(c.schedule)] for c in self.front],
         }
-        save_guidance(Path(path), self.guidance, measured)
+        save_guidance(Path(path), replace(self.guidance, policy=chosen.schedule), measured)
 
 
 def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -70,11 +79,51 @@ def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 
 class Trier:
-    """Tries schedules, each once."""
+    """Tries schedules, each once; with a file, across interruptions.
 
-    def __init__(self, trials: Trials, bar: Any) -> None:
-        self.trials, self.bar = trials, bar
+    Args:
+        trials: What they are tried on.
+        stand_in: What their estimates are made with.
+        bar: A tqdm bar to update.
+        path: JSON file of what was tried.
+
+    Raises:
+        ValueError: the file is damaged, or of another search.
+    """
+
+    def __init__(
+        self, trials: Trials, stand_in: StandIn, bar: Any, path: Path | None = None
+    ) -> None:
+        self.trials, self.stand_in, self.bar, self.path = trials, stand_in, bar, path
         self.known: dict[tuple, Candidate] = {}
+        self.plan = {
+            "identity": identity_of(trials),
+            "prompts": trials.prompts,
+            "seed": trials.seed,
+            "rule": str(trials.rule),
+            "stand_in": hashlib.sha256(repr(stand_in).encode()).hexdigest(),
+        }
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            plan, tried = content["plan"], content["tried"]
+            for choices, factors, nfe, quality in tried:
+                schedule = Schedule(tuple(choices), tuple(factors), self.stand_in)
+                self.known[schedule.choices, schedule.factors] = Candidate(schedule, nfe, quality)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it and run again") from error
+        for name, value in json.loads(json.dumps(self.plan)).items():
+            if plan.get(name) != value:
+                raise ValueError(f"{path} is of another search: its {name} differs; name another")
+
+    def _write(self) -> None:
+        tried = [
+            [c.schedule.choices, c.schedule.factors, c.nfe, c.quality] for c in self.known.values()
+        ]
+        write_json(self.path, {"plan": self.plan, "tried": tried})
 
     def __call__(self, schedule: Schedule) -> Candidate:
         """The schedule with its figures; measured only the first time."""
@@ -82,6 +131,8 @@ class Trier:
         if key not in self.known:
             quality, nfe = self.trials.judge(self.trials.compose(schedule))
             self.known[key] = Candidate(schedule, nfe, quality)
+            if self.path is not None:
+                self._write()
             self.bar.update()
         return self.known[key]
 
@@ -93,6 +144,7 @@ def search(
     quality_floor: float = 0.9,
     stand_in: StandIn | None = None,
     rounds: int = 60,
+    checkpoint: Path | str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Search:
@@ -108,11 +160,13 @@ def search(
             otherwise).
         stand_in: What estimates; default: `HoldDifference`. `Fit.coefficients` is better.
         rounds: Schedules tried by evolution at the end.
+        checkpoint: JSON file for what was tried; an interrupted search goes on from there.
         progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
-        ValueError: the floor is not between 0 and 1, or a setting out of its range.
+        ValueError: the floor is not between 0 and 1, a setting out of its range, or a checkpoint of
+            another search.
     """
     from tqdm import tqdm
 
@@ -121,7 +175,7 @@ def search(
     stand_in = stand_in or HoldDifference()
     total = evaluations(trials)
     with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
-        trier = Trier(trials, bar)
+        trier = Trier(trials, stand_in, bar, None if checkpoint is None else Path(checkpoint))
         full = Schedule(("both",) * total, stand_in=stand_in)
         _remove_greedily(trier, full)
         for choices in spread(total):
@@ -146,15 +200,20 @@ def evaluations(trials: Trials) -> int:
 
 def conclude(trials: Trials, trier: Trier, floor: float) -> Search:
     """The front of everything tried; its schedules know what they were found for."""
-    w = trials.guidance_scale
-    steps, negative = trials.num_inference_steps, trials.negative_prompt
-    identity = run_identity(trials.pipe, steps, (w, w), negative)
+    identity = identity_of(trials)
     front = tuple(
         replace(c, schedule=replace(c.schedule, identity=identity))
         for c in pareto(trier.known.values())
     )
     best = next((c for c in front if c.quality >= floor), front[-1])
     return Search(front, len(trier.known), resolve(trials.compose(best.schedule)), best)
+
+
+def identity_of(trials: Trials) -> dict[str, Any]:
+    """What schedules found in these trials belong to."""
+    w = trials.guidance_scale
+    steps, negative = trials.num_inference_steps, trials.negative_prompt
+    return run_identity(trials.pipe, steps, (w, w), negative)
 
 
 def _changed(schedule: Schedule, index: int, choice: str) -> Schedule:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..guidance import Policy, PolicyState, Schedule, Step
+from ..guidance import HoldDifference, Policy, PolicyState, Schedule, Step
 from .policy_search import Search, Trier, check_floor, conclude, evaluations
 from .trials import Trials
 
@@ -118,7 +118,7 @@ def relaxed_search(
             bar.set_postfix(distance=f"{distance.item():.4f}")
             bar.update()
     with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
-        trier = Trier(trials, bar)
+        trier = Trier(trials, HoldDifference(), bar)
         for schedule in schedules(logits.detach().softmax(1).cpu(), scales.cpu(), w):
             trier(schedule)
     return conclude(trials, trier, quality_floor)

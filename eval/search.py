@@ -79,6 +79,7 @@ def command(
     if relaxed:
         found = relaxed_search(pipe, texts, iterations=max(rounds, 1), **settings)
     else:
+        settings["checkpoint"] = output.with_name(f"{output.name}.tried")
         found = search(pipe, texts, stand_in=stand_in, rounds=rounds, **settings)
     found.save(output)
     typer.echo("  NFE    SSIM")

@@ -48,7 +48,8 @@ FIT_PROMPTS = 200
 SEARCH_PROMPTS = 8
 SEEDS = 3
 AG_NFE = (26, 28, 30, 34)
-MARGIN = 0.01  # of the search's floor above what AG reaches on the same prompts
+SEARCHED_NFE = (24, 26, 30)
+MARGIN = 0.005  # of the search's floor above what AG reaches on the same prompts
 TIMING_ROUNDS = 7
 
 
@@ -78,14 +79,19 @@ def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, floa
     }
 
 
-def searched(pipe, prompts: list[str], folder: Path, coefficients) -> None:
+def searched(pipe, prompts: list[str], folder: Path, work: Path, coefficients) -> None:
     """Both searches for the quality of Adaptive Guidance; save the schedules."""
     trials = Trials(pipe, prompts, guidance_scale=SCALE, num_inference_steps=STEPS)
     floor = trials.judge("ag")[0] + MARGIN
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "quality_floor": floor}
-    if not (folder / "searched.json").is_file():
-        found = search(pipe, prompts, stand_in=coefficients, rounds=60, **options)
-        found.save(folder / "searched.json")
+    checkpoint = work / "search.json"
+    found = search(
+        pipe, prompts, stand_in=coefficients, rounds=60, checkpoint=checkpoint, **options
+    )
+    found.save(folder / "searched.json")
+    for candidate in found.front:
+        if candidate.nfe in SEARCHED_NFE:
+            found.save(folder / f"searched-{candidate.nfe:g}.json", candidate)
     if not (folder / "relaxed.json").is_file():
         found = relaxed_search(pipe, prompts[:4], iterations=20, **options)
         found.save(folder / "relaxed.json")
@@ -108,7 +114,7 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
         ("hold, held tail", Hold(tail="hold")),
         ("hold, refreshed every 4th", Hold(period=4, head=1.0)),
         ("extrapolate, cond tail", Extrapolate(tail="cond")),
-        ("searched", "searched"),
+        *((path.stem, path.stem) for path in sorted(folder.glob("searched*.json"))),
         ("relaxed", "relaxed"),
     ]
     return [Setting(guidance, SCALE, STEPS, method) for method, guidance in rows]
@@ -142,7 +148,7 @@ def main() -> None:
         return
     few = training_prompts(drawings, SEARCH_PROMPTS, first=3)
     coefficients = load_guidance(folder / "linear-ag.json").policy.coefficients
-    searched(pipe, few, folder, coefficients)
+    searched(pipe, few, folder, args.work, coefficients)
     if args.until == "search":
         return
 

@@ -1,6 +1,7 @@
 """Calibration, policy search and the trace's plot, on the embedded model."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -198,3 +199,28 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
     gamma = figure.axes[1].lines[0].get_ydata().tolist()
     assert gamma == pytest.approx([s.gamma[0].item() for s in trace.steps if 0 in s.rows])
     figure.savefig(tmp_path / "trace.png")
+
+
+def test_an_interrupted_search_goes_on(pipe, tmp_path):
+    """What was tried is not tried again; a file of another search is refused."""
+    path = tmp_path / "tried.json"
+    options = {"quality_floor": 0.8, "num_inference_steps": 3, "progress": False}
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        first = search(pipe, PROMPTS[:1], rounds=0, checkpoint=path, **options)
+        tried, before = len(json.loads(path.read_text())["tried"]), len(calls)
+        assert tried == first.tried
+        again = search(pipe, PROMPTS[:1], rounds=2, checkpoint=path, **options)
+        # To find the number of evaluations, the reference, and at most two new schedules.
+        assert len(calls) - before <= 3 * (1 + 1 + 2) and again.tried <= first.tried + 2
+        assert {c.schedule.choices for c in first.front} <= {
+            tuple(choices) for choices, *_ in json.loads(path.read_text())["tried"]
+        }
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="its prompts differs"):
+        search(pipe, PROMPTS[1:2], checkpoint=path, **options)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match="is damaged"):
+        search(pipe, PROMPTS[:1], checkpoint=path, **options)
