@@ -218,3 +218,16 @@ def test_embedded_model_follows_the_prompt_and_saturates():
     assert [int(np.argmin(row)) for row in ink.numpy()] == [1, 2, 0]
     assert saturation(high).mean() > saturation(low).mean()
     assert saturation(projected).mean() < saturation(high).mean()
+
+
+def test_settings_shipped_with_the_model_belong_to_it():
+    """Every file is a name, was fitted on these weights, and costs what it says."""
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    files = sorted((embedded_folder() / "guidance").glob("*.json"))
+    assert {"linear-ag", "searched"} <= {path.stem for path in files}
+    for path in files:
+        pipe("noto style fox", guidance=path.stem, num_inference_steps=20, output_type="latent")
+        policy = pipe.resolve_guidance(path.stem).policy
+        assert policy.identity is not None
+        assert pipe.guidance_trace.nfe == [policy.nfe(20)]
