@@ -30,6 +30,7 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
     """
 
     _eta = 0.0
+    _squares: list[float] | None = None
 
     def check_config(self) -> None:
         """Raise ValueError for a network whose first prediction says nothing of the picture."""
@@ -43,10 +44,12 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def coefficients(self) -> Tensor:
         """One row per training timestep, at the `eta` last asked for."""
-        self._squares = self.alphas_cumprod.tolist()
+        if self._squares is None:  # read once: `add_noise` moves the tensor to the device
+            self._squares = self.alphas_cumprod.tolist()
+            self._last_square = float(self.final_alpha_cumprod)
         square = torch.tensor(self._squares, dtype=torch.float64)
         stride = self.config.num_train_timesteps // self.num_inference_steps
-        last = torch.full((stride,), float(self.final_alpha_cumprod), dtype=torch.float64)
+        last = torch.full((stride,), self._last_square, dtype=torch.float64)
         square_next = torch.cat([last, square])[: len(square)]
         alpha, sigma = square.sqrt(), (1 - square).sqrt()
         variance = (1 - square_next) / (1 - square) * (1 - square / square_next)
