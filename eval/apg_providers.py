@@ -6,10 +6,15 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
 
-from ..guidance import apg
+from ..guidance import APG
+from ..guidance.ops import SolverStep, guide_step, reference
+from ..guidance.ops.formulas import settings_of
+from ..guidance.ops.inputs import Request
 from .timing import Operation
 
 SCALE, ETA, RADIUS, MOMENTUM = 7.5, 0.0, 15.0, -0.5
+# On the predictions as they are: so all providers do the same work.
+RULE = APG(ETA, RADIUS, MOMENTUM, threshold_unit="l2", space="native")
 
 
 def comfyui_apg(
@@ -47,11 +52,31 @@ def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor, impl: str) -> tuple[Te
     Returns:
         The guided prediction and the new buffer.
     """
-    if impl != "reference":
-        raise NotImplementedError("the fused guidance step")
-    settings = {"eta": ETA, "norm_threshold": RADIUS, "momentum": MOMENTUM}
-    guided, buffer = apg(cond, uncond, SCALE, buffer, **settings)
-    return guided.to(cond.dtype), buffer
+    step = guide_step(cond, uncond, SCALE, RULE, state=buffer, impl=impl)
+    return step.prediction, step.state
+
+
+def our_apg_and_solver(
+    cond: Tensor, uncond: Tensor, buffer: Tensor, sample: Tensor, solver: SolverStep, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Our operation with the solver step in the same write.
+
+    Returns:
+        The next sample and the new buffer.
+    """
+    step = guide_step(
+        cond, uncond, SCALE, RULE, x_t=sample, state=buffer, solver=solver, want_prediction=False,
+        impl=impl,
+    )  # fmt: skip
+    return step.x_next, step.state
+
+
+def inlined_reference(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Our reference as plain PyTorch, for ``torch.compile``, which sees `our_apg` as one op."""
+    settings = settings_of(RULE, cond[0].numel())
+    request = Request(RULE.name, settings, SCALE, False, cond, uncond, state=buffer)
+    step = reference.guide_step(request)
+    return step.prediction, step.state
 
 
 def providers(
@@ -78,8 +103,9 @@ def providers(
         "reference": lambda: our_apg(cond, uncond, buffer, "reference"),
     }
     if compiled:
-        graph = torch.compile(our_apg, dynamic=False)
-        found["compiled"] = lambda: graph(cond, uncond, buffer, "reference")
+        torch._dynamo.reset()  # past a limit of shapes it would silently go on uncompiled
+        graph = torch.compile(inlined_reference, dynamic=False)
+        found["compiled"] = lambda: graph(cond, uncond, buffer)
     if device.type == "cuda":
         found["fused"] = lambda: our_apg(cond, uncond, buffer, "fused")
     return found

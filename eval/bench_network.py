@@ -9,9 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..guidance.ops.solver import network_step
 from ..pipelines import FusedDPMSolverMultistepScheduler, FusedEulerScheduler
-from .apg_providers import our_apg
+from .apg_providers import our_apg, our_apg_and_solver
 from .embedded import load_embedded
 from .timing import time_operation
 
@@ -92,7 +91,8 @@ def loop_figures(
     step = loop.scheduler.solver_row(1, loop.sample.device)
 
     def guide_and_step() -> None:
-        network_step(loop.sample, loop.guide(prediction), None, step, want_denoised=False)
+        uncond, cond = prediction.chunk(2)
+        our_apg_and_solver(cond, uncond, loop.buffer, loop.sample, step, loop.impl)
 
     forward = time_operation(lambda: loop.predict(loop.sample, timestep), device, budget)
     ours = time_operation(guide_and_step, device, budget / 10)

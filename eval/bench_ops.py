@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from .apg_providers import ETA, MOMENTUM, RADIUS, SCALE, minimum_bytes, providers
 from .record import machine, versions, write_figures
-from .timing import Quantiles, copy_bandwidth, count_launches, time_operation, time_replay
+from .timing import Quantiles, copy_bandwidth, count_launches, time_in_turn, time_replay
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/guidance/ops",)
@@ -87,6 +87,7 @@ class Table:
 
     def __init__(self, device: torch.device) -> None:
         here, installed = machine(), versions()
+        self.threads = f" threads={torch.get_num_threads()}" if device.type == "cpu" else ""
         self.constant = {
             "kernel_name": "apg_step",
             "kernel_operation_mode": "forward",
@@ -116,7 +117,7 @@ class Table:
                 "y_value_50": values.median,
                 "y_value_20": values.low,
                 "y_value_80": values.high,
-                "extra_benchmark_config_str": f"{CONFIG} dtype={dtype}",
+                "extra_benchmark_config_str": f"{CONFIG} dtype={dtype}{self.threads}",
             }
         )
 
@@ -152,10 +153,10 @@ def measure(
             name = str(dtype).removeprefix("torch.")
             needed = minimum_bytes(elements, dtype.itemsize)
             bandwidth = copy_bandwidth(needed, device, budget)
-            for provider, operation in providers(shape, dtype, device, compiled).items():
-                tick(f"{size} {name} {provider}")
-                took = time_operation(operation, device, budget)
-                row = (size, elements, name, provider)
+            operations = providers(shape, dtype, device, compiled)
+            tick(f"{size} {name}")
+            for provider, took in time_in_turn(operations, device, budget).items():
+                operation, row = operations[provider], (size, elements, name, provider)
                 table.add(*row, "speed", "ms", took)
                 share = needed / (took.median / 1000) / bandwidth
                 table.add(*row, "copy_bandwidth_share", "1", share)
@@ -230,11 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for section, values in figures.items():
         for name, value in values.items():
-            print(
-                f"{section}.{name}: {value:.4g}"
-                if isinstance(value, float)
-                else f"{section}.{name}: {value}"
-            )
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{section}.{name}: {shown}")
     return 0
 
 

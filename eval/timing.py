@@ -47,6 +47,30 @@ def time_operation(operation: Operation, device: torch.device, budget: float = 0
     return quantiles_of(times)
 
 
+def time_in_turn(
+    operations: dict[str, Operation], device: torch.device, budget: float = 0.1
+) -> dict[str, Quantiles]:
+    """Times of several operations; off CUDA in turn, so that other load falls on all alike.
+
+    Args:
+        operations: What to time, by name.
+        device: Where they run.
+        budget: Seconds to spend on each, about; each is timed 3 times at least.
+    """
+    if device.type == "cuda":
+        return {name: time_operation(call, device, budget) for name, call in operations.items()}
+    times: dict[str, list[float]] = {name: [] for name in operations}
+    for operation in operations.values():
+        operation()
+    end = time.perf_counter() + budget * len(operations)
+    while len(times[next(iter(times))]) < 3 or time.perf_counter() < end:
+        for name, operation in operations.items():
+            start = time.perf_counter()
+            operation()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: quantiles_of(values) for name, values in times.items()}
+
+
 def time_replay(operation: Operation) -> Quantiles:
     """Time of one call replayed from a CUDA graph: without the cost of launching from Python."""
     from triton.testing import do_bench_cudagraph

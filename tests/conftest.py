@@ -4,3 +4,6 @@ import torch
 
 # The networks here are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+# tests/cuda is for machines with a CUDA device; it is no part of the suite elsewhere.
+collect_ignore = [] if torch.cuda.is_available() else ["cuda"]

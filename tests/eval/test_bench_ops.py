@@ -83,7 +83,8 @@ def test_ours_and_diffusers_do_the_same_work_and_comfyui_one_scale_more():
     ours, buffer = our_apg(cond, uncond, last, "reference")
     theirs = diffusers_apg(cond, uncond, momentum)
     comfy, _ = comfyui_apg(cond, uncond, last, SCALE - 1)  # its scale is one too strong
-    for found in (ours, theirs, comfy):
+    inlined, _ = apg_providers.inlined_reference(cond, uncond, last)
+    for found in (ours, theirs, comfy, inlined):
         torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(buffer, cond - uncond + MOMENTUM * last)
 
