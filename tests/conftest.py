@@ -1,6 +1,12 @@
 """Settings of the whole suite."""
 
+import os
+
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter; Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The networks here are tiny: a second thread costs more than it gives.
 torch.set_num_threads(1)

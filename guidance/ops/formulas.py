@@ -76,7 +76,7 @@ def apg(scale: float, settings: Settings, mm: Tensor | None, mc: Tensor, cc: Ten
     # An all-zero conditional prediction has no parallel part; an all-zero update is not scaled.
     share = mc / cc.clamp(min=torch.finfo(cc.dtype).tiny)
     if mm is None:
-        return share * (scale * (eta - 1)), torch.full_like(cc, scale)
+        return share * (scale * (eta - 1)), torch.ones_like(cc) * scale
     b = (mm.rsqrt() * radius).clamp(max=1) * scale
     return share * b * (eta - 1), b
 
@@ -100,8 +100,9 @@ def zero_star(scale: float, cu: Tensor, uu: Tensor) -> tuple[float, Tensor]:
 def tcfg(scale: float, cu: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
     """(c, b) of TCFG from <D_c, D_u> and ``excess = <D_u, D_u> - <D_c, D_c>``.
 
-    p'_u = x D_c + y D_u (see `guidance/tcfg.py`), so that b = scale * y and c = scale * (1 - x - y),
-    written without the cancellation that 1 - x - y has where the predictions nearly agree.
+    p'_u = x D_c + y D_u (see `guidance/tcfg.py`), so that b = scale * y and
+    c = scale * (1 - x - y), written without the cancellation that 1 - x - y has where the
+    predictions nearly agree.
     """
     root = torch.hypot(excess, 2 * cu)
     safe = root.where(root > 0, 1)

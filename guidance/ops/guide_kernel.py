@@ -37,6 +37,7 @@ def sums_kernel(
     RULE: tl.constexpr,
     IN_X0: tl.constexpr,
     OTHER: tl.constexpr,
+    SCALE_POINTER: tl.constexpr,
     A_X_POINTER: tl.constexpr,
     A_P_POINTER: tl.constexpr,
     WIDE: tl.constexpr,
@@ -61,7 +62,7 @@ def sums_kernel(
         state,
         scalar(a_x, A_X_POINTER),
         scalar(a_p, A_P_POINTER),
-        scalar(guidance_scale, False) - 1,
+        scalar(guidance_scale, SCALE_POINTER) - 1,
         scalar(momentum, False),
         begin,
         tl.minimum(begin + CHUNK, elements),
@@ -112,6 +113,7 @@ def guide_kernel(
     OTHER: tl.constexpr,
     NEEDS_SUMS: tl.constexpr,
     COPIES: tl.constexpr,
+    SCALE_POINTER: tl.constexpr,
     A_X_POINTER: tl.constexpr,
     A_P_POINTER: tl.constexpr,
     WIDE: tl.constexpr,
@@ -142,7 +144,7 @@ def guide_kernel(
     if previous is not None:
         previous += sample * previous_step
     a_x, a_p = scalar(a_x, A_X_POINTER), scalar(a_p, A_P_POINTER)
-    scale = scalar(guidance_scale, False) - 1
+    scale = scalar(guidance_scale, SCALE_POINTER) - 1
     first, second, third = scalar(first, False), scalar(second, False), scalar(third, False)
     zero = tl.cast(0.0, tl.float32)
     c, b, u = zero, scale, zero
@@ -178,8 +180,7 @@ def guide_kernel(
             )
         c, b, u = coefficients(sums, scale, first, second, elements, RULE)
         if scalars is not None:
-            if chunk == 0:
-                store_scalars(scalars + sample, batch, sums, c, b, u, moving, OTHER)
+            store_scalars(scalars + sample, batch, sums, c, b, u, moving, chunk == 0, OTHER)
     k_c, k_d, k_m, k_x = 1 + c, b, zero, zero
     if IN_X0:
         known = a_p != 0  # if not, a denoised image says nothing of a prediction
@@ -225,7 +226,9 @@ def guide_kernel(
                     scaled = (tl.load(solver + INPUT_SCALE) * moved).to(next_input.dtype.element_ty)
                     tl.store(next_input + out, scaled, inside)
                     if COPIES > 1:
-                        tl.store(next_input + tl.cast(batch, tl.int64) * elements + out, scaled, inside)
+                        tl.store(
+                            next_input + tl.cast(batch, tl.int64) * elements + out, scaled, inside
+                        )
 
 
 @triton.jit
@@ -237,6 +240,7 @@ def store_scalars(
     b,
     u,
     moving,
+    wanted,
     OTHER: tl.constexpr,
 ):
     """gamma, cond_norm, update_norm, parallel_share and finite, `batch` numbers apart."""
@@ -246,12 +250,12 @@ def store_scalars(
         aa, az, zz = sums[6], sums[7], sums[8]
     length = tl.sqrt(aa) * tl.sqrt(zz)
     equal = tl.where(aa == zz, 1.0, 0.0)
-    tl.store(row, tl.where(length > 0, az / tl.where(length > 0, length, 1.0), equal))
-    tl.store(row + batch, tl.sqrt(cc))
+    tl.store(row, tl.where(length > 0, az / tl.where(length > 0, length, 1.0), equal), wanted)
+    tl.store(row + batch, tl.sqrt(cc), wanted)
     square = c * c * cc + b * b * mm + u * u * uu + 2 * c * (b * mc + u * cu)
     square = tl.where(moving, tl.maximum(square, 0.0), cc)
-    tl.store(row + 2 * batch, tl.sqrt(square))
+    tl.store(row + 2 * batch, tl.sqrt(square), wanted)
     lengths = tl.sqrt(mm) * tl.sqrt(cc)
     cosine = tl.minimum(tl.abs(mc) / tl.where(lengths > 0, lengths, 1.0), 1.0)
-    tl.store(row + 3 * batch, cosine * cosine)
-    tl.store(row + 4 * batch, tl.where(sums[9] > 0, 0.0, 1.0))
+    tl.store(row + 3 * batch, cosine * cosine, wanted)
+    tl.store(row + 4 * batch, tl.where(sums[9] > 0, 0.0, 1.0), wanted)

@@ -68,6 +68,7 @@ def launch(r: Request) -> GuideStep:
         "RULE": r.kind,
         "IN_X0": r.in_x0,
         "OTHER": r.gamma_space is not None and (r.gamma_space == "x0") != r.in_x0,
+        "SCALE_POINTER": isinstance(r.guidance_scale, Tensor),
         "A_X_POINTER": isinstance(r.a_x, Tensor),
         "A_P_POINTER": isinstance(r.a_p, Tensor),
         "WIDE": layout.wide,

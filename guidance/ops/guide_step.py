@@ -38,14 +38,14 @@ def guide_step(
     (``uncond, cond = preds.chunk(2)``) or a slice of its channels, in any order of dimensions.
 
     Args:
-        pred_cond: Network output of the conditional branch, with shape (B, \\*), any floating dtype.
+        pred_cond: Network output of the conditional branch, with shape (B, \\*), floating.
         pred_uncond: Network output of the unconditional branch, likewise.
         guidance_scale: w; 1 means no guidance.
         rule: One of `formulas.RULES`; it acts in its own space.
         x_t: What `level` belongs to: the network's input; with a solver step, the sample. Not
             needed in the native space.
-        level: Noise level of `x_t`; its alpha and sigma may be 0-d tensors on the device. None: D is
-            computed with the solver step's d_x and d_p.
+        level: Noise level of `x_t`; its alpha and sigma may be 0-d tensors on the device. None:
+            D is computed with the solver step's d_x and d_p.
         state: The `state` of the previous guided step of these samples; None at the first.
         gamma_space: Where the cosine of the two predictions is taken; None: not at all.
         want_prediction: Whether to return the guided prediction.

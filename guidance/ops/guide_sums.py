@@ -1,4 +1,4 @@
-"""The inner products of a guidance step in Triton: how they are summed, and what follows from them."""
+"""The inner products of a guidance step in Triton, and the coefficients that follow from them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def scalar(value, POINTER: tl.constexpr):
-    """A number, or what a pointer points to, in float32 (compilers pass numbers as float64, too)."""
-    if POINTER:
-        result = tl.load(value).to(tl.float32)
-    else:
-        result = tl.cast(value, tl.float32)
-    return result
+    """A number or what a pointer points to, in float32 (compilers pass numbers as float64)."""
+    return tl.load(value).to(tl.float32) if POINTER else tl.cast(value, tl.float32)
 
 
 @triton.jit

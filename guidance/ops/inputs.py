@@ -22,7 +22,8 @@ class GuideStep(NamedTuple):
             without momentum), CFG-Zero*'s steps done with shape (B, 1).
         gamma: Cosine of the two predictions, with shape (B,), as the following ones in float32.
         cond_norm: L2 norm of the conditional prediction in the rule's space.
-        update_norm: L2 norm of guided minus conditional prediction in the rule's space.
+        update_norm: L2 norm of guided minus conditional prediction in the rule's space. It follows
+            from inner products: of an update that the rule removes, rounding may leave 5e-4.
         parallel_share: Share, from 0 to 1, of the squared update m that lies along the conditional
             prediction, before the rule treats it: :math:`\\cos^2(m, D_c)`.
         finite: 1 where both predictions are finite, else 0.
@@ -50,7 +51,7 @@ class Request:
 
     kind: str
     settings: Settings
-    guidance_scale: float
+    guidance_scale: float | Tensor
     in_x0: bool
     pred_cond: Tensor
     pred_uncond: Tensor

@@ -1,4 +1,4 @@
-"""How the elements of a sample are numbered, so that tensors of any strides can be read in place."""
+"""How the elements of a sample are numbered, so that any strides can be read in place."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def common_layout(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> Layout:
     for size in kept:
         elements *= size
     # The last block of a loop reaches beyond the last element before it is masked.
-    reach = max(sum((size - 1) * step for size, step in zip(kept, own)) for own in columns)
+    reach = max(
+        sum((size - 1) * step for size, step in zip(kept, own, strict=True)) for own in columns
+    )
     return Layout(tuple(by_stride), kept, columns, max(reach, elements) > LIMIT - 2**16)
 
 

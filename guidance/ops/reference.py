@@ -80,7 +80,7 @@ def coefficients(r: Request, views: _Views) -> tuple[Weight, Weight, Weight]:
             mm = views.dot("mm") if second > 0 else None
             return *formulas.apg(scale, r.settings, mm, views.dot("mc"), views.dot("cc")), 0.0
         case "rescale":
-            guided = torch.add(views["c"], views.update, alpha=scale).flatten(1)
+            guided = _add(views.update * scale, views["c"], 1.0).flatten(1)
             norm = torch.linalg.vecdot(guided, guided).sqrt()
             spreads = _deviation(views["c"].flatten(1)), _deviation(guided)
             return *formulas.rescale(scale, first, *spreads, norm), 0.0
@@ -143,9 +143,7 @@ def _advanced(r: Request, prediction: Tensor, result: GuideStep) -> GuideStep:
     if r.copies:
         next_input = (x_next * r.solver.input_scale).to(r.pred_cond.dtype)
         next_input = torch.cat([next_input] * r.copies)
-    return result._replace(
-        x_next=x_next.to(r.x_t.dtype), denoised=denoised, next_input=next_input
-    )
+    return result._replace(x_next=x_next.to(r.x_t.dtype), denoised=denoised, next_input=next_input)
 
 
 def _add(total: Tensor, tensor: Tensor, weight: Weight) -> Tensor:
