@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops import linear_history
 from .prediction import accumulate
 from .stand_in import Weights
 from .transfer import to_device
@@ -106,9 +107,8 @@ class History:
                     f"the estimate of step {step} needs the {variable[0]}itional prediction of "
                     f"step {variable[1]}, at which the pipeline did not guide"
                 )
-        kept = accumulate(self.kept)
-        total = torch.tensordot(self.table[step], kept, 1)
-        return (total + sum_.intercept if sum_.intercept else total).to(self.kept.dtype)
+        total = linear_history(self.kept, self.table[step])
+        return total + sum_.intercept if sum_.intercept else total
 
 
 def _terms(sum_: Weights | None) -> list[tuple[Variable, float]]:

@@ -9,8 +9,9 @@ from .adaptive import cosine
 from .cfg import CFG
 from .composition import Guidance
 from .lagged import LaggedReads
+from .ops import guide_step, has_formula
 from .policy import Step
-from .prediction import NoiseLevel, Space, accumulate, dot, norm
+from .prediction import NoiseLevel, Space, accumulate, norm
 from .trace import StepRecord, Trace
 from .transfer import row_index
 
@@ -85,39 +86,96 @@ class Run:
         """
         record = StepRecord(self.step.index, self.step.noise, rows)
         self.trace.steps.append(record)
-        self._check_finite(pred_cond, pred_uncond)
         policy, rule, state = self.guidance.policy, self.guidance.rule, self.policy_state
         if not rows:
+            self._check_finite(pred_cond)
             pred_uncond = self._estimate(pred_cond, x_t, level)
             if pred_uncond is None:
                 return pred_cond, pred_cond
             rows, record.estimated = list(range(self.batch)), True
         every = len(rows) == self.batch
+        if not every:
+            self._check_finite(pred_cond)
         index = None if every else row_index(rows, pred_cond.device)
         cond = pred_cond if every else pred_cond[index]
         views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
-        if policy.needs_gamma or self.detailed:
-            space = policy.space
-            if not policy.needs_gamma:
-                space = "x0" if level is not None else "native"
-            record.gamma = cosine(*views.pair(space))
-        state.observe(self.step, rows, record.gamma)
-        if policy.needs_history:
-            state.keep(self.step, *views.pair(policy.space))
         scale = state.scale(self.step, guidance_scale)
         # A scale that is a tensor may carry a gradient, which the pipeline's own line would lose.
         own_scale = not isinstance(scale, Tensor) and scale == guidance_scale
         untouched = isinstance(rule, CFG) and own_scale
-        if not (untouched and not self.detailed):
-            rule_cond, rule_uncond = views.pair(rule.space)
-            guided, kept = rule.combine(rule_cond, rule_uncond, scale, self._state_of(index))
-            self._keep_state(kept, index)
-            if self.detailed:
-                _measure(record, rule_cond, rule_uncond, guided, scale)
+        combine = self._combine_at_once if has_formula(rule) else self._combine_by_rule
+        guided = combine(record, views, scale, index, not untouched)
+        state.observe(self.step, rows, record.gamma)
+        if policy.needs_history:
+            state.keep(self.step, *views.pair(policy.space))
         if untouched:
             return pred_cond, _fill(pred_cond, pred_uncond, index)
-        guided = _fill(pred_cond, views.back(guided, rule.space).to(pred_cond.dtype), index)
+        guided = _fill(pred_cond, guided, index)
         return guided, guided
+
+    def _combine_at_once(
+        self,
+        record: StepRecord,
+        views: _Views,
+        scale: float | Tensor,
+        index: Tensor | None,
+        wanted: bool,
+    ) -> Tensor | None:
+        """The guided network output if `wanted`, and every scalar of the step from one read."""
+        rule = self.guidance.rule
+        step = guide_step(
+            *views.native,
+            scale,
+            rule,
+            x_t=views.x_t,
+            level=views.level,
+            state=self._state_of(index),
+            gamma_space=self._gamma_space(views.level),
+            want_prediction=wanted,
+            want_norms=self.detailed,
+            want_finite=True,
+        )
+        self._push_finite(step.finite.amin() > 0)
+        self._keep_state(step.state, index)
+        record.gamma = step.gamma
+        if self.detailed:
+            record.cond_norm, record.update_norm = step.cond_norm, step.update_norm
+            record.parallel_share = step.parallel_share
+            record.scale_factor = _relative(step.update_norm, *views.pair(rule.space), scale)
+        return step.prediction
+
+    def _combine_by_rule(
+        self,
+        record: StepRecord,
+        views: _Views,
+        scale: float | Tensor,
+        index: Tensor | None,
+        wanted: bool,
+    ) -> Tensor:
+        """The same for rules that are no linear combination of the predictions."""
+        self._check_finite(*views.native)
+        space = self._gamma_space(views.level)
+        if space is not None:
+            record.gamma = cosine(*views.pair(space))
+        rule = self.guidance.rule
+        cond, uncond = views.pair(rule.space)
+        guided, state = rule.combine(cond, uncond, scale, self._state_of(index))
+        self._keep_state(state, index)
+        if self.detailed:
+            difference, update = accumulate(cond) - accumulate(uncond), guided - cond
+            record.cond_norm, record.update_norm = norm(cond), norm(update)
+            record.parallel_share = cosine(difference, cond).square()
+            record.scale_factor = _relative(record.update_norm, cond, uncond, scale)
+        return views.back(guided, rule.space).to(views.native[0].dtype)
+
+    def _gamma_space(self, level: NoiseLevel | None) -> Space | None:
+        """Where the cosine of the two predictions is taken; None: nobody asks for it."""
+        policy = self.guidance.policy
+        if policy.needs_gamma:
+            return policy.space
+        if not self.detailed:
+            return None
+        return "x0" if level is not None else "native"
 
     def skip(self, prediction: Tensor) -> None:
         """A step that is not to be guided, whatever the policy says.
@@ -165,9 +223,12 @@ class Run:
             self.rule_state = state.new_zeros(self.batch, *state.shape[1:])
         self.rule_state = self.rule_state.index_copy(0, index, state)
 
-    def _check_finite(self, *predictions: Tensor | None) -> None:
-        flags = [torch.isfinite(p).flatten(1).all(1).all() for p in predictions if p is not None]
-        self.finite.push(self.step.index, self.step.index, torch.stack(flags).all())
+    def _check_finite(self, *predictions: Tensor) -> None:
+        flags = [torch.isfinite(prediction).all() for prediction in predictions]
+        self._push_finite(torch.stack(flags).all())
+
+    def _push_finite(self, finite: Tensor) -> None:
+        self.finite.push(self.step.index, self.step.index, finite)
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
 
     def _raise_if_not_finite(self, values) -> None:
@@ -199,17 +260,10 @@ class _Views:
         return guided if space == "native" else self.level.from_x0(guided, self.x_t)
 
 
-def _measure(
-    record: StepRecord, cond: Tensor, uncond: Tensor, guided: Tensor, scale: float
-) -> None:
-    """Put the norms of a step and what the rule did to them into its record."""
-    cond, uncond = accumulate(cond), accumulate(uncond)
-    difference, update = cond - uncond, guided - cond
-    record.cond_norm, record.update_norm = norm(cond), norm(update)
-    plain = (scale - 1) * norm(difference)
-    record.scale_factor = record.update_norm / plain.where(plain > 0, 1)
-    product = norm(difference) * record.cond_norm
-    record.parallel_share = dot(difference, cond).square() / product.where(product > 0, 1).square()
+def _relative(update_norm: Tensor, cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """An update in units of plain guidance's, shape (B,)."""
+    plain = (scale - 1) * norm(accumulate(cond) - accumulate(uncond))
+    return update_norm / plain.where(plain > 0, 1)
 
 
 def _fill(base: Tensor, values: Tensor, index: Tensor | None) -> Tensor:

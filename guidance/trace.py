@@ -26,8 +26,8 @@ class StepRecord:
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
         scale_factor: `update_norm` in units of plain guidance's, (w - 1) times the norm of the
             difference of the two predictions; 1 for CFG.
-        parallel_share: Squared cosine between that difference and the conditional prediction: the
-            share of the difference's square that is parallel to it.
+        parallel_share: Squared cosine between that difference (APG: with its momentum) and the
+            conditional prediction: the share of its square that is parallel to the picture.
 
     The tensors stay on the network's device until they are read.
     """

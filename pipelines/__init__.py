@@ -13,10 +13,20 @@ from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
 from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
+from .schedulers import (
+    FusedDDIMScheduler,
+    FusedDPMSolverMultistepScheduler,
+    FusedEulerScheduler,
+    FusedFlowMatchEulerScheduler,
+)
 from .support import LAYOUTS
 
 __all__ = [
     "LAYOUTS",
+    "FusedDDIMScheduler",
+    "FusedDPMSolverMultistepScheduler",
+    "FusedEulerScheduler",
+    "FusedFlowMatchEulerScheduler",
     "GuidedMixin",
     "Guider",
     "LayoutError",

@@ -88,13 +88,16 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     """The noise level of the network's input at the scheduler's current step.
 
     Args:
-        scheduler: A stock diffusers scheduler within its loop.
+        scheduler: A diffusers scheduler, or a fused one of ours, within its loop.
         timestep: What the pipeline's loop took from ``scheduler.timesteps``.
 
     Raises:
         UnknownSchedulerError: the scheduler is not known.
     """
     prediction = prediction_type_of(scheduler)
+    own = getattr(scheduler, "noise_level", None)  # ours tell it without reading the device
+    if own is not None:
+        return own(timestep)
     name = type(scheduler).__name__
     if name in BY_TIMESTEP:
         square = _alpha_squared(scheduler, timestep)

@@ -1,0 +1,100 @@
+"""Timing of short operations: quantiles, launches, the copy bandwidth of the machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Operation = Callable[[], Any]
+
+
+class Quantiles(NamedTuple):
+    """Milliseconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def quantiles_of(times: list[float]) -> Quantiles:
+    """Median, 20 % and 80 % quantiles of measured times."""
+    values = torch.tensor(times, dtype=torch.float64)
+    return Quantiles(*torch.quantile(values, torch.tensor([0.5, 0.2, 0.8]).double()).tolist())
+
+
+def time_operation(operation: Operation, device: torch.device, budget: float = 0.1) -> Quantiles:
+    """Time of one call: Triton's do_bench on CUDA (cold L2 cache), the wall clock elsewhere.
+
+    Args:
+        operation: What to time.
+        device: Where it runs.
+        budget: Seconds to spend; at least 3 calls are timed.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return Quantiles(*do_bench(operation, rep=int(budget * 1000), quantiles=[0.5, 0.2, 0.8]))
+    operation()
+    times, end = [], time.perf_counter() + budget
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        operation()
+        times.append(1000 * (time.perf_counter() - start))
+    return quantiles_of(times)
+
+
+def time_in_turn(
+    operations: dict[str, Operation], device: torch.device, budget: float = 0.1
+) -> dict[str, Quantiles]:
+    """Times of several operations; off CUDA in turn, so that other load falls on all alike.
+
+    Args:
+        operations: What to time, by name.
+        device: Where they run.
+        budget: Seconds to spend on each, about; each is timed 3 times at least.
+    """
+    if device.type == "cuda":
+        return {name: time_operation(call, device, budget) for name, call in operations.items()}
+    times: dict[str, list[float]] = {name: [] for name in operations}
+    for operation in operations.values():
+        operation()
+    end = time.perf_counter() + budget * len(operations)
+    while len(times[next(iter(times))]) < 3 or time.perf_counter() < end:
+        for name, operation in operations.items():
+            start = time.perf_counter()
+            operation()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: quantiles_of(values) for name, values in times.items()}
+
+
+def time_replay(operation: Operation) -> Quantiles:
+    """Time of one call replayed from a CUDA graph: without the cost of launching from Python."""
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return Quantiles(*do_bench_cudagraph(operation, quantiles=[0.5, 0.2, 0.8]))
+
+
+def count_launches(operation: Operation) -> int:
+    """Kernels and device copies of one call on CUDA, counted by the profiler."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    operation()
+    torch.cuda.synchronize()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        operation()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def copy_bandwidth(total_bytes: int, device: torch.device, budget: float = 0.1) -> float:
+    """Bytes per second read and written by a plain copy that moves `total_bytes` in all."""
+    source = torch.empty(max(1, math.ceil(total_bytes / 2)), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    took = time_operation(lambda: target.copy_(source), device, budget)
+    return 2 * source.numel() / (took.median / 1000)

@@ -1,0 +1,183 @@
+r"""One step of a sampler as a linear combination, its coefficients on the device.
+
+Euler, DDIM, DPM-Solver++ 2M and flow-matching Euler all have the form
+
+.. math:: x_{next} = k_x \, x_t + k_d \, D + k_p \, D_{prev}
+
+with the denoised image D of this step and of the step before. As D is itself linear in the
+network's output, :math:`D = d_x x_t + d_p \, \mathrm{pred}`, so is the step:
+:math:`x_{next} = c_x x_t + c_p \, \mathrm{pred} + k_p D_{prev}`. A scheduler computes all of these
+once per run, in float64, into one table with a row per step; nothing is read back from it.
+
+References:
+    Karras et al., https://arxiv.org/abs/2206.00364 (Euler); Song et al.,
+    https://arxiv.org/abs/2010.02502 (DDIM); Lu et al., https://arxiv.org/abs/2211.01095 (2M).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..prediction import accumulate
+
+Impl = Literal["reference", "fused"]
+
+COLUMNS = (
+    "k_x",  # weight of the sample, D apart
+    "k_d",  # weight of D
+    "k_p",  # weight of the previous D
+    "c_x",  # weight of the sample, D expressed by sample and prediction
+    "c_p",  # weight of the prediction
+    "d_x",  # D: weight of the sample
+    "d_p",  # D: weight of the prediction
+    "k_in",  # weight of the network's input in place of k_x * x_t
+    "k_a",  # weight of a change of D under which the noise keeps its direction (clipping)
+    "k_n",  # weight of fresh noise
+    "scale_in",  # this step's network input = scale_in * x_t
+    "input_scale",  # the next network input = input_scale * x_next
+)
+INDEX = {name: i for i, name in enumerate(COLUMNS)}
+
+
+@dataclass(frozen=True)
+class SolverStep:
+    """The coefficients of one step.
+
+    Args:
+        row: The step's row of the table, with shape (len(COLUMNS),), float32, on the device of the
+            samples. Each coefficient is a 0-d view of it, under its name in `COLUMNS`.
+        has_previous: Whether the step uses the previous denoised image.
+    """
+
+    row: Tensor
+    has_previous: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device | str = "cpu", **coefficients: float) -> SolverStep:
+        """A step from numbers; what is left out is 0, scales are 1.
+
+        Raises:
+            ValueError: a name is not one of `COLUMNS`.
+        """
+        unknown = coefficients.keys() - INDEX.keys()
+        if unknown:
+            raise ValueError(f"SolverStep: unknown {sorted(unknown)}, expected some of {COLUMNS}")
+        values = {"scale_in": 1.0, "input_scale": 1.0, **coefficients}
+        row = torch.tensor([values.get(name, 0.0) for name in COLUMNS], device=device)
+        return cls(row, values.get("k_p", 0.0) != 0)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in INDEX:
+            raise AttributeError(f"SolverStep has no {name!r}: expected one of {COLUMNS}")
+        return self.row[INDEX[name]]
+
+    def on_network_input(self) -> SolverStep:
+        """The same step for the network's (scaled) input in place of the sample."""
+        return replace(self, row=torch.cat([self.k_in[None], self.row[1:]]))
+
+
+def solver_step(x_t: Tensor, denoised: Tensor, previous: Tensor | None, step: SolverStep) -> Tensor:
+    """x_next from the denoised image.
+
+    Args:
+        x_t: The sample, with shape (B, \\*), any floating dtype.
+        denoised: D, with shape (B, \\*).
+        previous: D of the step before, with shape (B, \\*); not read if the step does not use it.
+        step: Coefficients.
+
+    Returns:
+        x_next, with shape (B, \\*), in float32 (float64 if x_t is).
+
+    Raises:
+        ValueError: the step needs the previous denoised image and got none.
+    """
+    terms = [(denoised, step.k_d)]
+    if step.has_previous:
+        terms.append((_required(previous), step.k_p))
+    return _combined((x_t, step.k_x), *terms)
+
+
+def network_step(
+    x_t: Tensor,
+    prediction: Tensor,
+    previous: Tensor | None,
+    step: SolverStep,
+    *,
+    want_denoised: bool = True,
+    dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x_next and D from the network's output.
+
+    Args:
+        x_t: The sample, with shape (B, \\*), any floating dtype.
+        prediction: The network's output, with shape (B, \\*).
+        previous: D of the step before; not read if the step does not use it.
+        step: Coefficients.
+        want_denoised: Whether to compute D, too.
+        dtype: Of x_next; None: float32 (float64 if x_t is).
+        impl: "reference" (eager), "fused" (one Triton launch) or None: fused on CUDA where Triton
+            is installed.
+
+    Returns:
+        x_next, and D in float32 (float64 if x_t is) or None.
+
+    Raises:
+        ValueError: `impl` is unknown, or the step needs a previous denoised image and got none.
+    """
+    if impl not in (None, "reference", "fused"):
+        raise ValueError(f"network_step: impl is 'reference' or 'fused', got {impl!r}")
+    if step.has_previous:
+        _required(previous)
+    else:
+        previous = None
+    if impl == "fused" or (impl is None and fused_by_default(x_t, prediction)):
+        from .solver_kernel import launch
+
+        return launch(x_t, prediction, previous, step.row, want_denoised, dtype or torch.float32)
+    terms = [(x_t, step.c_x), (prediction, step.c_p)]
+    if previous is not None:
+        terms.append((previous, step.k_p))
+    x_next = _combined(*terms)
+    denoised = None
+    if want_denoised:
+        denoised = _combined((x_t, step.d_x), (prediction, step.d_p))
+    return x_next if dtype is None else x_next.to(dtype), denoised
+
+
+def fused_by_default(*tensors: Tensor) -> bool:
+    """Whether tensors are on CUDA, of 32 bits at most and without a gradient, and Triton is there.
+
+    The fused kernel computes in float32 and has no backward.
+    """
+    plain = all(
+        t.is_cuda and t.dtype.itemsize <= 4 and not (t.requires_grad and torch.is_grad_enabled())
+        for t in tensors
+    )
+    return plain and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _combined(first: tuple[Tensor, Tensor], *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Sum of tensors times 0-d coefficients, at least in float32."""
+    tensor, weight = first
+    total = accumulate(tensor) * weight
+    for tensor, weight in terms:
+        total.addcmul_(accumulate(tensor).to(total.dtype), weight.to(total.dtype))
+    return total
+
+
+def _required(previous: Tensor | None) -> Tensor:
+    if previous is None:
+        raise ValueError("the solver step uses the denoised image of the step before, got None")
+    return previous

@@ -1,0 +1,86 @@
+r"""Euler steps of flow matching, :math:`x_t = (1 - \sigma) x_0 + \sigma \varepsilon`.
+
+.. math:: x_{next} = x_t + (\sigma' - \sigma) v
+
+References:
+    Lipman et al., "Flow Matching for Generative Modeling", 2023, https://arxiv.org/abs/2210.02747;
+    Esser et al., 2024, https://arxiv.org/abs/2403.03206
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
+from torch import Tensor
+
+from ...guidance import NoiseLevel
+from ...guidance.ops.solver import INDEX, network_step
+from .fused import FusedScheduler, refuse_integer, table_of
+
+
+class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteScheduler):
+    """See `FlowMatchEulerDiscreteScheduler`; the same trajectory, one launch, no host syncs.
+
+    Its sigmas stay on the host. With `stochastic_sampling` its own step is taken; timesteps that
+    differ from token to token are refused.
+    """
+
+    def coefficients(self) -> Tensor:
+        """See `FusedScheduler.coefficients`."""
+        noise, delta = self.sigmas[:-1].double(), self.sigmas.double().diff()
+        velocity = 1.0  # of the noise's share
+        if self.config.invert_sigmas:  # the table holds the picture's share
+            noise, delta, velocity = 1 - noise, -delta, -1.0
+        # Without noise left the step does nothing, whatever D is.
+        rate = torch.where(noise == 0, 0, delta / noise)
+        table = table_of(len(noise), k_x=1 + rate, k_d=-rate, d_x=1, d_p=-velocity * noise)
+        table[:, INDEX["c_x"]], table[:, INDEX["c_p"]] = 1, velocity * delta
+        return table
+
+    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
+        """See `FusedScheduler.noise_level`."""
+        sigma = self._levels[self.current_index(timestep, default=0)]
+        if self.config.invert_sigmas:
+            return NoiseLevel(sigma, 1 - sigma, "flow", sign=-1)
+        return NoiseLevel(1 - sigma, sigma, "flow")
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: torch.Generator | None = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """See `FlowMatchEulerDiscreteScheduler.step`, which does not use `s_*` either.
+
+        Raises:
+            ValueError: `per_token_timesteps` are given.
+        """
+        if per_token_timesteps is not None:
+            raise ValueError(
+                "per_token_timesteps: every token would have coefficients of its own; use "
+                "diffusers' FlowMatchEulerDiscreteScheduler"
+            )
+        refuse_integer(timestep)
+        self._step_index = self.current_index(timestep)
+        if self.config.stochastic_sampling:
+            return super().step(
+                model_output, timestep, sample, generator=generator, return_dict=return_dict
+            )
+        step = self.solver_row(self._step_index, sample.device)
+        prev_sample, _ = network_step(
+            sample, model_output, None, step, want_denoised=False, dtype=model_output.dtype
+        )
+        self._step_index += 1
+        if not return_dict:
+            return (prev_sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)

@@ -1,0 +1,195 @@
+"""What the fused schedulers have in common: a table of coefficients, a counter on the host."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ...guidance import NoiseLevel
+from ...guidance.ops.solver import COLUMNS, INDEX, SolverStep
+
+
+class FusedScheduler:
+    """First base of a fused scheduler; the second is the stock scheduler it stands for.
+
+    Configuration, timesteps, noise and sigmas (kept on the host) are the stock scheduler's.
+
+    Attributes:
+        stock_class: That scheduler.
+    """
+
+    stock_class: ClassVar[type[SchedulerMixin]]
+    _steps: tuple[Tensor, list[float]] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        stock = cls.stock_class = cls.__bases__[1]
+        # diffusers writes these two into saved pipelines, which then load without Pilotage, and
+        # looks schedulers up by name. repr() shows the qualified name, which stays ours.
+        cls.__name__, cls.__module__ = stock.__name__, stock.__module__
+        cls.__init__ = _checked(stock.__init__)
+        cls.set_timesteps = _tabulated(stock.set_timesteps)
+
+    def __reduce__(self) -> tuple:
+        return _restore, (type(self).__qualname__, self.__dict__.copy())
+
+    def check_config(self) -> None:
+        """Raise ValueError for settings that the fused step does not have."""
+
+    def coefficients(self) -> Tensor:
+        """The table of `guidance.ops.solver.COLUMNS`, one row per step, float64, on the host."""
+        raise NotImplementedError
+
+    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
+        """The noise level of the network's input at the current step, without a device read."""
+        raise NotImplementedError
+
+    def tabulate(self) -> None:
+        """Compute the tables again, after the timesteps or sigmas were changed by hand."""
+        self._steps = (self.timesteps, self.timesteps.tolist())
+        self._levels = self.sigmas.tolist() if hasattr(self, "sigmas") else None
+        self._table = to_device(self.coefficients().float(), self.timesteps.device)
+
+    def known_steps(self) -> tuple[Tensor, list[float]]:
+        """The timesteps and their values on the host; tables follow if they were exchanged.
+
+        Raises:
+            ValueError: `set_timesteps` was not called.
+        """
+        if self._steps is None:
+            raise ValueError("call set_timesteps first")
+        if self._steps[0] is not self.timesteps:
+            self.tabulate()
+        return self._steps
+
+    def host_timestep(self, timestep: Tensor | float) -> float | None:
+        """The value of a timestep; None if only the device knows it."""
+        if not isinstance(timestep, Tensor):
+            return timestep
+        own, values = self.known_steps()
+        if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
+            # What a loop over `timesteps` yields is a view: where it lies tells which one it is.
+            return values[timestep.storage_offset() - own.storage_offset()]
+        return timestep.reshape(-1)[0].item() if timestep.device.type == "cpu" else None
+
+    def current_index(self, timestep: Tensor | float, default: int | None = None) -> int:
+        """Index of the step about to be taken, counted on the host.
+
+        Args:
+            timestep: Looked up before the first step only, by the stock scheduler's rule.
+            default: Taken where the timestep is not in the table or known to the device only;
+                None: such a timestep is read from the device, once.
+
+        Raises:
+            ValueError: the timestep is not in the table.
+        """
+        if self._step_index is not None:
+            return self._step_index
+        if self._begin_index is not None:
+            return self._begin_index
+        value = self.host_timestep(timestep)
+        if value is None:
+            if default is not None:
+                return default
+            value = timestep.reshape(-1)[0].item()
+        values = self.known_steps()[1]
+        found = [index for index, known in enumerate(values) if known == value]
+        if not found:
+            default = self.index_of_unknown if default is None else default
+            if default is None:
+                raise ValueError(
+                    f"timestep {value} is not one of the scheduler's {len(values)} timesteps: "
+                    "pass one of `scheduler.timesteps`"
+                )
+            return default
+        return found[min(1, len(found) - 1)]  # of equal ones the second, as the stock scheduler
+
+    @property
+    def index_of_unknown(self) -> int | None:
+        """Where the stock scheduler begins with a timestep it does not have; None: nowhere."""
+        return None
+
+    def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
+        """A row of the table, on the device of the samples (moved there once if need be)."""
+        self.known_steps()
+        if self._table.device != device:
+            self._table = to_device(self._table, device)
+        return SolverStep(self._table[row], has_previous)
+
+
+def table_of(count: int, **columns: Tensor) -> Tensor:
+    """A table with `count` rows from its main columns; what follows from them is added.
+
+    Args:
+        count: Number of rows.
+        columns: k_x, k_d, d_x, d_p and others of `COLUMNS`: numbers or tensors of shape (count,).
+    """
+    table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
+    table[:, INDEX["scale_in"]] = table[:, INDEX["input_scale"]] = 1
+    for name, values in columns.items():
+        table[:, INDEX[name]] = values
+    k_x, k_d, d_x, d_p, scale = (
+        table[:, INDEX[name]] for name in ("k_x", "k_d", "d_x", "d_p", "scale_in")
+    )
+    table[:, INDEX["c_x"]] = k_x + k_d * d_x
+    table[:, INDEX["c_p"]] = k_d * d_p
+    table[:, INDEX["k_in"]] = k_x / scale
+    return table
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device that does not wait for it."""
+    if device.type == "cuda":
+        return table.cpu().pin_memory().to(device, non_blocking=True)
+    return table.to(device)
+
+
+def refuse_integer(timestep: Any) -> None:
+    """Raise ValueError where a timestep is an index, which these schedulers cannot take."""
+    if isinstance(timestep, int):
+        raise ValueError(
+            f"expected one of `scheduler.timesteps`, got the integer {timestep} "
+            "(from `enumerate(timesteps)`?)"
+        )
+
+
+def _checked(stock_init: Any) -> Any:
+    @functools.wraps(stock_init)
+    def __init__(self, *args, **kwargs):
+        stock_init(self, *args, **kwargs)
+        self.check_config()
+
+    return __init__
+
+
+def _tabulated(stock_set_timesteps: Any) -> Any:
+    """`set_timesteps` on the host, then tables and timesteps to the device."""
+    signature = inspect.signature(stock_set_timesteps)
+
+    @functools.wraps(stock_set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        device = bound.arguments.pop("device", None)
+        stock_set_timesteps(*bound.args, **bound.kwargs)
+        self.tabulate()
+        if device is not None:
+            device = torch.device(device)
+            self.timesteps, self._table = self.timesteps.to(device), to_device(self._table, device)
+            self._steps = (self.timesteps, self._steps[1])
+
+    return set_timesteps
+
+
+def _restore(name: str, state: dict[str, Any]) -> FusedScheduler:
+    """Unpickle: the class is found by our name for it."""
+    from .. import schedulers
+
+    cls = getattr(schedulers, name)
+    scheduler = cls.__new__(cls)
+    scheduler.__dict__.update(state)
+    return scheduler

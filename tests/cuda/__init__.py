@@ -1,0 +1,1 @@
+"""What only a CUDA device can show; collected only where there is one (tests/conftest.py)."""

@@ -1,0 +1,126 @@
+"""The solver step: both forms of it, the kernel against float64, views of the table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pilotage.guidance.ops.solver import COLUMNS, SolverStep, network_step, solver_step
+
+ROOT = Path(__file__).resolve().parents[3]
+NUMBERS = {"k_x": 0.7, "k_d": 0.2, "k_p": -0.15, "d_x": 1.3, "d_p": -0.6}
+NUMBERS |= {"c_x": 0.7 + 0.2 * 1.3, "c_p": 0.2 * -0.6}
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(dtype, shape=(2, 3, 5, 7)):
+    return [draw(*shape, dtype=dtype, seed=seed) for seed in range(3)]
+
+
+def exact(x, pred, previous, numbers=NUMBERS):
+    """x_next and D in float64."""
+    x, pred, previous = (t.double() for t in (x, pred, previous))
+    denoised = numbers["d_x"] * x + numbers["d_p"] * pred
+    return numbers["k_x"] * x + numbers["k_d"] * denoised + numbers["k_p"] * previous, denoised
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_both_forms_are_the_formula(dtype):
+    x, pred, previous = inputs(dtype)
+    step = SolverStep.of(**NUMBERS)
+    x_next, denoised = network_step(x, pred, previous, step)
+    expected, expected_x0 = exact(x, pred, previous)
+    assert x_next.dtype == denoised.dtype == (dtype if dtype.itemsize > 4 else torch.float32)
+    torch.testing.assert_close(denoised.double(), expected_x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x_next.double(), expected, rtol=1e-6, atol=1e-6)
+    from_x0 = solver_step(x, denoised, previous, step)
+    torch.testing.assert_close(from_x0.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_coefficients_are_views_of_the_row():
+    row = torch.arange(len(COLUMNS), dtype=torch.float32)
+    step = SolverStep(row)
+    for index, name in enumerate(COLUMNS):
+        view = getattr(step, name)
+        assert view.ndim == 0 and float(view) == index
+        assert view.untyped_storage().data_ptr() == row.untyped_storage().data_ptr()
+    assert float(step.on_network_input().k_x) == float(step.k_in)
+    assert torch.equal(step.on_network_input().row[1:], row[1:])
+
+
+def test_misuse_is_refused():
+    x = draw(1, 4)
+    step = SolverStep.of(**NUMBERS)
+    with pytest.raises(ValueError, match="step before, got None"):
+        solver_step(x, x, None, step)
+    with pytest.raises(ValueError, match="step before, got None"):
+        network_step(x, x, None, step)
+    with pytest.raises(ValueError, match="'reference' or 'fused', got 'fast'"):
+        network_step(x, x, x, step, impl="fast")
+    with pytest.raises(ValueError, match="k_q.*k_x"):
+        SolverStep.of(k_q=1.0)
+    with pytest.raises(AttributeError, match="k_q"):
+        _ = step.k_q
+
+
+def test_gradients_pass_through_the_reference():
+    x, pred, previous = inputs(torch.float64)
+    pred.requires_grad_()
+    x_next, _ = network_step(x, pred, previous, SolverStep.of(**NUMBERS))
+    (slope,) = torch.autograd.grad(x_next.sum(), pred)
+    torch.testing.assert_close(slope, torch.full_like(pred, NUMBERS["c_p"]), rtol=1e-6, atol=0)
+
+
+KERNEL = """
+import torch, triton
+from tests.guidance.ops.test_solver import NUMBERS, exact, inputs
+from pilotage.guidance.ops import solver_kernel
+from pilotage.guidance.ops.solver import SolverStep, network_step
+
+def poisoned(like, dtype):
+    return torch.full_like(like, float("nan"), dtype=dtype)
+
+solver_kernel.torch.empty_like = poisoned
+step = SolverStep.of(**NUMBERS)
+first = SolverStep.of(**(NUMBERS | {"k_p": 0.0}))
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for shape in ((1,), (3, 5, 7), (2, 3, 23, 17)):
+        x, pred, previous = inputs(dtype, shape)
+        views = {"plain": (x, pred, previous), "mixed": (x.mT.contiguous().mT, pred, previous)
+                 } if len(shape) > 1 else {"plain": (x, pred, previous)}
+        if len(shape) == 4:
+            last = torch.channels_last
+            views["last"] = [t.contiguous(memory_format=last) for t in (x, pred, previous)]
+            views["half"] = (torch.cat([x, x])[: len(x)], torch.cat([pred, pred], 1)[:, :3],
+                             previous.float())
+        for views_of in views.values():
+            for given, its in ((step, NUMBERS), (first, NUMBERS | {"k_p": 0.0})):
+                for want in (True, False):
+                    x_next, denoised = network_step(
+                        *views_of, given, want_denoised=want, dtype=dtype, impl="fused")
+                    H, H_x0 = exact(*views_of, its)
+                    # The plain result in the dtype of the tensors.
+                    a, b, c = (t.to(dtype) for t in views_of)
+                    L = its["c_x"] * a + its["c_p"] * b + its["k_p"] * c
+                    bound = 2 * ((L.double() - H).abs().max()
+                                 + torch.finfo(dtype).eps * H.abs().max())
+                    assert x_next.dtype == dtype and (x_next - H).abs().max() <= bound
+                    assert (denoised is None) != want
+                    if want:
+                        assert (denoised - H_x0).abs().max() <= 1e-6 * H_x0.abs().max() + 1e-6
+print("kernel ok")
+"""
+
+
+def test_kernel_under_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", KERNEL]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "kernel ok", done.stderr[-2000:]
