@@ -84,7 +84,7 @@ class _Latch(PolicyState):
 
     def wanted(self, step: Step) -> list[bool]:
         for rows, gamma in self.reads.due(step.index):
-            for row, value in zip(rows, gamma.tolist(), strict=True):
+            for row, value in zip(rows, gamma, strict=True):
                 self.guided[row] &= value < self.threshold
         return list(self.guided)
 

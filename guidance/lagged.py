@@ -32,18 +32,18 @@ class LaggedReads:
             event.record()
         self.queue.append((step, label, value, event))
 
-    def due(self, step: int) -> Iterator[tuple[Any, Tensor]]:
-        """The (label, host value) pairs that may be read at the beginning of `step`."""
+    def due(self, step: int) -> Iterator[tuple[Any, Any]]:
+        """The (label, plain numbers) pairs that may be read at the beginning of `step`."""
         while self.queue and self.queue[0][0] + 1 + self.lag <= step:
             yield self._pop()
 
-    def rest(self) -> Iterator[tuple[Any, Tensor]]:
+    def rest(self) -> Iterator[tuple[Any, Any]]:
         """Everything still queued, at the end of a run."""
         while self.queue:
             yield self._pop()
 
-    def _pop(self) -> tuple[Any, Tensor]:
+    def _pop(self) -> tuple[Any, Any]:
         _, label, value, event = self.queue.popleft()
         if event is not None:
             event.synchronize()
-        return label, value.cpu()
+        return label, value.tolist()

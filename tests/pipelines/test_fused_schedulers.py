@@ -8,7 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from pilotage.guidance import APG
+from pilotage.eval.embedded import load_embedded
+from pilotage.guidance import APG, AdaptiveGuidance, Run
 from pilotage.pipelines import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
@@ -16,6 +17,7 @@ from pilotage.pipelines import (
     FusedFlowMatchEulerScheduler,
     guided,
     noise_level,
+    seam,
 )
 
 from ..families import FAMILIES
@@ -28,6 +30,7 @@ TRAILING = {"timestep_spacing": "trailing"}
 ZERO_SNR = {"rescale_betas_zero_snr": True} | TRAILING | V
 KARRAS = {"use_karras_sigmas": True}
 MU = {"mu": 1.3}
+AG = AdaptiveGuidance(0.99)
 DDIM, EULER = FusedDDIMScheduler, FusedEulerScheduler
 DPM, FLOW = FusedDPMSolverMultistepScheduler, FusedFlowMatchEulerScheduler
 
@@ -336,3 +339,24 @@ def test_misuse_is_refused():
         ddim = DDIM()
         ddim.set_timesteps(4)
         ddim.step(x, 999, x, eta=1.0, variance_noise=x, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "apg", "rescale", "hold", AG, APG() | AG], ids=str)
+def test_a_guided_loop_reads_nothing_back(guidance, monkeypatch):
+    """Twice the steps, no more reads: decisions come from values already on the host.
+
+    As on a device, where a stop takes effect a step later; the samples stop at different steps.
+    """
+    monkeypatch.setattr(seam, "Run", lambda g, n, total, on_cpu, detailed: Run(g, n, total, False))
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPM.from_config(pipe.scheduler.config)
+    prompts = ["noto style fox", "twemoji style red apple", "flat style key"]
+    found = []
+    for steps in (6, 12):
+        with HostReads(refuse=False) as reads:
+            pipe(prompts, guidance=guidance, num_inference_steps=steps, output_type="latent")
+        found.append(reads.found)
+    assert found[0] == found[1] and len(found[0]) <= 2
+    if "Adaptive" in str(guidance):
+        assert len(set(pipe.guidance_trace.nfe)) > 1
