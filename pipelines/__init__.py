@@ -8,15 +8,23 @@ reason, where a pipeline has no guidance or keeps its branches in a way that is 
 
 import diffusers
 
+from . import analytic
+from .analytic import AnalyticDenoiserModel
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
 from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
 from .support import LAYOUTS
+from .teleport import GaussianTeleport
+
+AnalyticDenoisingPipeline = guided_class(analytic.AnalyticDenoisingPipeline)
 
 __all__ = [
     "LAYOUTS",
+    "AnalyticDenoiserModel",
+    "AnalyticDenoisingPipeline",
+    "GaussianTeleport",
     "GuidedMixin",
     "Guider",
     "LayoutError",
