@@ -129,10 +129,11 @@ def stream(
         yield from _tensor_blocks(images, labels, chunk, value_range, skip)
         return
     else:
+        entries = source
         if not isinstance(source, Iterator) and hasattr(source, "__getitem__"):
             # Data sets of the old protocol have __getitem__ and a length, no __iter__.
-            source = (source[index] for index in range(len(source)))
-        items = itertools.islice(_items(source), skip, None)
+            entries = (source[index] for index in range(len(source)))
+        items = itertools.islice(_items(entries), skip, None)
     first: tuple[tuple[int, ...], torch.dtype, bool] | None = None
     seen = skip
     while block := list(itertools.islice(items, chunk)):

@@ -28,7 +28,7 @@ from torch import Tensor
 from .images import decode
 from .softmax import Info, Softmax
 
-WORK = 2**25  # bytes of intermediates at once on a CPU: small blocks stay in the cache
+WORK = 2**23  # bytes of intermediates at once on a CPU: small blocks stay in the cache
 WORK_CUDA = 2**30
 SPARSE = 0.15  # density of a mask below which gathering beats a dense product
 ROWS = 1024  # rows of a mask that are multiplied at once
@@ -212,13 +212,13 @@ def posterior(
     for x, index in source.blocks(minibatch or chunk or block_size(y), y):
         if whole:
             flat = x.flatten(0, 2)
-            logits = whole_distances(y.flatten(1), flat, sigma).neg_()
-            states[0].update(slice(0, len(y)), logits, flat.T, index)
+            found = whole_distances(y.flatten(1), flat, sigma)
+            states[0].update(slice(0, len(y)), found, flat.T, index)
             continue
         values = x.flatten(1, 2) if pixel else x.flatten(0, 2)[None]
         for query, state in zip(y, states, strict=True):
             for rows, found in precision.distances(query, x, sigma):
-                state.update(rows, found.neg_(), values[:, rows], index)
+                state.update(rows, found, values[:, rows], index)
     if whole:
         mean = states[0].mean().view_as(y)
     else:
@@ -235,4 +235,4 @@ def posterior(
 def block_size(y: Tensor) -> int:
     """Candidates in a block, for about eight intermediates of the size of the candidates."""
     work = WORK_CUDA if y.is_cuda else WORK
-    return max(16, work // (8 * y.element_size() * y[0].numel()))
+    return max(128, work // (8 * y.element_size() * y[0].numel()))

@@ -44,41 +44,36 @@ class Softmax:
         self.best = values.new_full((groups,), -torch.inf) if info else None
         self.top = torch.zeros(groups, dtype=torch.int64, device=values.device) if info else None
 
-    def update(self, rows: slice, logits: Tensor, values: Tensor, index: Tensor) -> None:
+    def update(self, rows: slice, distances: Tensor, values: Tensor, index: Tensor) -> None:
         """Take in a block of candidates.
 
         Args:
             rows: The g groups concerned.
-            logits: Shape (g, c), overwritten.
+            distances: Minus the logits, with shape (g, c); overwritten.
             values: Shape (c, responses) if the groups share the candidates' values, else
                 (responses, g, c).
             index: Number of the image that each candidate comes from, shape (c,).
         """
-        high = logits.amax(1)
-        if self.best is not None and not self.minibatch:
-            self._keep_top(rows, high, logits, index)
+        high = -distances.amin(1)
+        peak = high if self.minibatch else torch.maximum(self.peak[rows], high)
+        # All candidates so far at -inf: nothing to rescale, and -inf - (-inf) is not a number.
+        peak = peak.where(peak > -torch.inf, 0)
+        weights = torch.sub(-peak[:, None], distances, out=distances).exp_()
+        mass = weights.sum(1)
         if self.minibatch:
-            weights = logits.sub_(high[:, None]).exp_()
-            weights /= weights.sum(1, keepdim=True)
-            if self.best is not None:
-                self._keep_top(rows, weights.amax(1), weights, index)
-            scale = 1.0
+            weights /= mass[:, None]
+            mass, scale = mass.new_ones(()), mass.new_ones(())
         else:
-            peak = torch.maximum(self.peak[rows], high)
-            # All candidates so far at -inf: nothing to rescale, and -inf - (-inf) is not a number.
-            peak = peak.where(peak > -torch.inf, 0)
-            weights = logits.sub_(peak[:, None]).exp_()
             scale = (self.peak[rows] - peak).exp()
-            self.peak[rows] = peak
-        self.mass[rows] = self.mass[rows] * scale + weights.sum(1)
-        if self.square is not None:
-            self.square[rows] = self.square[rows] * scale**2 + torch.linalg.vecdot(weights, weights)
+        if self.top is not None:
+            self._keep(rows, weights, scale, index, high)
+        self.peak[rows] = peak
+        self.mass[rows] = self.mass[rows] * scale + mass
         if values.ndim == 2:
             found = weights @ values
         else:
-            found = torch.linalg.vecdot(weights[None], values).T
-        column = scale if isinstance(scale, float) else scale[:, None]
-        self.values[rows] = self.values[rows] * column + found
+            found = torch.stack([torch.linalg.vecdot(weights, part) for part in values], 1)
+        self.values[rows] = self.values[rows] * scale[..., None] + found
 
     def mean(self) -> Tensor:
         """Weighted means, shape (groups, responses)."""
@@ -92,7 +87,14 @@ class Softmax:
         """Effective numbers of candidates, shape (groups,)."""
         return self.mass**2 / self.square
 
-    def _keep_top(self, rows: slice, high: Tensor, block: Tensor, index: Tensor) -> None:
-        better = high > self.best[rows]
-        self.best[rows] = torch.where(better, high, self.best[rows])
-        self.top[rows] = torch.where(better, index[block.argmax(1)], self.top[rows])
+    def _keep(
+        self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, high: Tensor
+    ) -> None:
+        self.square[rows] *= scale**2
+        self.square[rows] += torch.linalg.vecdot(weights, weights)
+        largest, which = weights.max(1)
+        # Weights of whole blocks compare as they are; others only by their logits.
+        found = largest if self.minibatch else high
+        better = found > self.best[rows]
+        self.best[rows] = torch.where(better, found, self.best[rows])
+        self.top[rows] = torch.where(better, index[which], self.top[rows])

@@ -80,7 +80,7 @@ class ELSDenoiser(Denoiser):
             for start in range(0, len(queries), step):
                 part = slice(start, min(start + step, len(queries)))
                 found = whole_distances(queries[part], candidates, sigma)
-                state.update(part, found.neg_(), centres, owners)
+                state.update(part, found, centres, owners)
         return state
 
 
@@ -118,14 +118,15 @@ class PSPCDenoiser(Denoiser):
         states = [Softmax(y.new_zeros(len(down) * len(right), 0)) for _ in y]
         for x, index in source.blocks(self.chunk or block_size(y), y):
             for query, state in zip(y, states, strict=True):
-                logits = _crop_logits(query, x, sigma, down, right)
-                state.update(slice(None), logits, x.new_zeros(x.shape[-1], 0), index)
+                found = _crop_distances(query, x, sigma, down, right)
+                state.update(slice(None), found, x.new_zeros(x.shape[-1], 0), index)
         out, square = torch.zeros_like(y), torch.zeros_like(y)
         best, top = torch.full_like(y, -1), torch.zeros_like(y, dtype=torch.int64)
         norms = [state.log_mass()[:, None] for state in states]
         for x, index in source.blocks(self.chunk or block_size(y), y):
             for b, query in enumerate(y):
-                weights = (_crop_logits(query, x, sigma, down, right) - norms[b]).exp_()
+                found = _crop_distances(query, x, sigma, down, right)
+                weights = (-norms[b] - found).exp_()
                 weights = weights.view(len(down), len(right), -1)
                 weights = torch.matmul(right.T, weights)
                 weights = (down.T @ weights.flatten(1)).view(h, w, -1) / coverage[..., None]
@@ -145,8 +146,8 @@ def crops(length: int, size: int, like: Tensor) -> Tensor:
     return ((places >= first) & (places < first + size)).to(like.dtype)
 
 
-def _crop_logits(y: Tensor, x: Tensor, sigma: float, down: Tensor, right: Tensor) -> Tensor:
-    """Minus squared distances over 2 sigma^2 of all crops, shape (crops, c)."""
-    squares = (y[..., None] - x).square_().sum(0).div_(-2 * sigma**2)
+def _crop_distances(y: Tensor, x: Tensor, sigma: float, down: Tensor, right: Tensor) -> Tensor:
+    """Squared distances over 2 sigma^2 of all crops, shape (crops, c)."""
+    squares = (y[..., None] - x).square_().sum(0).div_(2 * sigma**2)
     found = torch.matmul(right, squares)
     return (down @ found.flatten(1)).view(len(down) * len(right), -1)

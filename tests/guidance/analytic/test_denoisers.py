@@ -174,9 +174,9 @@ def test_infinite_noise_gives_the_mean_and_no_noise_an_image(name):
 
 def test_optimal_tends_to_wiener_for_gaussian_data():
     shape, sigma, errors = (1, 1, 3), 0.7, []
-    exact = WienerDenoiser(data(200_000, shape), **LATENTS)
+    exact = WienerDenoiser(data(40_000, shape), **LATENTS)
     y = noisy(data(64, shape, seed=5), sigma, 64)
-    for count in (300, 3_000, 30_000):
+    for count in (100, 1_000, 10_000):
         found = OptimalDenoiser(data(count, shape, seed=9), **LATENTS)(y, sigma)
         errors.append(float((found - exact(y, sigma)).square().mean().sqrt()))
     # Monte Carlo over images: the error falls as 1 / sqrt(N).
@@ -250,7 +250,7 @@ def test_dispatch_hands_high_noise_to_the_wiener_filter():
     y = noisy(X, 1.0)
     auto(y, 1.0)
     edge = auto.wiener_above
-    assert statistics.explained(edge) >= 0.99 > statistics.explained(edge / 1.01)
+    assert statistics.explained(edge) >= 0.9995 > statistics.explained(edge / 1.01)
     assert torch.equal(auto(y, edge), statistics.wiener(y, edge))
     assert torch.equal(auto(y, edge * 0.999), plain(y, edge * 0.999))
     assert not torch.equal(plain(y, edge), statistics.wiener(y, edge))
