@@ -1,0 +1,104 @@
+"""What the local denoiser costs: against a plain transcription, against N and n, and in memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser
+from .analytic_baseline import Pictures, local_denoiser
+from .analytic_jacobian import wiener_matrix
+
+
+def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Shortest wall time of a call."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def speedup(
+    images: Tensor,
+    statistics: DatasetStatistics,
+    noisy: dict[float, Tensor],
+    tau: float,
+    **options: Any,
+) -> dict[str, Any]:
+    """Our local denoiser and the transcription in one run, per image and step.
+
+    Args:
+        images: The data set, uint8.
+        noisy: Noise level -> noisy images (B, C, H, W).
+        options: Further arguments of `LocalDenoiser`. The transcription normalizes within
+            mini-batches, so equality of the results is asserted with that normalization.
+    """
+    before = peak_mb()
+    ours = LocalDenoiser(images, tau=tau, statistics=statistics, **options)
+    check = LocalDenoiser(
+        images[:1024], tau=tau, statistics=statistics, normalization="minibatch", minibatch=256
+    )
+    rows = []
+    for sigma, y in noisy.items():
+        ours.precision(sigma)  # the making of masks is not part of the comparison
+        mine = seconds(lambda y=y, sigma=sigma: ours(y, sigma), 2) / len(y)
+        memory = peak_mb() - before
+        wiener = wiener_matrix(statistics, sigma).float()
+        one = y[:1]
+        plain = seconds(
+            lambda one=one, wiener=wiener, sigma=sigma: local_denoiser(
+                Pictures(images), wiener, one, sigma, tau=tau
+            )
+        )
+        pictures = Pictures(images[:1024])
+        reference = local_denoiser(pictures, wiener, one, sigma, tau=tau)
+        difference = (check(one, sigma) - reference).abs().max()
+        rows.append(
+            {
+                "sigma": sigma,
+                "seconds": mine,
+                "transcription_seconds": plain,
+                "largest_difference": float(difference),
+            }
+        )
+    total = [sum(row[key] for row in rows) for key in ("transcription_seconds", "seconds")]
+    return {
+        "speedup": total[0] / total[1],
+        "by_sigma": rows,
+        "peak_memory_over_data_mb": memory - images.numel() / 1e6,
+        "images": len(images),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cost(images: Tensor, sigma: float, tau: float) -> list[dict[str, float]]:
+    """Seconds per image of the local and the optimal denoiser against N and n."""
+    rows = []
+    count, side = len(images), images.shape[-1]
+    sizes = [(count // 16, side), (count // 4, side), (count, side)]
+    sizes += [(count // 4, side // 2), (count // 4, side // 4)]
+    for n_images, size in sizes:
+        data = images[:n_images, :, :size, :size].contiguous()
+        y = data[:4].float() / 127.5 - 1
+        y = y + sigma * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        row = {"images": n_images, "coordinates": data[0].numel()}
+        for name, denoiser in (
+            ("local", LocalDenoiser(data, tau=tau)),
+            ("optimal", OptimalDenoiser(data)),
+        ):
+            denoiser(y[:1], sigma)
+            row[f"{name}_seconds"] = seconds(lambda d=denoiser, y=y: d(y, sigma)) / len(y)
+        rows.append(row)
+    return rows
