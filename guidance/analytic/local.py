@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused
 from .denoisers import Denoiser
 from .posterior import Rows, posterior
 from .statistics import DatasetStatistics
@@ -124,6 +125,9 @@ class LocalDenoiser(Denoiser):
 
     def _denoise(self, y, sigma, source, info):
         rows, size = self.precision(sigma), self.minibatch
+        plain = size is None and self.compute is None and not info and not source.flips
+        if plain and sigma < float("inf") and fused.available(y, source.images, rows.weights):
+            return fused.masked_posterior(y, sigma, source.images, rows.weights), None
         return posterior(y, sigma, source, rows, minibatch=size, chunk=self.chunk, info=info)
 
 
