@@ -17,8 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from ..guidance.analytic import DatasetStatistics
@@ -27,6 +25,7 @@ from . import analytic_agreement as agreement
 from . import analytic_speed as speed
 from . import analytic_teleport as teleport
 from .analytic_jacobian import reading
+from .analytic_pictures import log_plot, save, sheet, spread
 from .embedded import embedded_folder, load_embedded
 from .fashion_mnist import load_images, load_unet
 from .record import write_figures
@@ -53,21 +52,6 @@ def seeded(count: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
             for i in range(count)
         ]
     )
-
-
-def sheet(images: Tensor, path: Path, columns: int, size: int = 84) -> None:
-    """Images (N, C, H, W) in [-1, 1], as a PNG under a temporary name first."""
-    pictures = VaeImageProcessor(vae_scale_factor=1).postprocess(images.float().clamp(-1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".partial-{path.name}")
-    rows = -(-len(pictures) // columns)
-    make_image_grid(pictures, rows, columns, resize=size).save(partial_path)
-    partial_path.replace(path)
-
-
-def spread(fields: Tensor) -> Tensor:
-    """Signed fields, each scaled to [-1, 1]."""
-    return fields / fields.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
 def measure_agreement(
@@ -122,16 +106,27 @@ def measure_reading(statistics: DatasetStatistics, output: Path) -> dict[str, An
     return {"reading": results}
 
 
-def measure_speed(data: Tensor, statistics: DatasetStatistics) -> dict[str, Any]:
+def measure_speed(data: Tensor, statistics: DatasetStatistics, output: Path) -> dict[str, Any]:
     """Part ``speed``, at noise levels of the 10-step trajectory."""
-    clean = load_images("test")[0][:4].float() / 127.5 - 1
-    noisy = {s: clean + s * seeded(4, tuple(clean.shape[1:])) for s in (0.1, 0.6, 2.0, 8.0)}
+    clean = load_images("test")[0][:2].float() / 127.5 - 1
+    noisy = {s: clean + s * seeded(2, tuple(clean.shape[1:])) for s in (0.1, 0.6, 2.0, 8.0)}
     found = speed.speedup(data, statistics, noisy, 0.005)
+    rows = speed.cost(data, 0.6, 0.005)
+    full = max(row["coordinates"] for row in rows)
+    for axis, part in (
+        ("images", [row for row in rows if row["coordinates"] == full]),
+        ("coordinates", [row for row in rows if row["images"] == len(data) // 4]),
+    ):
+        lines = {
+            name: [(row[axis], row[f"{name}_seconds"]) for row in part]
+            for name in ("local", "optimal")
+        }
+        save(log_plot(lines, axis, "seconds per image"), output / f"cost_{axis}.png")
     return {
         "speedup_vs_transcription": found.pop("speedup"),
         "peak_memory_over_data_mb": found.pop("peak_memory_over_data_mb"),
         "speed": found,
-        "cost": speed.cost(data, 0.6, 0.005),
+        "cost": rows,
     }
 
 
@@ -192,7 +187,7 @@ def command(
     work = {
         "agreement": partial(measure_agreement, data, statistics, samples, els_images, folder),
         "reading": partial(measure_reading, statistics, folder),
-        "speed": partial(measure_speed, data, statistics),
+        "speed": partial(measure_speed, data, statistics, folder),
         "teleport": partial(measure_teleport, data, statistics, pictures, archive, folder),
     }
     figures = json.loads(output.read_text()) if output.is_file() else {}

@@ -71,7 +71,7 @@ def sample(statistics, scheduler, steps, x, scaled=True):
 
 @pytest.mark.parametrize("case", range(len(FLOWS)), ids=lambda i: f"{i}-{FLOWS[i][0]}")
 def test_for_gaussian_data_nothing_is_lost(statistics, case):
-    """The closed form down to zero is the truth: teleported runs come as near to it as full ones."""
+    """The closed form down to zero is the truth: teleported runs come as near as full ones."""
     name, settings = FLOWS[case]
     steps = 40 if name in ("KDPM2DiscreteScheduler", "LMSDiscreteScheduler") else 100  # slow ones
     stock = getattr(diffusers, name)(**settings)
