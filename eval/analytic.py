@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "local_minibatch": ("local", TAU | {"normalization": "minibatch"}),
 }
 SIGMAS = (0.1, 0.5, 2.0)
+ELS_SAMPLES = 8
 
 
 def seeded(count: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
@@ -57,7 +58,7 @@ def seeded(count: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
 def measure_agreement(
     data: Tensor, statistics: DatasetStatistics, samples: int, els_images: int, output: Path
 ) -> dict[str, Any]:
-    """Part ``agreement``; ELS searches all translates, so it has a pool of its own."""
+    """Part ``agreement``; ELS searches all translates, so it has fewer images and samples."""
     from .bootstrap import interval
 
     pipe = load_unet()
@@ -69,16 +70,23 @@ def measure_agreement(
         models[name] = AnalyticDenoiserModel.from_images(
             pool, method=method, scheduler=pipe.scheduler, statistics=known, **options
         )
+    few = min(ELS_SAMPLES, samples)
+    els, others = {"els": models.pop("els")}, models
     noise = seeded(samples, tuple(data.shape[1:]))
-    found = agreement.explain(pipe.unet, models, scheduler, noise, min(16, samples), interval)
+    found = agreement.explain(pipe.unet, others, scheduler, noise, few, interval)
+    found |= {
+        "els": agreement.explain(pipe.unet, els, scheduler, noise[:few], few, interval)["els"]
+    }
     order = ("network", *METHODS)
     sheet(torch.cat([found[name].pop("picture") for name in order]), output / "samples.png", 8)
     found.pop("network")
     for name in found:
         found[name]["images"] = els_images if name == "els" else len(data)
+        found[name]["samples"] = few if name == "els" else samples
     test = load_images("test")[0][:samples].float() / 127.5 - 1
-    held = agreement.held_out({"network": pipe.unet} | models, scheduler, test, interval)
-    return {"fashion_mnist": found | {"samples": samples}, "held_out": held}
+    held = agreement.held_out({"network": pipe.unet} | others, scheduler, test, interval)
+    held |= agreement.held_out(els, scheduler, test[:few], interval)
+    return {"fashion_mnist": found, "held_out": held}
 
 
 def measure_reading(statistics: DatasetStatistics, output: Path) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def measure_speed(data: Tensor, statistics: DatasetStatistics, output: Path) -> 
             name: [(row[axis], row[f"{name}_seconds"]) for row in part]
             for name in ("local", "optimal")
         }
-        save(log_plot(lines, axis, "seconds per image"), output / f"cost_{axis}.png")
+        save(log_plot(lines, axis, "CPU seconds per image"), output / f"cost_{axis}.png")
     return {
         "speedup_vs_transcription": found.pop("speedup"),
         "peak_memory_over_data_mb": found.pop("peak_memory_over_data_mb"),
@@ -168,8 +176,8 @@ def command(
         list[str] | None, typer.Option(help=f"One of {', '.join(PARTS)}; default: all.")
     ] = None,
     images: Annotated[int, typer.Option(min=1024, help="Training images used.")] = 60000,
-    samples: Annotated[int, typer.Option(min=2, help="Trajectories per denoiser.")] = 64,
-    els_images: Annotated[int, typer.Option(min=2, help="Images that ELS searches.")] = 2000,
+    samples: Annotated[int, typer.Option(min=8, help="Trajectories per denoiser.")] = 64,
+    els_images: Annotated[int, typer.Option(min=2, help="Images that ELS searches.")] = 500,
     pictures: Annotated[int, typer.Option(min=2, help="Pictures per Fréchet distance.")] = 512,
     archive: Annotated[Path, typer.Option(help="Emoji pictures.")] = Path("cache/emoji.zip"),
     output: Annotated[Path, typer.Option("-o", help="JSON of figures.")] = Path(

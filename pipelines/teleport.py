@@ -161,6 +161,9 @@ class GaussianTeleport(SchedulerMixin):
         self._served = False
         self._initial: Any = None  # what the pipeline scales its noise by, of the whole grid
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.stock_class, self.__dict__.copy())
+
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
         """A stock scheduler: configurations do not hold statistics."""
@@ -281,6 +284,13 @@ def _teleporting_class(stock: type) -> type:
             )
         )
     return type(stock.__name__, (GaussianTeleport, stock), members)
+
+
+def _restored(stock: type, state: dict[str, Any]) -> GaussianTeleport:
+    """A copied or unpickled scheduler."""
+    made = object.__new__(_teleporting_class(stock))
+    made.__dict__.update(state)
+    return made
 
 
 def _with_signature(method: Any, stock: Any) -> Any:

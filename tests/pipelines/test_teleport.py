@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import diffusers
 import pytest
@@ -207,6 +208,15 @@ def test_noise_levels_see_through(statistics, name):
         fast.scale_model_input(x, t)
         assert ratio(noise_level(fast, t)) == pytest.approx(sigma / alpha, rel=1e-5)
         x = fast.step(x, t, x).prev_sample
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_teleport_too(statistics, again):
+    fast = GaussianTeleport(diffusers.DDIMScheduler(), statistics, sigma_skip=2.0)
+    other = again(fast)
+    other.set_timesteps(10)
+    assert type(other) is type(fast) and other.skipped > 0 == fast.skipped
+    assert torch.equal(other.statistics.basis, statistics.basis)
 
 
 def test_what_cannot_work_is_refused(statistics):
