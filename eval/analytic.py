@@ -145,7 +145,7 @@ def measure_teleport(
     from .extractors import EfficientNetLite0
 
     extractor = EfficientNetLite0()
-    sigmas = ("auto", 20.0, 10.0, 5.0)
+    sigmas = ("auto", 10.0, 5.0, 3.0, 2.0)
     pipe = load_unet()
     stock = agreement.ddim(pipe.scheduler, 20)
     rows = teleport.settings(stock, statistics, (20, 15), sigmas)

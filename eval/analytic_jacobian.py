@@ -40,13 +40,13 @@ def wiener_matrix(statistics: DatasetStatistics, sigma: float) -> Tensor:
 
 
 def mass_radius(rows: Tensor, shape: tuple[int, int, int], mass: float = MASS) -> Tensor:
-    """Radius in pixels around m within which |row m| has `mass` of its sum, shape (n,)."""
+    """Radius in pixels around m that holds `mass` of the sum of squares of row m, shape (n,)."""
     c, h, w = shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     places = torch.stack([y, x], -1).view(-1, 2).double().repeat(c, 1)
     distance = torch.cdist(places, places)
     order = distance.argsort(1)
-    share = rows.abs().double().gather(1, order).cumsum(1)
+    share = rows.double().square().gather(1, order).cumsum(1)
     reached = (share < mass * share[:, -1:]).sum(1, keepdim=True).clamp(max=len(places) - 1)
     return distance.gather(1, order).gather(1, reached)[:, 0]
 
