@@ -79,6 +79,72 @@ def generate(
 
 
 @app.command()
+def denoise(
+    images: Annotated[Path, typer.Argument(help="Folder of pictures of one size.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="local, optimal, wiener, ls, els, pspc, soft.")
+    ] = "local",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps (DDIM).")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    tau: Annotated[float | None, typer.Option(help="local: threshold of the mask.")] = None,
+    label: Annotated[
+        int | None, typer.Option(help="Class: number of the subfolder in alphabetical order.")
+    ] = None,
+    guidance: Annotated[str, typer.Option("--guidance", "-g", help="With --scale above 1.")] = "",
+    scale: Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")] = 1.0,
+) -> None:
+    """Sample from a folder of pictures, without a network (analytic denoisers)."""
+    from ..guidance import resolve
+    from ..guidance.analytic import DENOISERS
+
+    if guidance:
+        resolve(guidance)
+    if method not in DENOISERS:
+        raise ValueError(f"unknown method {method!r}: expected one of {sorted(DENOISERS)}")
+    if tau is not None and method not in ("local", "soft"):
+        raise ValueError(f"--tau belongs to the local denoisers, not to {method!r}")
+    if not images.is_dir():
+        raise FileNotFoundError(f"no folder {images}")
+
+    import torch
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..pipelines import AnalyticDenoisingPipeline
+
+    options = {} if tau is None else {"tau": tau}
+    pipe = AnalyticDenoisingPipeline(images=images, method=method, options=options)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    result = pipe(
+        count,
+        num_inference_steps=steps,
+        class_labels=label,
+        guidance_scale=scale,
+        guidance=guidance or None,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(result.images):
+        path = output if count == 1 else output.with_stem(f"{output.stem}-{i}")
+        made = {
+            "images": str(images),
+            "data": pipe.unet.config.statistics["identity"]["data"],
+            "method": method,
+            **options,
+            "steps": steps,
+            "seed": seed + i,
+            "label": label,
+            "guidance": guidance,
+            "guidance_scale": scale,
+        }
+        tags = PngInfo()
+        tags.add_text("pilotage", json.dumps(made))
+        image.save(path, pnginfo=tags)
+        typer.echo(str(path))
+
+
+@app.command()
 def info() -> None:
     """Versions, guidance names and presets."""
     from rich.console import Console

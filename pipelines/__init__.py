@@ -8,6 +8,8 @@ reason, where a pipeline has no guidance or keeps its branches in a way that is 
 
 import diffusers
 
+from . import analytic
+from .analytic import AnalyticDenoiserModel
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
@@ -20,13 +22,19 @@ from .schedulers import (
     FusedFlowMatchEulerScheduler,
 )
 from .support import LAYOUTS
+from .teleport import GaussianTeleport
+
+AnalyticDenoisingPipeline = guided_class(analytic.AnalyticDenoisingPipeline)
 
 __all__ = [
     "LAYOUTS",
+    "AnalyticDenoiserModel",
+    "AnalyticDenoisingPipeline",
     "FusedDDIMScheduler",
     "FusedDPMSolverMultistepScheduler",
     "FusedEulerScheduler",
     "FusedFlowMatchEulerScheduler",
+    "GaussianTeleport",
     "GuidedMixin",
     "Guider",
     "LayoutError",

@@ -13,6 +13,7 @@ QWEN_IMAGE = TwoCalls(matches_norm=True)
 # loop. Subclasses take the layout of the closest base listed. Variants that tests/families.py lacks
 # have the loop of a class that it has; pipelines/SUPPORT.md tells which are which.
 LAYOUTS: dict[str, Layout] = {
+    "AnalyticDenoisingPipeline": UNCOND_COND,
     "AuraFlowPipeline": UNCOND_COND,
     "ChromaImg2ImgPipeline": TWO_CALLS,
     "ChromaInpaintPipeline": TWO_CALLS,

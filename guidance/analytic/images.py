@@ -1,0 +1,221 @@
+"""Images in: one way to read a tensor, a folder, a data set or an iterator.
+
+Images of one source have one shape (C, H, W) and one kind of number: uint8, kept as uint8 and
+meaning [-1, 1] (x / 127.5 - 1), or floats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_KEYS = ("image", "images", "img", "pixel_values")
+LABEL_KEYS = ("label", "labels", "class_label", "class_labels")
+Block = tuple[Tensor, Tensor | None]
+
+
+def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stored images as numbers of `dtype`: uint8 becomes [-1, 1], floats stay as they are."""
+    if images.dtype == torch.uint8:
+        return images.to(dtype).div_(127.5).sub_(1)
+    return images.to(dtype)
+
+
+def from_pil(image: Any) -> Tensor:
+    """A PIL image of mode L or RGB as uint8 (C, H, W).
+
+    Raises:
+        ValueError: any other mode; alpha channels and palettes are not guessed at.
+    """
+    if image.mode not in ("L", "RGB"):
+        advice = "paste it on a background" if "A" in image.mode else "convert it"
+        raise ValueError(f"expected images of mode L or RGB, got {image.mode}: {advice} first")
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def folder_files(folder: Path) -> tuple[list[Path], list[int] | None]:
+    """Pictures below a folder, sorted, and their classes if they all lie in subfolders.
+
+    A class is the index of the first folder below `folder` in alphabetical order.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"no pictures in {folder} (looked for {', '.join(SUFFIXES)})")
+    tops = [file.relative_to(folder).parts[:-1][:1] for file in files]
+    if not all(tops):
+        return files, None
+    names = sorted(set(tops))
+    return files, [names.index(top) for top in tops]
+
+
+def _folder_items(folder: Path, skip: int) -> Iterator[tuple[Tensor, int | None]]:
+    from PIL import Image
+
+    files, labels = folder_files(folder)
+    for index in range(skip, len(files)):
+        with Image.open(files[index]) as image:
+            try:
+                pixels = from_pil(image)
+            except ValueError as error:
+                raise ValueError(f"{files[index]}: {error}") from None
+        yield pixels, None if labels is None else labels[index]
+
+
+def _parts(item: Any) -> tuple[Any, Any]:
+    """Image and label (None) of an item of a data set."""
+    if isinstance(item, dict):
+        for key in IMAGE_KEYS:
+            if key in item:
+                return item[key], next((item[k] for k in LABEL_KEYS if k in item), None)
+        raise ValueError(f"no image among {sorted(item)}: expected one of {IMAGE_KEYS}")
+    if isinstance(item, (tuple, list)):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
+
+
+def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+    for item in source:
+        image, label = _parts(item)
+        if hasattr(image, "mode") and hasattr(image, "tobytes"):
+            yield from_pil(image), label
+            continue
+        image = torch.as_tensor(image)
+        if image.ndim == 4:
+            labels = itertools.repeat(None) if label is None else label
+            yield from zip(image, labels, strict=label is not None)
+        else:
+            yield (image[None] if image.ndim == 2 else image), label
+
+
+def stream(
+    source: Any,
+    *,
+    chunk: int = 256,
+    value_range: tuple[float, float] | None = (-1.0, 1.0),
+    skip: int = 0,
+) -> Iterator[Block]:
+    """Blocks of images and labels from any source, in its order.
+
+    Args:
+        source: A folder (path), a tensor (N, C, H, W), a pair (images, labels), a torch or Hugging
+            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), batches
+            (B, C, H, W), PIL), each alone, with a label in a tuple, or in a dict.
+        chunk: Largest number of images in a block.
+        value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
+            floats as they are (latents). uint8 always means [-1, 1].
+        skip: Images to leave out at the beginning.
+
+    Yields:
+        Images (b, C, H, W), uint8, float32 or float64, and int64 labels (b,) or None.
+
+    Raises:
+        ValueError: mixed shapes, modes or kinds of number, alpha channels, values that are not
+            finite or outside the range, labels for some images only, no images.
+    """
+    if isinstance(source, (str, Path)):
+        items = _folder_items(Path(source), skip)
+    elif isinstance(source, Tensor) or _is_pair(source):
+        images, labels = source if _is_pair(source) else (source, None)
+        yield from _tensor_blocks(images, labels, chunk, value_range, skip)
+        return
+    else:
+        entries = source
+        if not isinstance(source, Iterator) and hasattr(source, "__getitem__"):
+            # Data sets of the old protocol have __getitem__ and a length, no __iter__.
+            entries = (source[index] for index in range(len(source)))
+        items = itertools.islice(_items(entries), skip, None)
+    first: tuple[tuple[int, ...], torch.dtype, bool] | None = None
+    seen = skip
+    while block := list(itertools.islice(items, chunk)):
+        for offset, (image, label) in enumerate(block):
+            found = (tuple(image.shape), image.dtype, label is not None)
+            first = first or found
+            if found != first:
+                names = ("shape", "dtype", "with a label")
+                what = next(n for n, a, b in zip(names, found, first, strict=True) if a != b)
+                raise ValueError(
+                    f"mixed images: {what} is {found[names.index(what)]} at image "
+                    f"{seen + offset}, {first[names.index(what)]} before"
+                )
+        labels = [label for _, label in block]
+        yield (
+            checked(torch.stack([image for image, _ in block]), value_range, seen),
+            None if labels[0] is None else torch.as_tensor([int(label) for label in labels]),
+        )
+        seen += len(block)
+    if first is None and skip == 0:
+        raise ValueError("no images")
+
+
+def load_images(
+    source: Any, *, value_range: tuple[float, float] | None = (-1.0, 1.0)
+) -> tuple[Tensor, Tensor | None]:
+    """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
+    blocks = list(stream(source, value_range=value_range))
+    labels = None if blocks[0][1] is None else torch.cat([label for _, label in blocks])
+    return torch.cat([images for images, _ in blocks]), labels
+
+
+def checked(images: Tensor, value_range: tuple[float, float] | None, first: int = 0) -> Tensor:
+    """A block (b, C, H, W) in the form it is stored in; see `stream` for what is refused."""
+    if images.ndim != 4:
+        raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
+    if value_range is not None and images.shape[1] not in (1, 3):
+        hint = ": an alpha channel?" if images.shape[1] in (2, 4) else ""
+        raise ValueError(f"expected 1 or 3 channels, got {images.shape[1]}{hint}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"expected uint8 or floating point images, got {images.dtype}")
+    if images.dtype.itemsize < 4:
+        images = images.float()
+    bad = ~images.flatten(1).isfinite().all(1)
+    if bad.any():
+        raise ValueError(f"image {first + int(bad.nonzero()[0])} contains NaN or infinity")
+    if value_range is None:
+        return images
+    low, high = value_range
+    found = images.aminmax()
+    slack = 1e-3 * (high - low)  # resampling and rounding overshoot a little
+    if found.min < low - slack or found.max > high + slack:
+        raise ValueError(
+            f"pixels from {found.min:.4g} to {found.max:.4g} in a source declared as "
+            f"[{low:g}, {high:g}]; pass value_range, None for latents"
+        )
+    return images if (low, high) == (-1, 1) else (images - low) * (2 / (high - low)) - 1
+
+
+def _is_pair(source: Any) -> bool:
+    return (
+        isinstance(source, (tuple, list))
+        and len(source) == 2
+        and all(isinstance(part, Tensor) for part in source)
+        and source[0].ndim == 4
+        and source[1].ndim == 1
+    )
+
+
+def _tensor_blocks(
+    images: Tensor,
+    labels: Tensor | None,
+    chunk: int,
+    value_range: tuple[float, float] | None,
+    skip: int,
+) -> Iterator[Block]:
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    for start in range(skip, len(images), chunk):
+        block = checked(images[start : start + chunk], value_range, start)
+        yield block, None if labels is None else labels[start : start + chunk].long()

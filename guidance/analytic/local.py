@@ -1,0 +1,164 @@
+r"""The local analytic denoiser: each coordinate is compared where the data are correlated with it.
+
+With the Wiener matrix W at noise level sigma and R = W with each row divided by its diagonal entry,
+
+.. math::
+    M = 1\{|R| \ge \tau \max |R|\}, \qquad
+    D_m(y) = \sum_i \mathrm{softmax}_i\Big(-\frac{\sum_j M_{mj} (y_j - x_{ij})^2}{2\sigma^2}\Big)
+    x_i[m]
+
+References:
+    Lukoianov, Yuan, Solomon & Sitzmann, "Locality in Image Diffusion Models Emerges from Data
+    Statistics", NeurIPS 2025, https://arxiv.org/abs/2509.09672
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .denoisers import Denoiser
+from .posterior import Rows, posterior
+from .statistics import DatasetStatistics
+
+# Published thresholds by data set.
+TAU = {
+    "cifar10": 0.05,
+    "celeba_hq": 0.02,
+    "afhq": 0.02,
+    "mnist": 0.005,
+    "fashion_mnist": 0.005,
+}
+KEPT = 2**27  # bytes of masks kept from one call to the next, as bool and as float32
+STEP = 512  # rows of the Wiener matrix made at once
+
+
+def sensitivity(statistics: DatasetStatistics, sigma: float, rows: slice) -> Tensor:
+    """Rows of R, the Wiener matrix over its diagonal (entries below 1e-6 count as 1).
+
+    Float64, shape (rows, n); zeros at sigma = infinity.
+    """
+    n = statistics.dimension
+    start, stop, _ = rows.indices(n)
+    unit = torch.zeros(stop - start, n, dtype=torch.float64)
+    unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+    square = sigma**2
+
+    def wiener(values: Tensor) -> Tensor:
+        return values / (values + square)
+
+    w = statistics.apply(unit.view(-1, *statistics.shape), wiener).flatten(1)
+    diagonal = w[torch.arange(stop - start), torch.arange(start, stop)]
+    return w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]
+
+
+def row_blocks(n: int) -> list[slice]:
+    """Slices that cover n rows."""
+    return [slice(start, min(start + STEP, n)) for start in range(0, n, STEP)]
+
+
+def masks(statistics: DatasetStatistics, sigma: float, tau: float) -> Tensor:
+    """M, bool (n, n); the maximum is over the whole of |R|."""
+    blocks = row_blocks(statistics.dimension)
+    if len(blocks) <= 8:  # few enough to hold all of R instead of making it twice
+        r = torch.cat([sensitivity(statistics, sigma, rows) for rows in blocks]).abs_()
+        return r >= tau * r.max()
+    largest = max(float(sensitivity(statistics, sigma, rows).abs().max()) for rows in blocks)
+    return torch.cat(
+        [sensitivity(statistics, sigma, rows).abs() >= tau * largest for rows in blocks]
+    )
+
+
+class LocalDenoiser(Denoiser):
+    """The local analytic denoiser.
+
+    Args:
+        images: See `Denoiser`; further arguments likewise.
+        tau: Threshold of the mask, >= 0, or the name of a data set in `TAU`. 0 compares whole
+            images; an infinite noise level gives the mean of the candidates.
+        normalization: "exact" normalizes over all candidates; "minibatch" within each block and
+            averages the blocks, as the published code does (it depends on the order of images).
+        minibatch: Size of those blocks; the published code has 256 or 512.
+        compute: Precision of the matrix products; see `posterior.Rows`.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Tensor | None = None,
+        *,
+        tau: float | str,
+        normalization: str = "exact",
+        minibatch: int = 256,
+        compute: torch.dtype | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(images, labels, **rest)
+        if isinstance(tau, str) and tau not in TAU:
+            raise ValueError(f"no published tau for {tau!r}: known are {sorted(TAU)}")
+        self.tau = TAU[tau] if isinstance(tau, str) else float(tau)
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau must lie in [0, 1], got {self.tau}")
+        if normalization not in ("exact", "minibatch"):
+            raise ValueError(f"normalization is 'exact' or 'minibatch', got {normalization!r}")
+        if minibatch < 1:
+            raise ValueError(f"minibatch must be >= 1, got {minibatch}")
+        self.minibatch = minibatch if normalization == "minibatch" else None
+        self.compute = compute
+        self._kept: dict[float, Rows] = {}
+
+    def weights(self, sigma: float) -> Tensor:
+        """What each coordinate is compared on, (n, n)."""
+        return masks(self.statistics, sigma, self.tau)
+
+    def precision(self, sigma: float) -> Rows:
+        """The weights at a noise level, kept for the last few levels."""
+        if sigma not in self._kept:
+            most = max(2, KEPT // (5 * self.statistics.dimension**2))
+            while len(self._kept) >= most:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[sigma] = Rows(self.weights(sigma).to(self.images.device), self.compute)
+        return self._kept[sigma]
+
+    def _denoise(self, y, sigma, source, info):
+        rows, size = self.precision(sigma), self.minibatch
+        plain = size is None and self.compute is None and not info and not source.flips
+        if plain and sigma < float("inf") and fused.available(y, source.images, rows.weights):
+            return fused.masked_posterior(y, sigma, source.images, rows.weights), None
+        return posterior(y, sigma, source, rows, minibatch=size, chunk=self.chunk, info=info)
+
+
+class SoftLocalDenoiser(LocalDenoiser):
+    """A soft version (ours): weights :math:`(|R| / \\max_j |R_{mj}|)^p` instead of a mask.
+
+    Args:
+        images: See `LocalDenoiser`; further arguments likewise.
+        power: p > 0; 0 compares whole images, large p approaches the coordinate alone.
+        tau: Weights below it count as 0.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Tensor | None = None,
+        *,
+        power: float = 1.0,
+        tau: float = 0.0,
+        **rest: Any,
+    ) -> None:
+        super().__init__(images, labels, tau=tau, **rest)
+        if not power >= 0:
+            raise ValueError(f"power must be >= 0, got {power}")
+        self.power = power
+
+    def weights(self, sigma: float) -> Tensor:
+        """What each coordinate is compared on, float32 (n, n)."""
+        parts = []
+        for rows in row_blocks(self.statistics.dimension):
+            size = sensitivity(self.statistics, sigma, rows).abs()
+            size = size / size.amax(1, keepdim=True).clamp(min=1e-300)
+            parts.append((size**self.power).where(size >= self.tau, 0).float())
+        return torch.cat(parts)

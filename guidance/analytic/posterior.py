@@ -1,0 +1,238 @@
+r"""The posterior mean under a data set, on three axes.
+
+.. math::
+    D_m(y) = \sum_i \mathrm{softmax}_i\Big(-\frac{1}{2\sigma^2}
+    \sum_j P_{mj} (y_j - x_{ij})^2\Big) \, x_i[m]
+
+Every analytic denoiser is a choice of *precision* (which coordinates a group of outputs is compared
+on, and how much each counts), of *response* (which outputs the group writes) and of *source* (which
+candidates: the images, their mirror images; `translates.py` has all places). `posterior` is the
+loop over candidates. Candidates lie in the last, contiguous dimension everywhere: (C, H, W, c).
+
+References:
+    Lukoianov, Yuan, Solomon & Sitzmann, "Locality in Image Diffusion Models Emerges from Data
+    Statistics", https://arxiv.org/abs/2509.09672; Kamb & Ganguli, "An analytic theory of creativity
+    in convolutional diffusion models", https://arxiv.org/abs/2412.20292
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .images import decode
+from .softmax import Info, Softmax
+
+WORK = 2**23  # bytes of intermediates at once on a CPU: small blocks stay in the cache
+WORK_CUDA = 2**30
+SPARSE = 0.05  # density of a mask below which gathering beats a dense product (measured)
+ROWS = 1024  # rows of a mask that are multiplied at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """Candidates at the same place: stored images (N, C, H, W), with their mirror images or not.
+
+    Args:
+        images: uint8 (meaning [-1, 1]) or floats; never decoded as a whole.
+        first: Number of the first image, for attribution.
+        flips: Whether left-right mirror images are candidates too.
+    """
+
+    images: Tensor
+    first: int = 0
+    flips: bool = False
+
+    def blocks(self, size: int, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks (C, H, W, c), c <= size, and the numbers (c,) of their images.
+
+        In the dtype and on the device of `like`.
+        """
+        size = max(1, size // 2) if self.flips else size
+        for start in range(0, len(self.images), size):
+            stored = self.images[start : start + size].to(like.device)
+            x = decode(stored.permute(1, 2, 3, 0).contiguous(), like.dtype)
+            index = torch.arange(start, start + x.shape[-1], device=like.device) + self.first
+            if self.flips:
+                x, index = torch.cat([x, x.flip(2)], -1), index.repeat(2)
+            yield x, index
+
+
+class Precision(Protocol):
+    """Which coordinates a group of outputs is compared on."""
+
+    response: str
+
+    def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
+        """Groups g of one query y (C, H, W) and their squared distances (g, c) over 2 sigma^2.
+
+        Up to a constant per group; x are candidates (C, H, W, c).
+        """
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All coordinates count the same; the one group writes the image."""
+
+    response = "image"
+
+
+def whole_distances(y: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """Squared distances over 2 sigma^2 of y (q, n) to x (n, c), up to a constant per query.
+
+    As a matrix product (x^2 - 2 <y, x>) where its rounding stays below 1e-3 of the result, which is
+    a logarithm of a probability; from differences elsewhere.
+
+    Returns:
+        Shape (q, c).
+    """
+    square = x.square().sum(0)
+    largest = float(torch.maximum(square.max(), square.max().sqrt() * y.norm(dim=1).max()))
+    if torch.finfo(x.dtype).eps * largest < 1e-3 * sigma**2:
+        return torch.addmm(square[None] / 2, y, x, alpha=-1).div_(sigma**2)
+    return torch.stack([(row[:, None] - x).square_().sum(0) for row in y]).div_(2 * sigma**2)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A row of weights for every coordinate; its group writes that coordinate.
+
+    Args:
+        weights: (n, n), at least 0, bool or float; row m says what coordinate m is compared on.
+        compute: Precision of the matrix product: None for float16 on CUDA (with float32
+            accumulation) and that of the query elsewhere.
+    """
+
+    weights: Tensor
+    compute: torch.dtype | None = None
+    response = "coordinate"
+    _cast: dict = field(default_factory=dict, repr=False)
+
+    def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
+        """See `Precision`; differences first, so that nothing cancels."""
+        # Scaled before the product, which lets float16 hold it at any noise level.
+        scale = (1 / (2 * sigma**2)) ** 0.5
+        squares = (y.flatten()[:, None] - x.flatten(0, 2)).mul_(scale).square_()
+        kind = self.compute or (torch.float16 if x.is_cuda else x.dtype)
+        if kind == torch.float16:
+            squares = squares.clamp_(max=6e4)  # a candidate this far has no weight in any case
+        squares = squares.to(kind)
+        if self._sparse(x):
+            yield slice(0, len(squares)), self._csr(kind) @ squares
+            return
+        for start in range(0, len(squares), ROWS):
+            rows = slice(start, min(start + ROWS, len(squares)))
+            yield rows, (self._dense(rows, kind) @ squares).to(x.dtype)
+
+    def _sparse(self, x: Tensor) -> bool:
+        if "density" not in self._cast:
+            self._cast["density"] = int(self.weights.count_nonzero()) / self.weights.numel()
+        return self._cast["density"] < SPARSE and not x.is_cuda and self.compute is None
+
+    def _csr(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._cast:
+            with warnings.catch_warnings():  # "beta state": the product is held by our tests
+                warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+                self._cast[dtype] = self.weights.to(dtype).to_sparse_csr()
+        return self._cast[dtype]
+
+    def _dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if len(self.weights) > 4 * ROWS:  # too large to be kept once more as floats
+            return self.weights[rows].to(dtype)
+        if dtype not in self._cast:
+            self._cast[dtype] = self.weights.to(dtype)
+        return self._cast[dtype][rows]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A k x k window around every pixel, over all channels, cut at the border.
+
+    Its group writes the pixel. Window sums are two products with 0/1 band matrices: sums of
+    positive numbers only, where differences of an integral image would cancel at low noise.
+    """
+
+    k: int
+    response = "pixel"
+
+    def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
+        """See `Precision`."""
+        squares = (y[..., None] - x).square_().sum(0).div_(2 * sigma**2)
+        h, w, _ = squares.shape
+        found = torch.matmul(band(w, self.k, x), squares)
+        yield slice(0, h * w), (band(h, self.k, x) @ found.view(h, -1)).view(h * w, -1)
+
+
+def band(length: int, k: int, like: Tensor) -> Tensor:
+    """Band matrix (length, length): ones within (k - 1) / 2 of the diagonal."""
+    places = torch.arange(length, device=like.device)
+    return ((places[:, None] - places).abs() <= k // 2).to(like.dtype)
+
+
+def posterior(
+    y: Tensor,
+    sigma: float,
+    source: Source,
+    precision: Precision | Whole,
+    *,
+    minibatch: int | None = None,
+    chunk: int | None = None,
+    info: bool = False,
+) -> tuple[Tensor, Info | None]:
+    """Posterior mean of noisy images.
+
+    Args:
+        y: Noisy images x0 + sigma z, with shape (B, C, H, W), float32 or float64.
+        sigma: Noise level, > 0; infinity gives the mean of the candidates.
+        source: The candidates.
+        precision: What groups of outputs are compared on, and with it what they write.
+        minibatch: None normalizes over all candidates; a number normalizes within consecutive
+            blocks of so many and averages the blocks.
+        chunk: Candidates in a block when normalizing over all; None for what `WORK` allows. It
+            changes nothing but rounding, speed and memory.
+        info: Whether to return `Info` as well.
+
+    Returns:
+        The mean, with shape and dtype of y, and Info or None.
+    """
+    shape = y.shape[1:]
+    whole = precision.response == "image"
+    pixel = precision.response == "pixel"
+    groups = len(y) if whole else shape[1:].numel() if pixel else shape.numel()
+    width = shape.numel() if whole else shape[0] if pixel else 1
+    states = [
+        Softmax(y.new_zeros(groups, width), minibatch=minibatch is not None, info=info)
+        for _ in range(1 if whole else len(y))
+    ]
+    for x, index in source.blocks(minibatch or chunk or block_size(y), y):
+        if whole:
+            flat = x.flatten(0, 2)
+            found = whole_distances(y.flatten(1), flat, sigma)
+            states[0].update(slice(0, len(y)), found, flat.T, index)
+            continue
+        values = x.flatten(1, 2) if pixel else x.flatten(0, 2)[None]
+        for query, state in zip(y, states, strict=True):
+            for rows, found in precision.distances(query, x, sigma):
+                state.update(rows, found, values[:, rows], index)
+    if whole:
+        mean = states[0].mean().view_as(y)
+    else:
+        mean = torch.stack([state.mean().T.reshape(shape) for state in states])
+    if not info:
+        return mean, None
+    # One number per group becomes one per coordinate.
+    one = (-1, 1, 1, 1) if whole else (len(y), 1, *shape[1:]) if pixel else y.shape
+    n_eff = torch.cat([state.n_eff() for state in states]).view(one).expand_as(y)
+    top = torch.cat([state.top for state in states]).view(one).expand_as(y)
+    return mean, Info(n_eff, top)
+
+
+def block_size(y: Tensor) -> int:
+    """Candidates in a block, for about eight intermediates of the size of the candidates."""
+    work = WORK_CUDA if y.is_cuda else WORK
+    return max(128, work // (8 * y.element_size() * y[0].numel()))

@@ -1,0 +1,100 @@
+r"""Online softmax: weighted means over a stream of candidates, in one pass and bounded memory.
+
+For logits :math:`l_i` the running maximum m, sum :math:`s = \sum_i e^{l_i - m}` and weighted sum
+:math:`v = \sum_i e^{l_i - m} x_i` are rescaled whenever m rises; the mean is v / s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a posterior rests on, per coordinate of the images, shapes (B, C, H, W).
+
+    Args:
+        n_eff: Effective number of candidates, 1 / (sum of squared weights).
+        top: Index of the training image with the largest weight, int64.
+    """
+
+    n_eff: Tensor
+    top: Tensor
+
+
+class Softmax:
+    """Running state for groups of logits, each with its own weighted mean.
+
+    Args:
+        values: Zeros with the shape of the result, (groups, responses).
+        minibatch: Normalize within each block of candidates and average over blocks, instead of
+            over all candidates.
+        info: Keep what `Info` needs.
+    """
+
+    def __init__(self, values: Tensor, *, minibatch: bool = False, info: bool = False) -> None:
+        groups = len(values)
+        self.values, self.minibatch = values, minibatch
+        self.peak = values.new_full((groups,), -torch.inf)
+        self.mass = values.new_zeros(groups)
+        self.square = values.new_zeros(groups) if info else None
+        self.best = values.new_full((groups,), -torch.inf) if info else None
+        self.top = torch.zeros(groups, dtype=torch.int64, device=values.device) if info else None
+
+    def update(self, rows: slice, distances: Tensor, values: Tensor, index: Tensor) -> None:
+        """Take in a block of candidates.
+
+        Args:
+            rows: The g groups concerned.
+            distances: Minus the logits, with shape (g, c); overwritten.
+            values: Shape (c, responses) if the groups share the candidates' values, else
+                (responses, g, c).
+            index: Number of the image that each candidate comes from, shape (c,).
+        """
+        high = -distances.amin(1)
+        peak = high if self.minibatch else torch.maximum(self.peak[rows], high)
+        # All candidates so far at -inf: nothing to rescale, and -inf - (-inf) is not a number.
+        peak = peak.where(peak > -torch.inf, 0)
+        weights = torch.sub(-peak[:, None], distances, out=distances).exp_()
+        mass = weights.sum(1)
+        if self.minibatch:
+            weights /= mass[:, None]
+            mass, scale = mass.new_ones(()), mass.new_ones(())
+        else:
+            scale = (self.peak[rows] - peak).exp()
+        if self.top is not None:
+            self._keep(rows, weights, scale, index, high)
+        self.peak[rows] = peak
+        self.mass[rows] = self.mass[rows] * scale + mass
+        if values.ndim == 2:
+            found = weights @ values
+        else:
+            found = torch.stack([torch.linalg.vecdot(weights, part) for part in values], 1)
+        self.values[rows] = self.values[rows] * scale[..., None] + found
+
+    def mean(self) -> Tensor:
+        """Weighted means, shape (groups, responses)."""
+        return self.values / self.mass[:, None]
+
+    def log_mass(self) -> Tensor:
+        """Logarithm of the sum of exponentials, shape (groups,)."""
+        return self.peak + self.mass.log()
+
+    def n_eff(self) -> Tensor:
+        """Effective numbers of candidates, shape (groups,)."""
+        return self.mass**2 / self.square
+
+    def _keep(
+        self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, high: Tensor
+    ) -> None:
+        self.square[rows] *= scale**2
+        self.square[rows] += torch.linalg.vecdot(weights, weights)
+        largest, which = weights.max(1)
+        # Weights of whole blocks compare as they are; others only by their logits.
+        found = largest if self.minibatch else high
+        better = found > self.best[rows]
+        self.best[rows] = torch.where(better, found, self.best[rows])
+        self.top[rows] = torch.where(better, index[which], self.top[rows])

@@ -1,0 +1,332 @@
+r"""Mean and covariance of a data set, and everything Gaussian that follows from them.
+
+With :math:`y = x_0 + \sigma z` and covariance :math:`\Sigma = U \Lambda U^\top`,
+
+.. math::
+    D(y) &= \mu + \Sigma (\Sigma + \sigma^2)^{-1} (y - \mu) \\
+    x_b &= \mu + (\Sigma + b^2)^{1/2} (\Sigma + a^2)^{-1/2} (x_a - \mu)
+
+the Wiener filter and the exact solution of the probability-flow ODE from noise level a to b. Both
+are spectral functions of :math:`\Sigma`: one operation, `apply`.
+
+References:
+    Wang & Vastola, "The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion
+    Models and its Applications", TMLR 2024, https://arxiv.org/abs/2412.09726
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .accumulate import Accumulator, read
+from .images import stream
+
+KINDS = ("full", "low_rank", "stationary")
+LARGEST_DENSE = 4096  # coordinates: a covariance of 128 MB, about a minute of eigh on one core
+LARGEST_SKETCH = 65536  # coordinates: above, even the leading directions are too many numbers
+RANK = 256  # directions of a low-rank covariance when nothing else is asked for
+Sigma = float | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetStatistics:
+    """Mean and covariance of images with n = C H W coordinates.
+
+    Args:
+        shape: (C, H, W).
+        count: N, the number of images seen.
+        mean: mu, float64 (C, H, W).
+        kind: "full", "low_rank" (leading directions and an isotropic residual) or "stationary"
+            (the covariance commutes with cyclic shifts: one C x C matrix per frequency).
+        eigenvalues: Variances (population), float64, descending: (r,); stationary:
+            (H, W // 2 + 1, C).
+        basis: Orthonormal directions, float64 (n, r); stationary: complex128 (H, W // 2 + 1, C, C).
+        residual: Variance of every direction outside the basis.
+        identity: What the numbers come from: "pixels" ("[-1, 1]" or "as given"), "data" (a hash of
+            the images, whatever their order) and "version" (of this package).
+    """
+
+    shape: tuple[int, int, int]
+    count: int
+    mean: Tensor
+    kind: str
+    eigenvalues: Tensor
+    basis: Tensor
+    residual: float = 0.0
+    identity: dict[str, str] = field(default_factory=dict)
+    _casts: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def dimension(self) -> int:
+        """n = C H W."""
+        return self.mean.numel()
+
+    @classmethod
+    def from_images(
+        cls,
+        source: Any,
+        *,
+        kind: str = "auto",
+        rank: int | None = None,
+        value_range: tuple[float, float] | None = (-1.0, 1.0),
+        chunk: int = 256,
+        state: str | Path | None = None,
+        save_every: int = 65536,
+    ) -> DatasetStatistics:
+        """Statistics of a folder, tensor, data set or iterator, in one pass.
+
+        Args:
+            source: See `images.stream`; value_range and chunk likewise.
+            kind: "full", "low_rank", "stationary", or "auto": up to 4096 coordinates full if there
+                are more images than coordinates, else low-rank; up to 65536 low-rank; stationary
+                beyond.
+            rank: Directions of a low-rank covariance; None for min(256, n / 2, N / 2).
+            state: A file to continue from if it exists, and to save the accumulator to after every
+                `save_every` images. The source must give its images in the same order again.
+            save_every: Images between two saves.
+
+        Raises:
+            ValueError: what the images or the kind make impossible, see `from_accumulator`.
+        """
+        total, saved = None, 0
+        if state is not None and Path(state).is_file():
+            total = Accumulator.load(state)
+            saved = total.count
+        skip = 0 if total is None else total.count
+        for images, _ in stream(source, chunk=chunk, value_range=value_range, skip=skip):
+            total = total or accumulator(tuple(images.shape[1:]), kind, rank)
+            total.add(images)
+            if state is not None and total.count - saved >= save_every:
+                total.save(state)
+                saved = total.count
+        pixels = "as given" if value_range is None else "[-1, 1]"
+        return cls.from_accumulator(total, kind=kind, rank=rank, pixels=pixels)
+
+    @classmethod
+    def from_accumulator(
+        cls,
+        total: Accumulator,
+        *,
+        kind: str = "auto",
+        rank: int | None = None,
+        pixels: str = "[-1, 1]",
+    ) -> DatasetStatistics:
+        """Statistics of what an accumulator (of one or, merged, of several processes) has seen.
+
+        Raises:
+            ValueError: fewer than two images, images that are all the same, a full covariance from
+                no more images than coordinates, an unknown kind.
+        """
+        n, count = total.mean.numel(), total.count
+        kind = resolve_kind(kind, n, count, total.form)
+        if count < 2:
+            raise ValueError(f"statistics need at least two images, got {count}")
+        if total.total <= 1e-12 * n * count:
+            raise ValueError(f"all {count} images are the same: there is nothing to estimate")
+        common = {
+            "shape": total.shape,
+            "count": count,
+            "mean": total.mean.view(total.shape),
+            "kind": kind,
+            "identity": {
+                "pixels": pixels,
+                "data": f"{total.hash:032x}",
+                "version": importlib.metadata.version("pilotage"),
+            },
+        }
+        if kind == "stationary":
+            values, vectors = torch.linalg.eigh(total.second / count)
+            return cls(eigenvalues=values.flip(-1).clamp(min=0), basis=vectors.flip(-1), **common)
+        if total.form == "sketch":
+            values, vectors = torch.linalg.eigh(total.second @ total.second.T / count)
+            values, keep = values.flip(0).clamp(min=0), vectors.flip(1)
+            values = values[values > 1e-14 * values[0]]
+            basis = total.second.T @ keep[:, : len(values)] / (count * values).sqrt()
+        else:
+            values, basis = torch.linalg.eigh(total.second / count)
+            values, basis = values.flip(0).clamp(min=0), basis.flip(1)
+        if kind == "full":
+            return cls(eigenvalues=values, basis=basis.contiguous(), **common)
+        rank = min(default_rank(n, count) if rank is None else rank, len(values), n - 1)
+        values, basis = values[:rank], basis[:, :rank].contiguous()
+        rest = max(total.total / count - float(values.sum()), 0.0) / (n - rank)
+        return cls(eigenvalues=values, basis=basis, residual=rest, **common)
+
+    def apply(self, residual: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(covariance) times a residual: U f(L) U^T r + f(c) (r - U U^T r).
+
+        Args:
+            residual: r, with shape (B, C, H, W), real.
+            function: f, from eigenvalues (1, K), float64, to factors (1, K) or (B, K).
+
+        Returns:
+            Shape (B, C, H, W), in float32 (float64 if r is).
+        """
+        r = residual if residual.dtype.itemsize >= 4 else residual.float()
+        if r.shape[1:] != torch.Size(self.shape):
+            raise ValueError(f"statistics of images {self.shape}, got {tuple(r.shape[1:])}")
+        values = function(self._cast("eigenvalues", torch.float64, r.device).reshape(1, -1))
+        values = values.to(r.device, r.dtype)
+        if self.kind == "stationary":
+            basis = self._cast("basis", r.dtype.to_complex(), r.device)
+            waves = torch.fft.rfft2(r, norm="ortho")
+            waves = torch.einsum("hwck,bchw->bhwk", basis.conj(), waves)
+            waves = waves * values.view(-1, *self.eigenvalues.shape)
+            waves = torch.einsum("hwck,bhwk->bchw", basis, waves)
+            return torch.fft.irfft2(waves, s=self.shape[1:], norm="ortho")
+        basis, flat = self._cast("basis", r.dtype, r.device), r.flatten(1)
+        if self.kind == "full":
+            return ((flat @ basis * values) @ basis.T).view_as(r)
+        rest = torch.full((1, 1), self.residual, dtype=torch.float64, device=r.device)
+        rest = function(rest).to(r.dtype)
+        return ((flat @ basis * (values - rest)) @ basis.T + rest * flat).view_as(r)
+
+    def wiener(self, y: Tensor, sigma: Sigma) -> Tensor:
+        """Best linear denoiser: y (B, C, H, W) = x0 + sigma z; sigma a number or (B,)."""
+        square = _column(sigma, y) ** 2
+        # Written so that sigma = 0 with a variance of 0 keeps y, and sigma = inf gives the mean.
+        return self._around(y, lambda v: v / (v + square.clamp(min=1e-300)))
+
+    def score(self, y: Tensor, sigma: Sigma) -> Tensor:
+        """Gradient of the log density of the Gaussian at noise level sigma > 0."""
+        square = _column(sigma, y) ** 2
+        return self.apply(y - self._mean(y), lambda v: -1 / (v + square))
+
+    def teleport(self, x: Tensor, sigma_from: Sigma, sigma_to: Sigma) -> Tensor:
+        """Exact probability flow of the Gaussian from one noise level to another; see above."""
+        a, b = _column(sigma_from, x) ** 2, _column(sigma_to, x) ** 2
+        return self._around(x, lambda v: ((v + b) / (v + a)).sqrt())
+
+    def explained(self, sigma: float) -> float:
+        r"""Share of the true score's energy that the Gaussian score explains, at least.
+
+        :math:`\frac1n \sum_k \sigma^2 / (\lambda_k + \sigma^2)`, whatever the distribution behind
+        the covariance: the energy of the Gaussian score over the most that any score can have
+        (:math:`n / \sigma^2`), since their inner product is the former (Stein's identity).
+        The bound is ours; it tends to 1 as sigma grows.
+        """
+        square = float(sigma) ** 2
+        shares = square / (self.eigenvalues + square)
+        if self.kind == "stationary":
+            return float((shares.sum(-1) * self._multiplicity()).sum() / self.dimension)
+        rest = (self.dimension - shares.numel()) * square / (self.residual + square)
+        return (float(shares.sum()) + rest) / self.dimension
+
+    def variance(self) -> float:
+        """Trace of the covariance: the summed variance of all coordinates."""
+        if self.kind == "stationary":
+            return float((self.eigenvalues.sum(-1) * self._multiplicity()).sum())
+        rest = (self.dimension - self.eigenvalues.numel()) * self.residual
+        return float(self.eigenvalues.sum()) + rest
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as safetensors with its identity, under a temporary name first."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        facts = {k: getattr(self, k) for k in ("shape", "count", "kind", "residual", "identity")}
+        basis = torch.view_as_real(self.basis) if self.basis.is_complex() else self.basis
+        tensors = {"mean": self.mean, "eigenvalues": self.eigenvalues, "basis": basis}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, partial, {"statistics": json.dumps(facts)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, identity: dict[str, str] | None = None) -> DatasetStatistics:
+        """Read what `save` wrote.
+
+        Args:
+            identity: Entries that the file's identity must have ("pixels", "data", "version").
+
+        Raises:
+            ValueError: the file is truncated, holds something else, or has another identity.
+        """
+        tensors, tags = read(path, "statistics")
+        facts = json.loads(tags["statistics"])
+        for key, wanted in (identity or {}).items():
+            if facts["identity"].get(key) != wanted:
+                raise ValueError(
+                    f"{path}: {key} is {facts['identity'].get(key)!r}, expected {wanted!r}"
+                )
+        facts["shape"] = tuple(facts["shape"])
+        if facts["kind"] == "stationary":
+            tensors["basis"] = torch.view_as_complex(tensors["basis"])
+        return cls(**facts, **tensors)
+
+    def _around(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        mean = self._mean(x)
+        return mean + self.apply(x - mean, function)
+
+    def _mean(self, like: Tensor) -> Tensor:
+        dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+        return self._cast("mean", dtype, like.device)
+
+    def _cast(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (name, dtype, device)
+        if key not in self._casts:
+            self._casts[key] = getattr(self, name).to(device, dtype)
+        return self._casts[key]
+
+    def _multiplicity(self) -> Tensor:
+        """How many of the W columns of the full spectrum each column of the half one stands for."""
+        width = self.shape[2]
+        columns = torch.arange(width // 2 + 1)
+        return torch.where((columns == 0) | (2 * columns == width), 1.0, 2.0).double()
+
+
+def accumulator(shape: tuple[int, int, int], kind: str, rank: int | None) -> Accumulator:
+    """The accumulator that `DatasetStatistics.from_accumulator` needs for a kind."""
+    n = shape[0] * shape[1] * shape[2]
+    if kind == "stationary" or (kind == "auto" and n > LARGEST_SKETCH):
+        return Accumulator(shape, "stationary")
+    if kind != "full" and n > LARGEST_DENSE:
+        # Twice the directions asked for: what a merge drops hardly touches the leading half.
+        return Accumulator(shape, "sketch", 2 * (rank or RANK))
+    return Accumulator(shape, "dense")
+
+
+def resolve_kind(kind: str, n: int, count: int, form: str) -> str:
+    """The kind of covariance that "auto" means, or the one asked for if it can be had.
+
+    Raises:
+        ValueError: an unknown kind, or one that the images or the accumulator cannot give.
+    """
+    if kind not in (*KINDS, "auto"):
+        raise ValueError(f"unknown kind {kind!r}: expected 'auto' or one of {KINDS}")
+    if kind == "auto":
+        if form == "stationary":
+            return form
+        return "full" if form == "dense" and count > n else "low_rank"
+    if (kind == "stationary") != (form == "stationary") or (kind == "full" and form == "sketch"):
+        raise ValueError(f"an accumulator of form {form!r} cannot give {kind!r} statistics")
+    if kind == "full" and count <= n:
+        raise ValueError(
+            f"a full covariance of {n} coordinates needs more than {n} images, got {count}: "
+            'use kind="low_rank" (or "auto")'
+        )
+    return kind
+
+
+def default_rank(n: int, count: int) -> int:
+    """Directions of a low-rank covariance: min(256, n / 2, N / 2), at least one.
+
+    Half of what N images span: the eigenvalues beyond are mostly the noise of the estimate, and
+    their mean is what the isotropic residual stands for.
+    """
+    return max(1, min(RANK, n // 2, count // 2))
+
+
+def _column(sigma: Sigma, like: Tensor) -> Tensor:
+    """Noise levels as float64 (1, 1) or (B, 1) on the device of `like`."""
+    return torch.as_tensor(sigma, dtype=torch.float64, device=like.device).reshape(-1, 1)

@@ -1,0 +1,153 @@
+r"""ELS: patches from every place, and PSPC: crops at their own place.
+
+References:
+    Kamb & Ganguli, "An analytic theory of creativity in convolutional diffusion models", ICML 2025,
+    https://arxiv.org/abs/2412.20292 (equivariant local score, ELS). Niedoba et al., "Towards a
+    Mechanistic Explanation of Diffusion Model Generalization", ICML 2025,
+    https://arxiv.org/abs/2411.19339 (patch set posterior composites, PSPC).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoisers import Denoiser
+from .posterior import block_size, whole_distances
+from .schedules import CROPS, WINDOWS, schedule
+from .softmax import Info, Softmax
+
+
+def border_classes(length: int, k: int) -> list[tuple[slice, int, int]]:
+    """Places along an axis whose windows are cut alike: (places, first, last) offsets of each.
+
+    Places near a border are alone in their class; those whose whole window fits share one.
+    """
+    half = k // 2
+    found: dict[tuple[int, int], list[int]] = {}
+    for place in range(length):
+        offsets = (-min(half, place), min(half, length - 1 - place))
+        found.setdefault(offsets, []).append(place)
+    return [(slice(p[0], p[-1] + 1), low, high) for (low, high), p in found.items()]
+
+
+class ELSDenoiser(Denoiser):
+    """Equivariant local score: k x k windows from every place with the same border.
+
+    A window that the border cuts is compared with windows that it cuts in the same way; the value
+    is the centre of the patch. The cost grows with the square of the number of places: use some
+    thousand images.
+
+    Args:
+        images: See `Denoiser`; further arguments likewise.
+        k: Window size, odd, or a schedule: a name in `schedules.WINDOWS` or a function of sigma.
+    """
+
+    def __init__(self, images: Any, labels: Tensor | None = None, *, k: Any, **rest: Any) -> None:
+        super().__init__(images, labels, **rest)
+        self.window = schedule(k, WINDOWS, odd=True)
+
+    def _denoise(self, y, sigma, source, info):
+        k, out = self.window(sigma), torch.empty_like(y)
+        n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
+        for rows in border_classes(y.shape[2], k):
+            for columns in border_classes(y.shape[3], k):
+                place = (slice(None), slice(None), rows[0], columns[0])
+                state = self._border_class(y, sigma, source, rows, columns, info)
+                shape = out[place].permute(0, 2, 3, 1).shape
+                out[place] = state.mean().view(shape).permute(0, 3, 1, 2)
+                if info:
+                    n_eff[place] = state.n_eff().view(shape[:3])[:, None]
+                    top[place] = state.top.view(shape[:3])[:, None]
+        return out, Info(n_eff, top) if info else None
+
+    def _border_class(self, y, sigma, source, rows, columns, info) -> Softmax:
+        queries = patches(y.permute(1, 2, 3, 0), rows, columns)
+        places = queries.shape[1] // len(y)
+        # (d, places, B) as one row per query, in the order (B, places).
+        queries = queries.view(len(queries), places, len(y)).permute(2, 1, 0).flatten(0, 1)
+        state = Softmax(y.new_zeros(len(queries), y.shape[1]), info=info)
+        # Blocks of queries and of images such that neither patches nor logits outgrow the work.
+        wanted = block_size(y) * y[0].numel()
+        size = self.chunk or max(1, wanted // (places * queries.shape[1]))
+        for x, index in source.blocks(size, y):
+            candidates = patches(x, rows, columns)
+            centres = x[:, rows[0], columns[0]].reshape(len(x), -1).T
+            owners = index.repeat(places)
+            step = max(1, wanted // candidates.shape[1])
+            for start in range(0, len(queries), step):
+                part = slice(start, min(start + step, len(queries)))
+                found = whole_distances(queries[part], candidates, sigma)
+                state.update(part, found, centres, owners)
+        return state
+
+
+def patches(x: Tensor, rows: tuple[slice, int, int], columns: tuple[slice, int, int]) -> Tensor:
+    """Windows of x (C, H, W, c) around the places of a border class, shape (d, places c)."""
+    (r, top, bottom), (s, left, right) = rows, columns
+    x = x[:, r.start + top : r.stop + bottom, s.start + left : s.stop + right]
+    windows = x.unfold(1, bottom - top + 1, 1).unfold(2, right - left + 1, 1)
+    # (C, places, places, c, height, width)
+    return windows.permute(0, 4, 5, 1, 2, 3).reshape(
+        x.shape[0] * (bottom - top + 1) * (right - left + 1), -1
+    )
+
+
+class PSPCDenoiser(Denoiser):
+    """Patch set posterior composite: the posterior mean of every P x P crop, averaged.
+
+    Args:
+        images: See `Denoiser`; further arguments likewise.
+        size: P, or a schedule: a name in `schedules.CROPS` or a function of sigma. Never more than
+            the image has; "edm32" is for 32 pixels, where its 32 is the whole image.
+    """
+
+    def __init__(
+        self, images: Any, labels: Tensor | None = None, *, size: Any = "edm32", **rest: Any
+    ) -> None:
+        super().__init__(images, labels, **rest)
+        self.size = schedule(size, CROPS, odd=False)
+
+    def _denoise(self, y, sigma, source, info):
+        (h, w), size = y.shape[2:], self.size(sigma)
+        down, right = crops(h, min(size, h), y), crops(w, min(size, w), y)
+        coverage = torch.outer(down.sum(0), right.sum(0))
+        # Two passes: a crop's normalizer first, so that weights of crops can be added per pixel.
+        states = [Softmax(y.new_zeros(len(down) * len(right), 0)) for _ in y]
+        for x, index in source.blocks(self.chunk or block_size(y), y):
+            for query, state in zip(y, states, strict=True):
+                found = _crop_distances(query, x, sigma, down, right)
+                state.update(slice(None), found, x.new_zeros(x.shape[-1], 0), index)
+        out, square = torch.zeros_like(y), torch.zeros_like(y)
+        best, top = torch.full_like(y, -1), torch.zeros_like(y, dtype=torch.int64)
+        norms = [state.log_mass()[:, None] for state in states]
+        for x, index in source.blocks(self.chunk or block_size(y), y):
+            for b, query in enumerate(y):
+                found = _crop_distances(query, x, sigma, down, right)
+                weights = (-norms[b] - found).exp_()
+                weights = weights.view(len(down), len(right), -1)
+                weights = torch.matmul(right.T, weights)
+                weights = (down.T @ weights.flatten(1)).view(h, w, -1) / coverage[..., None]
+                out[b] += (weights * x).sum(-1)
+                if info:
+                    square[b] += weights.square().sum(-1)
+                    high, which = weights.max(-1)
+                    top[b] = torch.where(high > best[b], index[which], top[b])
+                    best[b] = torch.maximum(best[b], high)
+        return out, Info(1 / square, top) if info else None
+
+
+def crops(length: int, size: int, like: Tensor) -> Tensor:
+    """Which places each crop along an axis covers: ones and zeros, (length - size + 1, length)."""
+    places = torch.arange(length, device=like.device)
+    first = places[: length - size + 1, None]
+    return ((places >= first) & (places < first + size)).to(like.dtype)
+
+
+def _crop_distances(y: Tensor, x: Tensor, sigma: float, down: Tensor, right: Tensor) -> Tensor:
+    """Squared distances over 2 sigma^2 of all crops, shape (crops, c)."""
+    squares = (y[..., None] - x).square_().sum(0).div_(2 * sigma**2)
+    found = torch.matmul(right, squares)
+    return (down @ found.flatten(1)).view(len(down) * len(right), -1)

@@ -1,0 +1,45 @@
+"""The recipe of the network to explain, and what is shipped of it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from pilotage.eval import fashion_mnist
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe():
+    """`examples/fashion_mnist/train.py`; not by name, which the emoji's recipe has."""
+    path = ROOT / "examples" / "fashion_mnist" / "train.py"
+    spec = importlib.util.spec_from_file_location("fashion_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_train_resume_and_export(tmp_path, monkeypatch):
+    train = recipe()
+    images = torch.randint(0, 256, (40, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(40, dtype=torch.int64)
+    monkeypatch.setattr(train, "load_images", lambda *_: (images.to(torch.uint8), labels))
+    monkeypatch.setattr(train, "BATCH", 4)
+    monkeypatch.setattr(train, "sheet", lambda *_: None)
+    work, out = str(tmp_path / "work"), tmp_path / "model"
+    call = ["train", "--work", work, "--precision", "no", "--minutes"]
+    train.main([*call, "0.0001"])
+    first = json.loads((tmp_path / "work" / "unet" / "state.json").read_text())
+    train.main([*call, str(first["elapsed"] / 60 + 0.0001)])
+    state = json.loads((tmp_path / "work" / "unet" / "state.json").read_text())
+    assert state["step"] > first["step"] and state["elapsed"] > first["elapsed"]
+    train.main(["export", "--work", work, "-o", str(out)])
+    monkeypatch.setattr(fashion_mnist, "MODEL", out)
+    pipe = fashion_mnist.load_unet()
+    assert pipe.scheduler.config.beta_schedule == "linear" and not pipe.scheduler.config.clip_sample
+    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 6e6
+    names = {type(module).__name__ for module in pipe.unet.modules()}
+    assert not any("Attention" in name for name in names)
+    assert "steps of" in (out / "README.md").read_text()

@@ -1,0 +1,295 @@
+"""Mean, covariance and their spectral functions; merging, resuming, files; images in."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pilotage.eval.analytic_baseline import Pictures, local_denoiser
+from pilotage.guidance.analytic import (
+    Accumulator,
+    DatasetStatistics,
+    LocalDenoiser,
+    accumulate,
+    decode,
+    load_images,
+    statistics,
+)
+from pilotage.guidance.analytic.schedules import CROPS, WINDOWS, nearest
+
+from . import oracles
+from .test_denoisers import LATENTS, data, noisy
+
+X = data(120)
+KINDS = ("full", "low_rank", "stationary")
+UINT8 = torch.randint(
+    0, 256, (50, 3, 4, 5), generator=torch.Generator().manual_seed(7), dtype=torch.uint8
+)
+
+
+def make(kind, x=X, **options):
+    rank = {"rank": 20} if kind == "low_rank" else {}
+    return DatasetStatistics.from_images(x, kind=kind, chunk=32, **LATENTS, **rank, **options)
+
+
+def dense(found):
+    """The covariance that statistics stand for, through `apply` on unit vectors."""
+    n = found.dimension
+    unit = torch.eye(n, dtype=torch.float64).view(n, *found.shape)
+    return found.apply(unit, lambda values: values).flatten(1)
+
+
+def test_full_covariance_is_the_population_covariance():
+    found, (mean, cov) = make("full"), oracles.covariance(X)
+    torch.testing.assert_close(found.mean.flatten(), mean)
+    torch.testing.assert_close(dense(found), cov, rtol=0, atol=1e-13)
+    assert found.variance() == pytest.approx(float(cov.trace()), rel=1e-12)
+
+
+def test_low_rank_keeps_the_leading_directions_and_the_total_variance():
+    found, (_, cov) = make("low_rank"), oracles.covariance(X)
+    values, vectors = torch.linalg.eigh(cov)
+    values[:-20] = values[:-20].mean()
+    torch.testing.assert_close(dense(found), (vectors * values) @ vectors.T, rtol=0, atol=1e-12)
+    assert found.variance() == pytest.approx(float(cov.trace()), rel=1e-12)
+
+
+def test_stationary_covariance_is_the_mean_over_cyclic_shifts():
+    _, cov = oracles.covariance(X)
+    c, h, w = X.shape[1:]
+    cov = cov.view(c, h, w, c, h, w)
+    shifts = [
+        cov.roll((i, j, i, j), (1, 2, 4, 5)).reshape(c * h * w, -1)
+        for i in range(h)
+        for j in range(w)
+    ]
+    expected = torch.stack(shifts).mean(0)
+    found = make("stationary")
+    torch.testing.assert_close(dense(found), expected, rtol=0, atol=1e-12)
+    assert found.variance() == pytest.approx(float(expected.trace()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wiener_score_and_teleport(kind):
+    found = make(kind)
+    cov, mean = dense(found), found.mean.flatten()
+    y = noisy(X, 1.0)
+    sigma = torch.tensor([0.3, 1.0, 7.0])
+    for row, level in enumerate(sigma.double().tolist()):
+        total = cov + level**2 * torch.eye(len(cov)).double()
+        residual = y[row].flatten() - mean
+        step = torch.linalg.solve(total, residual)
+        wiener = found.wiener(y, sigma)[row].flatten()
+        torch.testing.assert_close(wiener, mean + cov @ step, rtol=0, atol=1e-11)
+        torch.testing.assert_close(found.score(y, sigma)[row].flatten(), -step, rtol=0, atol=1e-9)
+        share = float(torch.linalg.inv(total).trace()) * level**2 / len(cov)
+        assert found.explained(level) == pytest.approx(share, rel=1e-10)
+    whole = found.teleport(y, 50.0, 0.2)
+    parts = found.teleport(found.teleport(y, 50.0, sigma), sigma, 0.2)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    assert (whole - y).abs().max() > 0.1
+    limits = found.wiener(y, torch.tensor([0.0, torch.inf, 1e-8]))
+    torch.testing.assert_close(limits[1], found.mean)
+    torch.testing.assert_close(limits[2], y[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teleport_solves_the_probability_flow(kind):
+    found = make(kind)
+    x = found.mean + 5.0 * torch.randn(2, *found.shape, generator=torch.Generator().manual_seed(4))
+    grid = torch.logspace(torch.log10(torch.tensor(5.0)), -0.5, 400).double()
+    grid[0] = 5.0
+    start = x
+    for a, b in zip(grid[:-1], grid[1:], strict=True):  # Heun on dx = -sigma score dsigma
+        slope = -a * found.score(x, a)
+        ahead = x + (b - a) * slope
+        x = x + (b - a) / 2 * (slope - b * found.score(ahead, b))
+    exact = found.teleport(start, 5.0, grid[-1])
+    torch.testing.assert_close(exact, x, rtol=0, atol=1e-4)
+    assert (exact - start).abs().max() > 1
+
+
+@pytest.mark.parametrize("form", ["dense", "sketch", "stationary"])
+def test_merged_accumulators_are_one_pass(form):
+    size = 60 if form == "sketch" else 0
+    one, parts = Accumulator(X.shape[1:], form, size), []
+    one.add(X)
+    for block in (X[:50], X[50:57], X[57:]):
+        parts.append(Accumulator(X.shape[1:], form, size))
+        for piece in block.split(11):
+            parts[-1].add(piece)
+    empty = Accumulator(X.shape[1:], form, size)
+    for part in (parts[2], parts[0], parts[1]):
+        empty.merge(part)
+    assert (empty.count, empty.hash) == (one.count, one.hash)
+    assert empty.total == pytest.approx(one.total, rel=1e-12)
+    torch.testing.assert_close(empty.mean, one.mean)
+    a, b = (
+        part.second.T @ part.second if form == "sketch" else part.second for part in (empty, one)
+    )
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_what_a_sketch_drops_is_bounded_and_its_total_is_exact():
+    sketch = Accumulator(X.shape[1:], "sketch", 15)
+    for block in X.split(13):
+        sketch.add(block)
+    _, cov = oracles.covariance(X)
+    error = torch.linalg.eigvalsh(len(X) * cov - sketch.second.T @ sketch.second)
+    assert error[0] > -1e-9 and 0.1 < error[-1] <= sketch.dropped * (1 + 1e-9)
+    assert sketch.total == pytest.approx(float(len(X) * cov.trace()), rel=1e-12)
+
+
+def test_large_images_take_the_sketch(monkeypatch):
+    monkeypatch.setattr(statistics, "LARGEST_DENSE", 30)
+    thin = data(300)
+    thin.flatten(1)[:, :] = thin.flatten(1)[:, :8] @ torch.randn(
+        8, 60, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
+    found = DatasetStatistics.from_images(thin, rank=8, chunk=16, **LATENTS)
+    assert found.kind == "low_rank"
+    torch.testing.assert_close(dense(found), oracles.covariance(thin)[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted(kind, tmp_path):
+    def interrupted():
+        yield from X[:70]
+        raise KeyboardInterrupt
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make(kind, interrupted(), state=state, save_every=32)
+    assert Accumulator.load(state).count == 64
+    resumed, whole = make(kind, iter(X), state=state, save_every=32), make(kind)
+    assert resumed.identity == whole.identity and resumed.count == len(X)
+    assert torch.equal(resumed.mean, whole.mean)
+    assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_keep_everything_and_refuse_others(kind, tmp_path):
+    found, path = make(kind), tmp_path / "statistics.safetensors"
+    found.save(path)
+    again = DatasetStatistics.load(path, identity=found.identity)
+    y = noisy(X, 1.0)
+    assert torch.equal(again.wiener(y, 1.0), found.wiener(y, 1.0))
+    assert (again.shape, again.count, again.kind) == (found.shape, found.count, kind)
+    with pytest.raises(ValueError, match=r"pixels is 'as given', expected '\[-1, 1\]'"):
+        DatasetStatistics.load(path, identity={"pixels": "[-1, 1]"})
+    other = DatasetStatistics.from_images(X[1:], kind="auto", **LATENTS)
+    with pytest.raises(ValueError, match="data is"):
+        DatasetStatistics.load(path, identity={"data": other.identity["data"]})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        DatasetStatistics.load(path)
+    save_file(load_file(_saved(found, tmp_path)), tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="holds no statistics"):
+        DatasetStatistics.load(tmp_path / "bare.safetensors")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _saved(found, folder):
+    found.save(folder / "saved.safetensors")
+    return folder / "saved.safetensors"
+
+
+def test_every_kind_of_source_gives_the_same_statistics(tmp_path):
+    labels = torch.arange(len(UINT8)) % 2
+    for number, (image, label) in enumerate(zip(UINT8, labels.tolist(), strict=True)):
+        path = tmp_path / f"class{label}" / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in UINT8]
+    floats = decode(UINT8, torch.float64)
+    sources = {
+        "tensor": UINT8,
+        "iterator": iter(UINT8),
+        "batches": iter(UINT8.split(7)),
+        "pairs": list(zip(pictures, labels, strict=True)),
+        "dicts": [{"image": picture, "label": 1} for picture in pictures],
+        "folder": tmp_path,
+        "torch": torch.utils.data.TensorDataset(UINT8, labels),
+    }
+    expected = DatasetStatistics.from_images(floats, kind="low_rank")
+    for name, source in sources.items():
+        found = DatasetStatistics.from_images(source, chunk=16)
+        assert found.kind == "low_rank" and found.count == 50, name
+        torch.testing.assert_close(found.mean, expected.mean, msg=name)
+        torch.testing.assert_close(dense(found), dense(expected), rtol=0, atol=1e-12, msg=name)
+    unit = DatasetStatistics.from_images(floats / 2 + 0.5, value_range=(0, 1))
+    torch.testing.assert_close(unit.mean, expected.mean)
+    images, classes = load_images(tmp_path)
+    assert classes.tolist() == [0] * 25 + [1] * 25
+    assert torch.equal(images, torch.cat([UINT8[labels == 0], UINT8[labels == 1]]))
+
+
+def picture(mode, size=(5, 4)):
+    return Image.new(mode, size)
+
+
+NAN = X.clone()
+NAN[17, 0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (X[:1], LATENTS, "at least two images, got 1"),
+        (X[:1].expand(9, -1, -1, -1), LATENTS, "all 9 images are the same"),
+        (X[:30], {"kind": "full", **LATENTS}, "needs more than 60 images, got 30"),
+        (X, {"kind": "diagonal", **LATENTS}, "unknown kind 'diagonal'"),
+        (NAN, LATENTS, "image 17 contains NaN"),
+        (list(NAN), LATENTS, "image 17 contains NaN"),
+        (X * 9, {"value_range": (-1, 1)}, "expected 1 or 3 channels, got 2: an alpha channel"),
+        (X[:, :1] * 9, {}, r"pixels from .* declared as \[-1, 1\]"),
+        ([picture("L"), picture("RGB")], {}, "mixed images: shape"),
+        ([picture("L"), picture("L", (6, 4))], {}, "mixed images: shape"),
+        ([picture("RGBA")], {}, "got RGBA: paste it on a background first"),
+        ([picture("P")], {}, "got P: convert it first"),
+        ([(X[0], 1), X[1]], LATENTS, "mixed images: with a label"),
+        ([X[0], UINT8[0]], LATENTS, "mixed images"),
+        ([{"text": "a"}], {}, "no image among"),
+        ([], {}, "no images"),
+        (UINT8.int(), {}, "expected uint8 or floating point"),
+    ],
+)
+def test_bad_images_are_refused(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        DatasetStatistics.from_images(source, **options)
+
+
+def test_an_unreadable_picture_in_a_folder_is_named(tmp_path):
+    picture("RGBA").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: expected images of mode L or RGB, got RGBA"):
+        load_images(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in"):
+        load_images(tmp_path / "nothing")
+
+
+def test_accumulators_of_different_things_do_not_merge():
+    with pytest.raises(ValueError, match="cannot merge"):
+        Accumulator((1, 2, 2)).merge(Accumulator((1, 2, 3)))
+    with pytest.raises(ValueError, match="expected one of"):
+        Accumulator((1, 2, 2), "diagonal")
+    assert accumulate.fingerprint(UINT8) == accumulate.fingerprint(UINT8.flip(0))
+    assert accumulate.fingerprint(UINT8) != accumulate.fingerprint(UINT8[1:])
+
+
+def test_schedules_reach_their_ends():
+    fashion, crops = WINDOWS["fashion_mnist"], CROPS["edm32"]
+    assert [nearest(fashion, sigma) for sigma in (1e-4, 1e9, float("inf"))] == [3, 25, 25]
+    assert [nearest(crops, sigma) for sigma in (1e-4, 80.0, float("inf"))] == [3, 32, 32]
+    for sigma, size in fashion:
+        assert nearest(fashion, sigma * 1.01) == size
+
+
+def test_the_transcription_equals_the_minibatch_denoiser():
+    x, sigma = UINT8, 0.7
+    kept = DatasetStatistics.from_images(x)
+    unit = torch.eye(60).double().view(60, 3, 4, 5)
+    wiener = kept.apply(unit, lambda values: values / (values + sigma**2)).flatten(1).float()
+    y = noisy(decode(x), sigma)
+    denoiser = LocalDenoiser(x, tau=0.05, normalization="minibatch", minibatch=16, statistics=kept)
+    found = local_denoiser(Pictures(x), wiener, y, sigma, tau=0.05, minibatch=16)
+    torch.testing.assert_close(found, denoiser(y, sigma), rtol=0, atol=1e-5)
