@@ -3,6 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
+
 from pilotage.pipelines.quantization import quantize
 from pilotage.pipelines.tokens import add_token, load_token, save_token
 
