@@ -34,6 +34,9 @@ def personalize(
     quantize: Annotated[
         str | None, typer.Option(help="int8: quantize the networks' weights first.")
     ] = None,
+    points_per_call: Annotated[
+        int, typer.Option(min=0, help="Fix the calls, for bit-equal runs on several processes.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
@@ -50,12 +53,13 @@ def personalize(
     load_images(images, 8)
 
     import torch
+    from accelerate import PartialState
 
     from ..pipelines.personalization import TOKEN, Personalizer
     from .embedded import load_embedded, load_pipeline
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = str(PartialState().device)  # of this process, where there are several
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
     if quantize is not None:
@@ -78,6 +82,7 @@ def personalize(
         checkpoint_every=checkpoint_every,
         resume=not fresh,
         output=output,
+        points_per_call=points_per_call,
         seed=seed,
     )
     first, best = result.evaluations[0][2], min(e[2] for e in result.evaluations)

@@ -31,7 +31,6 @@ from .token_inputs import (
     initial_vector,
     load_images,
     prompt_ids,
-    token_names,
 )
 from .token_loss import DiffusionTokenLoss, TokenLoss, injected
 from .token_recipes import Recipe, recipe
@@ -237,7 +236,10 @@ class Personalizer:
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
-        """Within this context the pipeline knows the word with the embeddings (m, d)."""
+        """Within this context the pipeline knows the word with the embeddings (m, d).
+
+        Prompts contain the word once; diffusers puts its further vectors behind it.
+        """
         networks = self.networks
         parts = vectors.to(networks.device).split(networks.widths, dim=1)
         with contextlib.ExitStack() as stack:
@@ -251,7 +253,11 @@ class Personalizer:
             yield self.pipe
 
     def initial_embeddings(self, initializer: str | Tensor, vectors: int) -> Tensor:
-        """Initial embeddings (m, d), float32, on the CPU."""
+        """Embeddings (m, d), float32, on the CPU, of a class word or as they are given.
+
+        Raises:
+            ValueError: the word is not one known token, or the embeddings have another shape.
+        """
         width = sum(self.networks.widths)
         if isinstance(initializer, Tensor):
             if initializer.shape != (vectors, width):
@@ -278,10 +284,9 @@ class Personalizer:
     ) -> None:
         """Write one picture of the word, the same noise each time."""
         vectors = trainer.vectors
-        names = " ".join(token_names(placeholder, len(vectors)))
         options = {"generator": torch.Generator().manual_seed(0), **(options or {})}
         with self.speaking(placeholder, vectors) as pipe:
-            image = pipe(prompt.format(names), **options).images[0]
+            image = pipe(prompt.format(placeholder), **options).images[0]
         path = folder / "previews" / f"step-{trainer.step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -150,9 +150,15 @@ class DiffusionTokenLoss:
         Each picture is encoded once, alone; the mean of the autoencoder's distribution is taken.
         """
         vae, rows = self.pipe.vae, []
+        # Some autoencoders (SDXL's) overflow in half precision.
+        upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
         for image in images:
             pixels = (2 * image[None] - 1).to(self.device, vae.dtype)
             rows.append(vae.encode(pixels).latent_dist.mean.float())
+        if upcast:
+            vae.to(torch.float16)
         latents = torch.cat(rows)
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 

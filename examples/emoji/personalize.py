@@ -43,6 +43,7 @@ from pilotage.pipelines.token_inputs import extended, load_images, prompt_ids
 from pilotage.pipelines.token_recipes import recipe
 
 import data as emoji
+from personal_checks import agreement, memory
 
 WORD = "<x>"
 # Held-out concept -> known word of one token. Those that the preset was chosen on (tram, pig face,
@@ -181,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
         ),
     }
     extractor = EfficientNetLite0()
+    args.folder.mkdir(parents=True, exist_ok=True)
     chosen = list(SUBJECTS)[: args.subjects]
     for concept in tqdm(chosen, unit="subject"):
         subject = Subject(concept, args.archive)
@@ -200,8 +202,14 @@ def run(args: argparse.Namespace) -> None:
                 .item()
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"token": token, "images": images}, path.with_suffix(".safetensors"))
+            tensors = {"token": token.contiguous(), "images": images.contiguous()}
+            save_file(tensors, path.with_suffix(".safetensors"))
             write_json(path, record)
+    subject = Subject(chosen[0], args.archive)
+    if not (path := args.folder / "memory.json").is_file():
+        write_json(path, memory(full, int8, subject, BATCH))
+    if not (path := args.folder / "agreement.json").is_file():
+        write_json(path, agreement(subject))
 
 
 def alignment(args: argparse.Namespace, concepts: list[str]) -> dict[str, float]:
@@ -252,6 +260,9 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("pilotage.eval.alignment") is not None:
         for name, value in alignment(args, list(records)).items():
             methods[name]["alignment"] = value
+    peaks = json.loads((args.folder / "memory.json").read_text())
+    for name in METHODS:
+        methods[name]["peak_mb_over_weights"] = peaks.get(name, 0.0)
     ratios, misses = {}, []
     for concept, of in records.items():
         target = of["zoodip"]["evaluations"][-1][2]
@@ -277,6 +288,9 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
         ),
         "forwards_ratio_by_subject": ratios,
         "zoodip_not_reached": misses,
+        "memory_ratio_to_inference": round(peaks["ours"] / peaks["inference"], 4),
+        "memory_ratio_to_inference_two_rows": round(peaks["ours_two_rows"] / peaks["inference"], 4),
+        **json.loads((args.folder / "agreement.json").read_text()),
         "similarity_to_backprop": round(methods["ours"]["similarity"] / backprop_similarity, 4),
     }
 
