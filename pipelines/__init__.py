@@ -13,6 +13,7 @@ from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
 from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
+from .personalization import LearnedToken, Personalizer
 from .support import LAYOUTS
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "GuidedMixin",
     "Guider",
     "LayoutError",
+    "LearnedToken",
+    "Personalizer",
     "UnknownSchedulerError",
     "guided",
     "guided_class",

@@ -158,6 +158,10 @@ class Personalizer:
             raise ValueError(f"vectors must be at least 1, got {vectors}")
         if preview_every and output is None:
             raise ValueError("previews need an output folder")
+        if held_out_prompts is not None and held_out is None:
+            raise ValueError("held_out_prompts need held_out images")
+        if patience and not held_out_rows:
+            raise ValueError("patience needs a held-out loss: held_out_rows is 0")
         for texts in (templates, prompts, held_out_prompts, (preview_prompt,)):
             if texts is not None:
                 check_templates(texts)

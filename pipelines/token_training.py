@@ -69,7 +69,7 @@ class TokenTrainer:
     @torch.no_grad()
     def evaluate(self, points: Tensor, batch: TokenBatch) -> Tensor:
         """Losses (K,) of points (K, m * d), shared out over the processes; float32, on the CPU."""
-        size = self.points_per_call or -(-len(points) // self.process.num_processes)
+        size = self.points_per_call or -(-len(points) // self._world)
         starts = range(0, len(points), size)[self.process.process_index :: self._world]
         losses = torch.zeros(len(points))
         for start in starts:

@@ -68,7 +68,8 @@ class GradientSearch:
         self.estimator, self.step, self.seed = estimator, step, seed
         self.subspace, self.sphere, self.average = subspace, sphere, average
         self._basis = basis
-        self._iterate = initial.detach().float().cpu().clone()
+        self._origin = initial.detach().float().cpu().clone()
+        self._iterate = self._origin
         self._count = 0
         self._size = len(self._iterate) if basis is None else len(basis)
 
@@ -85,6 +86,12 @@ class GradientSearch:
     def _lift(self, vectors: Tensor) -> Tensor:
         return vectors if self._basis is None else vectors @ self._basis
 
+    def _coordinates(self) -> Tensor:
+        """The iterate in the space that is searched."""
+        if self._basis is None:
+            return self._iterate
+        return self._basis @ (self._iterate - self._origin)
+
     def ask(self) -> Tensor:
         """See `Search`."""
         offsets = self.estimator.offsets(self._size, self.seed, self._count)
@@ -100,14 +107,12 @@ class GradientSearch:
             raise FloatingPointError(f"losses of step {self._count} are not finite: {losses}")
         gradient = self.estimator.gradient(losses, self._size, self.seed, self._count)
         if self.subspace is not None:
-            gradient = self.subspace.project(self._lift(gradient))
-            update = self.step.update(gradient)
-        else:
-            update = self._lift(self.step.update(gradient))
+            gradient = self.subspace.project(gradient)
+        update = self._lift(self.step.update(gradient))
         self._iterate = self._constrain((self._iterate + update)[None])[0]
         self._count += 1
         if self.subspace is not None:
-            self.subspace.record(self._iterate)
+            self.subspace.record(self._coordinates())
         if self.average is not None:
             self.average.add(self._iterate)
 

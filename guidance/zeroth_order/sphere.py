@@ -44,12 +44,6 @@ class Sphere:
         parts = points.split(self.segments, dim=1)
         return torch.cat([part * scale[:, i, None] for i, part in enumerate(parts)], dim=1)
 
-    def tangent(self, direction: Tensor, point: Tensor) -> Tensor:
-        """The part of `direction` orthogonal to `point`, segment by segment; both (d,)."""
-        pairs = zip(direction.split(self.segments), point.split(self.segments), strict=True)
-        parts = [d - (d @ p) / (p @ p) * p for d, p in pairs]
-        return torch.cat(parts)
-
 
 def _norms(points: Tensor, segments: tuple[int, ...]) -> Tensor:
     norms = [part.norm(dim=1) for part in points.split(segments, dim=1)]

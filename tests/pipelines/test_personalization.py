@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from pilotage.eval.embedded import load_embedded
 from pilotage.pipelines.personalization import Personalizer
+from pilotage.pipelines.quantization import quantize
 from pilotage.pipelines.token_data import TokenData
 from pilotage.pipelines.token_inputs import extended, load_images, prompt_ids
 from pilotage.pipelines.token_loss import DiffusionTokenLoss
 from pilotage.pipelines.token_recipes import PRESETS, recipe
 from pilotage.pipelines.token_training import CheckpointError
+from pilotage.pipelines.tokens import add_token
 
 from ..families import FAMILIES
 
@@ -234,6 +236,33 @@ def test_any_closure_will_do():
     assert token.evaluations[-1][2] < 0.1 * token.evaluations[0][2]
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_learned_word_in_a_stock_pipeline(family, tmp_path):
+    """The file in a stock pipeline draws what the personalizer's pipeline draws, bit for bit."""
+    pipe, stock = build(family), build(family)
+    personalizer = Personalizer(pipe)
+    options = SHORT | {"steps": 2, "held_out_rows": 0, "vectors": 2, "output": tmp_path}
+    token = personalizer.fit(pictures(), WORD, word(pipe), **options)
+    add_token(stock, tmp_path / "learned_embeds.safetensors", WORD)
+
+    def draw(pipeline, text):
+        noise = torch.Generator().manual_seed(0)
+        size = {"height": 16, "width": 16, "num_inference_steps": 2, "generator": noise}
+        return pipeline(text, output_type="pt", **size).images
+
+    with personalizer.speaking(WORD, token.vectors) as speaking:
+        drawn = draw(speaking, f"a {WORD} on a green hill")
+    assert torch.equal(drawn, draw(stock, f"a {WORD} on a green hill"))
+    assert not torch.equal(drawn, draw(stock, "a cat on a green hill"))
+
+
+def test_an_int8_pipeline_learns():
+    pipe = build()
+    quantize(pipe, backend="pilotage")
+    token = Personalizer(pipe).fit(pictures(), WORD, word(pipe), **SHORT)
+    assert token.steps == 6 and token.vectors.isfinite().all()
+
+
 def test_early_stop():
     pipe = build()
     flat = Personalizer(pipe, loss=lambda embeddings, _batch: torch.ones(len(embeddings)))
@@ -299,6 +328,11 @@ def test_a_checkpoint_of_other_settings_or_damaged(tmp_path):
     assert run(resume=False).steps == 6
 
 
+@pytest.fixture(scope="module")
+def shared():
+    return build()
+
+
 def forbidden(*_args, **_kwargs):
     raise AssertionError("work began before the inputs were checked")
 
@@ -338,10 +372,12 @@ def broken_image(folder):
         (lambda p, f: {"mu": -1.0}, "must be positive"),
         (lambda p, f: {"batch": 3}, "multiple of the batch"),
         (lambda p, f: {"preview_every": 2}, "previews need an output folder"),
+        (lambda p, f: {"held_out_prompts": ["a {}"]}, "need held_out images"),
+        (lambda p, f: {"patience": 2, "held_out_rows": 0}, "patience needs a held-out loss"),
     ],
 )
-def test_bad_input_before_any_work(change, message, tmp_path, monkeypatch):
-    pipe = build()
+def test_bad_input_before_any_work(change, message, tmp_path, monkeypatch, shared):
+    pipe = shared
     options = SHORT | {"images": pictures(), "placeholder": WORD, "initializer": word(pipe)}
     personalizer = Personalizer(pipe)
     monkeypatch.setattr(pipe.vae, "encode", forbidden)

@@ -50,6 +50,7 @@ def searches():
             basis=basis,
             sphere=sphere,
             average=IterateAverage(),
+            subspace=SubspaceGradient(20),
         ),
         "evolution": EvolutionSearch(INITIAL, basis, 0.3, 8, sphere=sphere),
     }
@@ -70,6 +71,19 @@ def test_descends_and_continues_exactly(name):
     assert torch.equal(whole.value, second.value)
     assert torch.equal(whole.ask(), second.ask())
     assert losses(whole.value[None]) < 0.7 * losses(INITIAL[None])
+
+
+def test_search_in_a_basis_stays_there():
+    """Whatever the step rule does per element, and with the noisy directions taken out."""
+    basis = neighbour_basis(draw(60, D, seed=4), INITIAL, 6)
+    subspace = SubspaceGradient(8, nu=0.1)
+    search = GradientSearch(
+        INITIAL, Estimator("antithetic"), AdamStep(0.05), basis=basis, subspace=subspace
+    )
+    advance(search, 20)
+    moved = search.value - INITIAL
+    assert moved.norm() > 0.1
+    torch.testing.assert_close(moved @ basis.T @ basis, moved, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_that_are_not_finite():
