@@ -201,6 +201,7 @@ class Personalizer:
         checkpoint = None if folder is None else folder / CHECKPOINT
         if checkpoint is not None and resume and checkpoint.is_file():
             trainer.load(checkpoint)
+        # Encoding the pictures is work: it comes after everything that can be refused.
         data = TokenData(self.networks, sources[0], plan, seed)
         if held_out_rows:
             trainer.held_out = held_out_batch(self.networks, sources[-1], held_out_rows, seed)
