@@ -80,13 +80,19 @@ class Personalizer:
         loss: Evaluates tokens; None is `DiffusionTokenLoss` on the pipeline's own networks.
             Any callable (embeddings (K, m, d), `TokenBatch`) -> losses (K,) does, for instance one
             that calls an exported network.
-        max_rows: Most rows of one network call (see `DiffusionTokenLoss`); 0 is no limit.
+        max_rows: Most rows of one network call (see `DiffusionTokenLoss`); 0 is no limit. With 2 a
+            step needs the memory of plain inference with guidance.
 
     Raises:
-        ValueError: the pipeline is of another family.
+        ValueError: the pipeline is of another family, or `max_rows` is given for a `loss` that
+            would not heed it.
     """
 
     def __init__(self, pipe: Any, loss: TokenLoss | None = None, max_rows: int = 0) -> None:
+        if loss is not None and max_rows:
+            raise ValueError(
+                "max_rows belongs to the pipeline's own loss, and another one is given"
+            )
         self.pipe = pipe
         self.networks = DiffusionTokenLoss(pipe, max_rows)
         self.loss = loss or self.networks

@@ -386,6 +386,11 @@ def test_bad_input_before_any_work(change, message, tmp_path, monkeypatch, share
         personalizer.fit(**(options | change(pipe, tmp_path)))
 
 
+def test_an_option_that_would_be_ignored(shared):
+    with pytest.raises(ValueError, match="max_rows belongs to"):
+        Personalizer(shared, loss=forbidden, max_rows=2)
+
+
 def test_a_missing_folder():
     pipe = build()
     with pytest.raises(FileNotFoundError, match="gone"):
