@@ -11,11 +11,15 @@ from typing import Annotated
 
 import typer
 
+from .personalize import personalize
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Guidance for diffusion sampling, on every diffusers pipeline.",
 )
+
+app.command()(personalize)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
 from .layouts import LayoutError
 from .noise_levels import UnknownSchedulerError, noise_level
+from .personalization import LearnedToken, Personalizer
 from .schedulers import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
@@ -38,6 +39,8 @@ __all__ = [
     "GuidedMixin",
     "Guider",
     "LayoutError",
+    "LearnedToken",
+    "Personalizer",
     "UnknownSchedulerError",
     "guided",
     "guided_class",

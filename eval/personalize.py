@@ -1,0 +1,92 @@
+"""``pilotage personalize``: learn a word from pictures, by forward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def personalize(
+    images: Annotated[Path, typer.Argument(help="Folder of pictures of one subject.")],
+    token: Annotated[str, typer.Option(help="The new word, such as '<my-cat>'.")],
+    initializer: Annotated[str, typer.Option(help="A known word to begin from (one token).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for token, checkpoint and previews.")
+    ] = Path("outputs/personalized"),
+    preset: Annotated[str, typer.Option(help="ours or zoodip.")] = "ours",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default: the preset's.")] = None,
+    vectors: Annotated[int, typer.Option(min=1, help="Embeddings of the word.")] = 1,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt with {}; may be given several times.")
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many held-out losses without gain; 0 never.")
+    ] = 0,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between held-out losses.")
+    ] = None,
+    preview_every: Annotated[int, typer.Option(min=0, help="Steps between previews.")] = 0,
+    preview_prompt: Annotated[str, typer.Option(help="Prompt of the previews, with {}.")] = "{}",
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore a checkpoint.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: quantize the networks' weights first.")
+    ] = None,
+    points_per_call: Annotated[
+        int, typer.Option(min=0, help="Fix the calls, for bit-equal runs on several processes.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Learn a word from pictures by forward passes; an interrupted run continues where it was."""
+    from ..pipelines.token_inputs import TEMPLATES, check_templates, load_images
+    from ..pipelines.token_recipes import recipe
+
+    # What can be wrong without the model is said before it is loaded.
+    recipe(preset, steps=steps)
+    check_templates(template or TEMPLATES)
+    load_images(images, 8)
+
+    import torch
+    from accelerate import PartialState
+
+    from ..pipelines.personalization import TOKEN, Personalizer
+    from .embedded import load_embedded, load_pipeline
+
+    if device == "auto":
+        device = str(PartialState().device)  # of this process, where there are several
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
+    if quantize is not None:
+        from ..pipelines.quantization import quantize as to_integers
+
+        to_integers(pipe, quantize)
+    pipe.set_progress_bar_config(disable=True)
+    result = Personalizer(pipe).fit(
+        images,
+        token,
+        initializer,
+        preset=preset,
+        steps=steps,
+        vectors=vectors,
+        templates=template or TEMPLATES,
+        patience=patience,
+        evaluate_every=evaluate_every,
+        preview_every=preview_every,
+        preview_prompt=preview_prompt,
+        checkpoint_every=checkpoint_every,
+        resume=not fresh,
+        output=output,
+        points_per_call=points_per_call,
+        seed=seed,
+    )
+    first, best = result.evaluations[0][2], min(e[2] for e in result.evaluations)
+    typer.echo(
+        f"{output / TOKEN}  (held-out loss {first:.4f} -> {best:.4f}, "
+        f"{result.forwards} forwards, {result.seconds:.0f} s)"
+    )

@@ -1,0 +1,95 @@
+r"""Subspace Gradient (SG): directions in which the token hardly moved are taken out of ĝ.
+
+The last tau tokens are standardised (per element, zero mean and unit deviation); of their principal
+components, ordered by variance, the leading ones hold the share :math:`1 - \nu` of the variance.
+The remaining ones, W, are noise:
+
+.. math:: \hat g \leftarrow \hat g - W^T W \hat g
+
+for the next tau steps, during which the history is filled anew.
+
+The paper does not say what becomes of directions that tau tokens cannot span (tau < d): here they
+stay in ĝ, so that the search is never confined to where it has been. Components without variance
+(rounding, one of them always from centring) are no directions of the history and stay as well.
+
+References:
+    Seo et al., https://arxiv.org/abs/2503.14868 (tau = 128, nu = 1e-3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def low_variance_components(history: Tensor, nu: float) -> Tensor:
+    """Principal components that hold the last share `nu` of the variance.
+
+    Args:
+        history: Tokens, with shape (tau, d).
+        nu: Share of the standardised history's variance that counts as noise, in [0, 1).
+
+    Returns:
+        Orthonormal rows, with shape (r, d), float64; r may be 0.
+    """
+    centred = history.double() - history.double().mean(0)
+    deviation = centred.square().mean(0).sqrt()
+    standardised = centred / deviation.where(deviation > 0, 1)
+    _, values, components = torch.linalg.svd(standardised, full_matrices=False)
+    variance = values.square()
+    if not variance.sum() > 0:
+        return components[:0]
+    floor = values[0] * max(history.shape) * torch.finfo(torch.float64).eps
+    held = variance.cumsum(0) / variance.sum()
+    # A component leads if those before it do not yet hold the share.
+    leading = torch.cat([held.new_zeros(1), held[:-1]]) < 1 - nu
+    return components[~leading & (values > floor)]
+
+
+class SubspaceGradient:
+    """The projection, with its history.
+
+    Args:
+        tau: Tokens kept, and steps between two decompositions.
+        nu: Share of the variance that counts as noise.
+
+    Raises:
+        ValueError: tau < 2, or nu outside [0, 1).
+    """
+
+    def __init__(self, tau: int = 128, nu: float = 1e-3) -> None:
+        if tau < 2:
+            raise ValueError(f"SubspaceGradient: tau must be at least 2, got {tau}")
+        if not 0 <= nu < 1:
+            raise ValueError(f"SubspaceGradient: nu must lie in [0, 1), got {nu}")
+        self.tau, self.nu = tau, nu
+        self._history: list[Tensor] = []
+        self._noise: Tensor | None = None
+
+    def record(self, token: Tensor) -> None:
+        """Add the token of a step, with shape (d,); the tau-th one renews the projection."""
+        self._history.append(token.detach().float().cpu().clone())
+        if len(self._history) == self.tau:
+            self._noise = low_variance_components(torch.stack(self._history), self.nu).float()
+            self._history = []
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """The estimate without the noisy directions, with shape (d,)."""
+        if self._noise is None or not len(self._noise):
+            return gradient
+        noise = self._noise.to(gradient)
+        return gradient - noise.T @ (noise @ gradient)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """History and projection, as tensors."""
+        state = {}
+        if self._history:
+            state["history"] = torch.stack(self._history)
+        if self._noise is not None:
+            state["noise"] = self._noise
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`."""
+        self._history = list(state["history"].unbind()) if "history" in state else []
+        self._noise = state.get("noise")

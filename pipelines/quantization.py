@@ -1,0 +1,206 @@
+"""int8 weights for the networks of a pipeline: Linear and Conv2d of UNet, VAE and text encoder.
+
+Two thirds of a Stable Diffusion UNet's weights sit in convolutions, which torchao does not cover:
+they get the layers of `pipelines/int8.py`. Linear layers go to torchao or to the same layers. A
+pipeline that diffusers has already quantized (torchao, bitsandbytes, quanto, GGUF) keeps what it
+has; its convolutions, left in full precision there, are quantized here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .int8 import INT8_LAYERS, Int8Layer
+
+Backend = Literal["auto", "torchao", "pilotage"]
+BACKENDS = ("auto", "torchao", "pilotage")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
+WEIGHTY = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+OTHER_BACKENDS = ("bitsandbytes.", "optimum.quanto.", "diffusers.quantizers.", "torchao.")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did: layers by backend, those kept as they were, bytes before and after."""
+
+    layers: dict[str, int]
+    kept: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize(
+    target: Any,
+    dtype: str = "int8",
+    backend: Backend = "auto",
+    *,
+    gradients: bool = False,
+    skip: Sequence[str] = (),
+) -> Quantized:
+    """Stores the weights of every Linear and Conv2d as int8, in place, and freezes them.
+
+    Args:
+        target: A module, or a pipeline (its UNet or transformer, VAE and text encoders).
+        dtype: "int8": symmetric, one scale per output channel, weights only.
+        backend: Who holds Linear layers: "torchao", "pilotage" (our layers), or "auto": torchao if
+            it is installed and `gradients` is off. Conv2d are always ours.
+        gradients: A gradient will flow through to the input. torchao's layers then keep their
+            dequantized weights until the backward pass, ours never do.
+        skip: Shell patterns of layer names to leave in full precision, e.g. ``"*.conv_out"``.
+
+    Raises:
+        ValueError: an unknown dtype or backend; layers with weights that are not covered (they
+            are named; nothing is changed); NaN or infinite weights.
+        ImportError: torchao is asked for and not installed.
+    """
+    if dtype != "int8":
+        raise ValueError(f"quantize: dtype is 'int8', got {dtype!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"quantize: backend is one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torchao" and gradients:
+        raise ValueError(
+            "quantize: torchao keeps dequantized weights for the backward pass; with "
+            "gradients=True use backend='pilotage' or 'auto'"
+        )
+    installed = importlib.util.find_spec("torchao") is not None
+    if backend == "torchao" and not installed:
+        raise ImportError("quantize: backend='torchao' needs torchao: pip install torchao")
+    if backend == "auto":
+        backend = "torchao" if installed and not gradients else "pilotage"
+    modules = networks(target)
+    found = {name: _sorted_layers(name, module, skip) for name, module in modules.items()}
+    before = quantized_bytes(target)["total"]
+    layers: Counter[str] = Counter()
+    for name, module in modules.items():
+        own = {nn.Linear, nn.Conv2d} if backend == "pilotage" else {nn.Conv2d}
+        layers["pilotage"] += put_int8(module, found[name].plain, own)
+        rest = [layer for layer in found[name].plain.values() if type(layer) not in own]
+        if rest:
+            layers["torchao"] += _by_torchao(module, rest)
+    kept = tuple(name for lists in found.values() for name in lists.kept)
+    after = quantized_bytes(target)["total"]
+    return Quantized({k: n for k, n in layers.items() if n}, kept, before, after)
+
+
+def networks(target: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by component name, or ``{"": module}``.
+
+    Raises:
+        ValueError: neither a module nor a pipeline with such networks.
+    """
+    if isinstance(target, nn.Module):
+        if isinstance(target, (*WEIGHTY, Int8Layer)):
+            raise ValueError(f"expected a network, got a single layer: {type(target).__name__}")
+        return {"": target}
+    found = {name: getattr(target, name, None) for name in COMPONENTS}
+    found = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not found:
+        raise ValueError(
+            f"expected a module or a pipeline with one of {', '.join(COMPONENTS)}, "
+            f"got {type(target).__name__}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Layers:
+    plain: dict[str, nn.Module]
+    kept: list[str]
+
+
+def _sorted_layers(component: str, module: nn.Module, skip: Sequence[str]) -> _Layers:
+    """Layers to quantize, and names of those that stay.
+
+    Raises:
+        ValueError: layers that are not covered and not in `skip`, or that carry hooks.
+    """
+    plain, kept, foreign, hooked = {}, [], [], []
+    for name, layer in module.named_modules():
+        full = f"{component}.{name}" if component else name
+        if not isinstance(layer, WEIGHTY):
+            continue
+        if any(fnmatch.fnmatch(full, pattern) for pattern in skip) or _by_others(layer):
+            kept.append(full)
+        elif type(layer) not in INT8_LAYERS:
+            foreign.append(f"{full} ({type(layer).__name__})")
+        elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+            hooked.append(full)
+        else:
+            plain[full] = layer
+    if foreign:
+        raise ValueError(
+            f"quantize covers Linear and Conv2d, not: {', '.join(foreign)}; name them in skip="
+        )
+    if hooked:
+        raise ValueError(f"quantize before hooks are attached (offloading): {', '.join(hooked)}")
+    return _Layers(plain, kept)
+
+
+def _by_others(layer: nn.Module) -> bool:
+    """Whether a layer is already quantized by a backend of diffusers or transformers."""
+    weight = getattr(layer, "weight", None)
+    return type(layer).__module__.startswith(OTHER_BACKENDS) or (
+        isinstance(weight, Tensor)
+        and (is_traceable_wrapper_subclass(weight) or not weight.is_floating_point())
+    )
+
+
+def put_int8(module: nn.Module, layers: dict[str, nn.Module], types: set[type]) -> int:
+    """Puts int8 layers in place of those of the given types; one at several places stays one."""
+    made: dict[int, Int8Layer] = {}
+    wanted = {id(layer) for layer in layers.values() if type(layer) in types}
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if id(child) in wanted:
+                if id(child) not in made:
+                    made[id(child)] = INT8_LAYERS[type(child)](child)
+                parent._modules[name] = made[id(child)]
+    return len(made)
+
+
+def _by_torchao(module: nn.Module, layers: list[nn.Module]) -> int:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    wanted = {id(layer) for layer in layers}
+    quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda layer, name: id(layer) in wanted)
+    for layer in layers:
+        layer.requires_grad_(False)
+    return len(layers)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a quantized tensor consists of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def quantized_bytes(target: Any) -> dict[str, int]:
+    """Bytes of parameters and buffers by dtype, e.g. ``{"int8": …, "bfloat16": …, "total": …}``."""
+    sizes: Counter[str] = Counter()
+    seen = set()
+    for module in networks(target).values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            for part in _parts(tensor):
+                key = (part.data_ptr(), part.shape, part.dtype)
+                if key not in seen:
+                    seen.add(key)
+                    sizes[str(part.dtype).removeprefix("torch.")] += part.nbytes
+    return {**sizes, "total": sum(sizes.values())}

@@ -1,0 +1,169 @@
+"""Files of learned tokens, in the forms that diffusers, ComfyUI and A1111 read.
+
+- ``sd`` (Stable Diffusion 1 and 2): one key, ``{"<token>": (k, d)}``;
+- ``sdxl``: ``{"clip_l": (k, 768), "clip_g": (k, 1280)}``; diffusers takes it in two calls of
+  ``load_textual_inversion``, one for each text encoder (`add_token` makes both).
+
+ComfyUI and A1111 call a token by the name of its file, diffusers by its key. The name also stands
+in the file's metadata, where no reader but `load_token` looks. k vectors are k tokens in diffusers:
+``<token>``, ``<token>_1``, ...; its pipelines expand ``<token>`` in a prompt to all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor
+
+Family = Literal["sd", "sdxl"]
+SDXL_KEYS = ("clip_l", "clip_g")
+TAKEN = (*SDXL_KEYS, "string_to_param", "string_to_token")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A learned token: its name, or None, and its vectors (k, d) for each text encoder."""
+
+    name: str | None
+    vectors: tuple[Tensor, ...]
+
+
+def _checked(vectors: Sequence[Tensor], origin: str) -> tuple[Tensor, ...]:
+    """Vectors as (k, d), the same k for every encoder.
+
+    Raises:
+        ValueError: other shapes, no vector, integers, or NaN or infinite entries.
+    """
+    rows = tuple(v.detach()[None] if v.ndim == 1 else v.detach() for v in vectors)
+    shapes = [tuple(v.shape) for v in vectors]
+    if any(v.ndim != 2 or not v.numel() for v in rows) or len({len(v) for v in rows}) != 1:
+        raise ValueError(
+            f"{origin}: expected vectors (k, d), k alike for every text encoder, got {shapes}"
+        )
+    if not all(v.is_floating_point() and v.isfinite().all() for v in rows):
+        raise ValueError(f"{origin}: the vectors must be finite floating-point numbers")
+    return rows
+
+
+def save_token(
+    path: str | Path,
+    vectors: Tensor | Sequence[Tensor],
+    token: str,
+    family: Family = "sd",
+) -> Path:
+    """Writes a token under a temporary name, then renames it; returns the path.
+
+    Args:
+        path: File to write, usually ``learned_embeds.safetensors``.
+        vectors: (k, d) or (d,), one tensor for "sd", two (CLIP-L, OpenCLIP-G) for "sdxl".
+        token: Its name in prompts.
+        family: "sd" (Stable Diffusion 1 and 2) or "sdxl".
+
+    Raises:
+        ValueError: an unknown family, a wrong number or shape of tensors, a name that readers
+            would take for something else.
+    """
+    if family not in ("sd", "sdxl"):
+        raise ValueError(f"save_token: family is 'sd' or 'sdxl', got {family!r}")
+    if not token or token.split() != [token] or token in TAKEN:
+        raise ValueError(
+            f"save_token: a token is one word and none of {', '.join(TAKEN)}, got {token!r}"
+        )
+    keys = SDXL_KEYS if family == "sdxl" else (token,)
+    vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
+    if len(vectors) != len(keys):
+        raise ValueError(f"save_token: {family} has {len(keys)} tensors, got {len(vectors)}")
+    rows = _checked(vectors, "save_token")
+    tensors = {key: row.cpu().contiguous().clone() for key, row in zip(keys, rows, strict=True)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    safetensors.torch.save_file(tensors, partial, metadata={"token": token})
+    os.replace(partial, path)
+    return path
+
+
+def load_token(path: str | Path) -> Token:
+    """Reads a file of `save_token`, or of another trainer in the same form.
+
+    Raises:
+        ValueError: a damaged file, or keys of another form.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            name = (file.metadata() or {}).get("token")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if set(tensors) == set(SDXL_KEYS):
+        return Token(name, _checked([tensors[key] for key in SDXL_KEYS], str(path)))
+    if len(tensors) != 1:
+        raise ValueError(
+            f"{path}: expected one key or {' and '.join(SDXL_KEYS)}, got {', '.join(tensors)}"
+        )
+    ((key, rows),) = tensors.items()
+    return Token(key, _checked([rows], str(path)))
+
+
+def add_token(
+    pipe: Any,
+    source: str | Path | Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    token: str | None = None,
+) -> list[str]:
+    """Teaches a pipeline a token, through diffusers' ``load_textual_inversion``.
+
+    Args:
+        pipe: A pipeline with one or two CLIP text encoders, quantized or not.
+        source: A file, or vectors (k, d) for each text encoder.
+        token: Its name in prompts; default: the one in the file.
+
+    Returns:
+        The names of its vectors: ``["<x>", "<x>_1", ...]``.
+
+    Raises:
+        ValueError: no name, a name that is in a vocabulary, vectors of another width or number
+            than the pipeline's encoders. Nothing is changed then.
+    """
+    if not isinstance(pipe, TextualInversionLoaderMixin):
+        raise ValueError(f"add_token: {type(pipe).__name__} takes no textual inversions")
+    if isinstance(source, (str, Path)):
+        known = load_token(source)
+    elif isinstance(source, Mapping):
+        keys = SDXL_KEYS if set(source) == set(SDXL_KEYS) else tuple(source)
+        own = keys[0] if len(keys) == 1 else None
+        known = Token(own, _checked([source[key] for key in keys], "add_token"))
+    else:
+        known = Token(None, _checked([source] if isinstance(source, Tensor) else source, "vectors"))
+    name = token or known.name
+    if not name:
+        raise ValueError("add_token: the source has no name for the token: pass token=")
+    pairs = [
+        (encoder, getattr(pipe, f"tokenizer{suffix}"))
+        for suffix in ("", "_2")
+        if (encoder := getattr(pipe, f"text_encoder{suffix}", None)) is not None
+    ]
+    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder, _ in pairs]
+    given = [v.shape[1] for v in known.vectors]
+    if given != widths:
+        raise ValueError(
+            f"add_token: vectors of width {given} do not fit {type(pipe).__name__}, "
+            f"whose text encoders have {widths}"
+        )
+    names = [name, *(f"{name}_{i}" for i in range(1, len(known.vectors[0])))]
+    for _, tokenizer in pairs:
+        if taken := [n for n in names if n in tokenizer.get_vocab()]:
+            raise ValueError(f"add_token: already in the vocabulary: {', '.join(taken)}")
+    for (encoder, tokenizer), vectors in zip(pairs, known.vectors, strict=True):
+        with torch.no_grad():
+            pipe.load_textual_inversion(
+                {name: vectors}, token=name, text_encoder=encoder, tokenizer=tokenizer
+            )
+    return names
