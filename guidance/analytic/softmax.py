@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # Logits below it count as it: weights of 1e-35 change nothing, but exponentials that underflow are
 # computed one by one, several times as slowly.
 LEAST = -80.0
