@@ -28,9 +28,9 @@ from torch import Tensor
 from .images import decode
 from .softmax import Info, Softmax
 
-WORK = 2**23  # bytes of intermediates at once on a CPU: small blocks stay in the cache
+WORK = 3 * 2**21  # bytes of intermediates at once on a CPU: small blocks stay in the cache
 WORK_CUDA = 2**30
-SPARSE = 0.05  # density of a mask below which gathering beats a dense product (measured)
+SPARSE = 0.15  # density of a mask below which gathering beats a dense product (measured)
 ROWS = 1024  # rows of a mask that are multiplied at once
 
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Logits below it count as it: weights of 1e-35 change nothing, but exponentials that underflow are
+# computed one by one, several times as slowly.
+LEAST = -80.0
+
 
 @dataclass(frozen=True)
 class Info:
@@ -58,7 +62,7 @@ class Softmax:
         peak = high if self.minibatch else torch.maximum(self.peak[rows], high)
         # All candidates so far at -inf: nothing to rescale, and -inf - (-inf) is not a number.
         peak = peak.where(peak > -torch.inf, 0)
-        weights = torch.sub(-peak[:, None], distances, out=distances).exp_()
+        weights = torch.sub(-peak[:, None], distances, out=distances).clamp_(min=LEAST).exp_()
         mass = weights.sum(1)
         if self.minibatch:
             weights /= mass[:, None]
