@@ -103,6 +103,8 @@ def guide_step(
 
 def run(request: Request, impl: Impl | None) -> GuideStep:
     """Take the step directly, without PyTorch's dispatcher."""
+    if request.pred_cond.is_cuda:
+        request.a_x, request.a_p = _number(request.a_x), _number(request.a_p)
     if impl is None:
         given = (request.pred_cond, request.pred_uncond, request.x_t, request.previous)
         tensors = [tensor for tensor in given if tensor is not None]
@@ -111,4 +113,11 @@ def run(request: Request, impl: Impl | None) -> GuideStep:
         return reference.guide_step(request)
     from .guide_launch import launch
 
-    return launch(request)
+    with torch.cuda.device_of(request.pred_cond):  # Triton launches on the current device
+        return launch(request)
+
+
+def _number(coefficient: float | Tensor) -> float | Tensor:
+    """What the host knows is passed as a number."""
+    known = isinstance(coefficient, Tensor) and coefficient.device.type == "cpu"
+    return coefficient.item() if known else coefficient

@@ -45,7 +45,7 @@ class GuideStep(NamedTuple):
     next_input: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that costs more than the checks
 class Request:
     """The checked arguments of `guide_step`; see there and `formulas`."""
 
@@ -72,14 +72,14 @@ class Request:
         cond = self.pred_cond
         if cond.ndim < 2:
             raise ValueError(f"guide_step: predictions have shape (B, *), got {tuple(cond.shape)}")
-        tensors = {"pred_uncond": self.pred_uncond, "x_t": self.x_t, "previous": self.previous}
-        if self.momentum != 0:
-            tensors["state"] = self.state
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.shape != cond.shape:
+        shape = cond.shape
+        for name in ("pred_uncond", "x_t", "previous", "state"):
+            tensor = getattr(self, name)
+            if tensor is None or tensor.shape == shape:
+                continue
+            if name != "state" or self.momentum != 0:
                 raise ValueError(
-                    f"guide_step: {name} has shape {tuple(tensor.shape)}, "
-                    f"pred_cond {tuple(cond.shape)}"
+                    f"guide_step: {name} has shape {tuple(tensor.shape)}, pred_cond {tuple(shape)}"
                 )
         steps = (len(cond), 1)
         if self.kind == "cfg-zero*" and self.state is not None and self.state.shape != steps:

@@ -39,6 +39,10 @@ def linear_history(
             f"linear_history: history has shape (K, B, *) and weights (K,) or (K, B), got "
             f"{tuple(history.shape)} and {tuple(weights.shape)}"
         )
+    if weights.device != history.device:
+        raise ValueError(
+            f"linear_history: weights are on {weights.device}, history on {history.device}"
+        )
     if impl not in (None, "reference", "fused"):
         raise ValueError(f"linear_history: impl is 'reference' or 'fused', got {impl!r}")
     if torch.compiler.is_compiling():
@@ -53,7 +57,8 @@ def run(history: Tensor, weights: Tensor, dtype: torch.dtype, impl: Impl | None)
     if impl == "fused" or (impl is None and fused_by_default(history, weights)):
         from .linear_history_kernel import launch
 
-        return launch(history, weights, dtype)
+        with torch.cuda.device_of(history):  # Triton launches on the current device
+            return launch(history, weights, dtype)
     work = torch.promote_types(history.dtype, torch.float32)
     weights = weights.to(work).view(*weights.shape, *(1,) * (history.ndim - weights.ndim))
     total = history[0] * weights[0]

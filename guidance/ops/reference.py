@@ -33,7 +33,7 @@ def guide_step(r: Request) -> GuideStep:
     if moving is not None:
         prediction = prediction.where(per_sample(moving, prediction), 0)
     if r.want_prediction:
-        result = result._replace(prediction=prediction.to(r.pred_cond.dtype))
+        result = result._replace(prediction=_as(prediction, r.pred_cond))
     return result if r.solver is None else _advanced(r, prediction, result)
 
 
@@ -43,14 +43,15 @@ class _Views:
     def __init__(self, r: Request) -> None:
         self.r = r
         self.tensors = {"p": accumulate(r.pred_cond), "q": accumulate(r.pred_uncond)}
-        update = self["p"] - self["q"]
+        update = self.tensors["p"] - self.tensors["q"]
         if r.in_x0:
             update.mul_(r.a_p)
         if r.momentum != 0 and r.state is not None:
             update.add_(r.state, alpha=r.momentum)
         self.tensors["m"] = self.update = update
         self.names = {"c": "x", "u": "y"} if r.in_x0 else {"c": "p", "u": "q"}
-        self.products: dict[str, Tensor] = {}
+        self.flats: dict[str, Tensor] = {}
+        self.products: dict[tuple[str, str], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """m; the two predictions in the rule's space (c, u), as images (x, y), raw (p, q)."""
@@ -61,13 +62,18 @@ class _Views:
             self.tensors[name] = _add(raw * self.r.a_p, accumulate(self.r.x_t), self.r.a_x)
         return self.tensors[name]
 
+    def flat(self, name: str) -> Tensor:
+        """The same with shape (B, n)."""
+        if name not in self.flats:
+            self.flats[name] = self[name].flatten(1)
+        return self.flats[name]
+
     def dot(self, names: str) -> Tensor:
         """Inner product of two tensors by their names, with shape (B,)."""
-        names = "".join(self.names.get(name, name) for name in names)
-        if names not in self.products:
-            a, b = (self[name].flatten(1) for name in names)
-            self.products[names] = torch.linalg.vecdot(a, b)
-        return self.products[names]
+        a, b = (self.names.get(name, name) for name in names)
+        if (a, b) not in self.products:
+            self.products[a, b] = torch.linalg.vecdot(self.flat(a), self.flat(b))
+        return self.products[a, b]
 
 
 def coefficients(r: Request, views: _Views) -> tuple[Weight, Weight, Weight]:
@@ -127,10 +133,12 @@ def combined(r: Request, views: _Views, c: Weight, b: Weight, u: Weight) -> Tens
     """The guided prediction in the network's own space."""
     cond = views["p"]
     if not r.in_x0:
-        total = _add(cond * (1 + _shaped(c, cond)), views.update, _shaped(b, cond))
+        total = _sum(cond, views.update, _shaped(b, cond))
+        if isinstance(c, Tensor) or c != 0:
+            total = _add(total, cond, _shaped(c, cond))
         return _add(total, views["q"], _shaped(u, cond)) if isinstance(u, Tensor) else total
     inverse = r.inverse()
-    total = _add(views.update * _shaped(b * inverse, cond), cond, 1.0)
+    total = _sum(cond, views.update, _shaped(b * inverse, cond))
     return _add(total, views["c"], _shaped(c * inverse, cond)) if isinstance(c, Tensor) else total
 
 
@@ -149,8 +157,19 @@ def _advanced(r: Request, prediction: Tensor, result: GuideStep) -> GuideStep:
 def _add(total: Tensor, tensor: Tensor, weight: Weight) -> Tensor:
     """total + weight * tensor, in place; total is never an argument of the step."""
     if isinstance(weight, Tensor):
-        return total.addcmul_(tensor, weight.to(total.dtype))
+        return total.addcmul_(tensor, _as(weight, total))
     return total.add_(tensor, alpha=weight)
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def _sum(first: Tensor, tensor: Tensor, weight: Weight) -> Tensor:
+    """first + weight * tensor."""
+    if isinstance(weight, Tensor):
+        return torch.addcmul(first, tensor, _as(weight, first))
+    return torch.add(first, tensor, alpha=weight)
 
 
 def _deviation(flat: Tensor) -> Tensor:

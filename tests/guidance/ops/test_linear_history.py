@@ -47,6 +47,11 @@ def test_slots_may_lie_anywhere(impl):
     )
 
 
+def test_weights_lie_where_the_history_is():
+    with pytest.raises(ValueError, match="weights are on cpu, history on meta"):
+        linear_history(torch.zeros(4, 2, 5, device="meta"), torch.zeros(4))
+
+
 @pytest.mark.parametrize(
     ("weights", "impl", "message"),
     [((3,), None, "weights"), ((4, 3), None, "weights"), ((4,), "cuda", "'fused'")],
