@@ -47,7 +47,7 @@ class Coefficients(StandIn):
     uncond: tuple[tuple[float, ...], ...]
     intercept: tuple[float, ...] = ()
     space: Space = "native"
-    identity: Mapping[str, Any] | None = None
+    identity: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("cond", "uncond"):

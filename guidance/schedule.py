@@ -126,7 +126,7 @@ class Schedule(Stepwise):
     choices: tuple[Choice, ...] = ()
     factors: tuple[float, ...] = ()
     stand_in: StandIn = field(default_factory=HoldDifference)
-    identity: Mapping[str, Any] | None = field(default=None, repr=False)
+    identity: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))

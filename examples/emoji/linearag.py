@@ -50,7 +50,7 @@ SEEDS = 3
 AG_NFE = (26, 28, 30, 34)
 SEARCHED_NFE = (24, 26, 30)
 MARGIN = 0.005  # of the search's floor above what AG reaches on the same prompts
-TIMING_ROUNDS = 7
+TIMING_ROUNDS = 5
 
 
 def training_prompts(drawings: list[emoji.Drawing], count: int, first: int = 0) -> list[str]:
