@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,12 +97,13 @@ class Trier:
     ) -> None:
         self.trials, self.stand_in, self.bar, self.path = trials, stand_in, bar, path
         self.known: dict[tuple, Candidate] = {}
+        self.rounds = 0  # of evolution
         self.plan = {
             "identity": identity_of(trials),
             "prompts": trials.prompts,
             "seed": trials.seed,
             "rule": str(trials.rule),
-            "stand_in": hashlib.sha256(repr(stand_in).encode()).hexdigest(),
+            "stand_in": _digest(stand_in),
         }
         if path is not None and path.is_file():
             self._read(path)
@@ -109,7 +111,7 @@ class Trier:
     def _read(self, path: Path) -> None:
         try:
             content = json.loads(path.read_text())
-            plan, tried = content["plan"], content["tried"]
+            plan, tried, self.rounds = content["plan"], content["tried"], content["rounds"]
             for choices, factors, nfe, quality in tried:
                 schedule = Schedule(tuple(choices), tuple(factors), self.stand_in)
                 self.known[schedule.choices, schedule.factors] = Candidate(schedule, nfe, quality)
@@ -123,7 +125,7 @@ class Trier:
         tried = [
             [c.schedule.choices, c.schedule.factors, c.nfe, c.quality] for c in self.known.values()
         ]
-        write_json(self.path, {"plan": self.plan, "tried": tried})
+        write_json(self.path, {"plan": self.plan, "rounds": self.rounds, "tried": tried})
 
     def __call__(self, schedule: Schedule) -> Candidate:
         """The schedule with its figures; measured only the first time."""
@@ -180,7 +182,7 @@ def search(
         _remove_greedily(trier, full)
         for choices in spread(total):
             trier(replace(full, choices=choices))
-        _evolve(trier, quality_floor, rounds, random.Random(trials.seed))
+        _evolve(trier, quality_floor, rounds)
     return conclude(trials, trier, quality_floor)
 
 
@@ -207,6 +209,13 @@ def conclude(trials: Trials, trier: Trier, floor: float) -> Search:
     )
     best = next((c for c in front if c.quality >= floor), front[-1])
     return Search(front, len(trier.known), resolve(trials.compose(best.schedule)), best)
+
+
+def _digest(stand_in: StandIn) -> str:
+    """Hash of a stand-in, its numbers to six digits: fits on other threads differ in the last."""
+    number = r"-?\d+\.\d+(e[-+]?\d+)?"
+    text = re.sub(number, lambda match: f"{float(match[0]):.6g}", repr(stand_in))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def identity_of(trials: Trials) -> dict[str, Any]:
@@ -248,9 +257,14 @@ def spread(total: int) -> list[tuple[str, ...]]:
     return list(found)
 
 
-def _evolve(trier: Trier, floor: float, rounds: int, chance: random.Random) -> None:
-    """Vary members of the front, most often those near the floor."""
-    for _ in range(rounds):
+def _evolve(trier: Trier, floor: float, rounds: int) -> None:
+    """Vary members of the front, most often those near the floor.
+
+    Every round has random numbers of its own, so that an interrupted search goes on as it would.
+    """
+    while trier.rounds < rounds:
+        chance = random.Random(f"{trier.trials.seed} {trier.rounds}")
+        trier.rounds += 1
         front = pareto(trier.known.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule

@@ -284,3 +284,13 @@ def test_saved_settings_come_back(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match="not a file of guidance settings"):
             load_guidance(path)
+
+
+def test_fitted_settings_can_be_keys():
+    """Identities are plain dictionaries; equal numbers fitted on two models differ."""
+    cond, uncond = torch.randn(2, T, 2, 9)
+    one, two = (fit_coefficients(Gram.of(cond, uncond), identity={"scheduler": s}) for s in "XY")
+    policies = {LinearAG(coefficients=one): 1, LinearAG(coefficients=two): 2}
+    assert len(policies) == 2
+    schedule = Schedule(("both",) * T, stand_in=one, identity={"scheduler": "X"})
+    assert {schedule: 1}[schedule] == 1
