@@ -31,6 +31,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from ..guidance import Guidance, Trace
+from ..guidance.saved import to_dict
 from ..pipelines.guided import GuidanceLike, scale_argument
 from ..pipelines.identity import pipeline_identity
 from ..pipelines.noise_levels import UnknownSchedulerError, check_scheduler, prediction_type_of
@@ -246,7 +247,14 @@ def plan_identity(pipe: Any, plan: Plan, guidances: Sequence[Guidance]) -> dict[
         "batch_size": plan.batch_size,
         "options": plan.options,
         "settings": [
-            {"method": s.method, "guidance": str(g), "scale": s.scale, "steps": s.steps}
+            {
+                "method": s.method,
+                "guidance": str(g),
+                # What a name or a short text leaves out: coefficients, say.
+                "digest": hashlib.sha256(json.dumps(to_dict(g)).encode()).hexdigest()[:16],
+                "scale": s.scale,
+                "steps": s.steps,
+            }
             for s, g in zip(plan.settings, guidances, strict=True)
         ],
     }

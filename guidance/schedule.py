@@ -174,4 +174,6 @@ class Schedule(Stepwise):
 
     def __str__(self) -> str:
         letters = {"both": "B", "estimate": "e", "cond": "-"}
-        return f"Schedule({''.join(letters[choice] for choice in self.choices)})"
+        factors = ", ".join(f"{factor:g}" for factor in self.factors)
+        marks = "".join(letters[choice] for choice in self.choices)
+        return f"Schedule({marks}{f', factors {factors}' if factors else ''})"

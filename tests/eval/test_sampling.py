@@ -16,7 +16,7 @@ from pilotage.eval.sampling import (
     sample_seed,
     steps_for_nfe,
 )
-from pilotage.guidance import APG, AdaptiveGuidance
+from pilotage.guidance import APG, AdaptiveGuidance, Gram, LinearAG, fit_coefficients
 from pilotage.pipelines import guided
 from pilotage.pipelines.identity import pipeline_identity
 
@@ -129,6 +129,22 @@ def test_another_plan_is_refused(pipe, tmp_path, changes, field):
     with pytest.raises(ValueError, match=f"holds another plan: its {field} is"):
         generate(pipe, plan(**changes), tmp_path, progress=False)
     assert pictures(tmp_path) == before
+
+
+def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):
+    """Coefficients are not written out, but they are part of the plan."""
+    steps = 3
+    cond, uncond = torch.randn(2, steps, 2, 9, generator=torch.Generator().manual_seed(0))
+    policies = [
+        LinearAG(coefficients=fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
+        for ridge in (0.1, 0.2)
+    ]
+    assert str(policies[0]) == str(policies[1])
+    first, second = (plan(settings=[Setting(p, 5.0, steps, "linear")]) for p in policies)
+    generate(pipe, first, tmp_path, progress=False)
+    generate(pipe, first, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="its settings is"):
+        generate(pipe, second, tmp_path, progress=False)
 
 
 def test_another_model_or_scheduler_is_refused(tmp_path):
