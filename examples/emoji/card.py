@@ -29,6 +29,10 @@ It exists to measure guidance on something real and small, not to make pictures 
 
 v-prediction, cosine schedule rescaled to zero terminal SNR, EMA weights in fp16. Made by
 `examples/emoji/train.py`; `training.json` has every setting.
+
+`guidance/` holds settings fitted to these very weights and refused by others. After another
+training, `tune.py`, `spine.py`, `linearag.py` and `evaluate.py` beside the recipe make them and all
+figures anew.
 """
 FULLY_TRAINED = "**Fully trained**: on the whole set, with an accelerator."
 NOT_FULLY_TRAINED = """**Not fully trained**: this is the run for a machine without an
