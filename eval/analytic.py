@@ -1,17 +1,17 @@
 """A trained network beside every denoiser computed from its data.
 
-    python -m pilotage.eval.analytic                       # everything, on Fashion-MNIST
-    python -m pilotage.eval.analytic --part teleport       # one part; the others keep their figures
+    python -m pilotage.eval.analytic                      # everything, on Fashion-MNIST
+    python -m pilotage.eval.analytic --part agreement.ls  # a piece; others keep their figures
 
 Parts: ``agreement`` (R^2, MSE, cosine with the network; held-out denoising), ``reading`` (Jacobian,
 sensitivity fields), ``speed`` (against a plain transcription), ``teleport`` (Fréchet distance by
-network evaluations). Pictures are written beside the figures.
+network evaluations). Figures are written piece by piece, so a run that was cut off is continued by
+naming the pieces it lacks. Pictures are written beside them.
 """
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +41,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "local_exact": ("local", TAU),
     "local_minibatch": ("local", TAU | {"normalization": "minibatch"}),
 }
+UNITS = (
+    *(f"agreement.{name}" for name in ("network", *METHODS)),
+    "reading",
+    "speed",
+    "teleport.fashion_mnist",
+    "teleport.emoji",
+)
 SIGMAS = (0.1, 0.5, 2.0)
-ELS_SAMPLES = 8
+ON_PATH = 8  # samples that are also evaluated at the network's own x_t
 
 
 def seeded(count: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
@@ -56,37 +63,41 @@ def seeded(count: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
 
 
 def measure_agreement(
-    data: Tensor, statistics: DatasetStatistics, samples: int, els_images: int, output: Path
+    name: str,
+    data: Tensor,
+    statistics: DatasetStatistics,
+    samples: int,
+    els_images: int,
+    output: Path,
 ) -> dict[str, Any]:
-    """Part ``agreement``; ELS searches all translates, so it has fewer images and samples."""
+    """Part ``agreement``: one denoiser, or the network's own held-out error ("network").
+
+    ELS searches all translates of an image, so it has fewer of them.
+    """
     from .bootstrap import interval
 
     pipe = load_unet()
     scheduler = agreement.ddim(pipe.scheduler, 10)
-    models = {}
-    for name, (method, options) in METHODS.items():
-        pool = data[:els_images] if name == "els" else data
-        known = statistics if len(pool) == len(data) else None
-        models[name] = AnalyticDenoiserModel.from_images(
-            pool, method=method, scheduler=pipe.scheduler, statistics=known, **options
-        )
-    few = min(ELS_SAMPLES, samples)
-    els, others = {"els": models.pop("els")}, models
-    noise = seeded(samples, tuple(data.shape[1:]))
-    found = agreement.explain(pipe.unet, others, scheduler, noise, few, interval)
-    found |= {
-        "els": agreement.explain(pipe.unet, els, scheduler, noise[:few], few, interval)["els"]
-    }
-    order = ("network", *METHODS)
-    sheet(torch.cat([found[name].pop("picture") for name in order]), output / "samples.png", 8)
-    found.pop("network")
-    for name in found:
-        found[name]["images"] = els_images if name == "els" else len(data)
-        found[name]["samples"] = few if name == "els" else samples
     test = load_images("test")[0][:samples].float() / 127.5 - 1
-    held = agreement.held_out({"network": pipe.unet} | others, scheduler, test, interval)
-    held |= agreement.held_out(els, scheduler, test[:few], interval)
-    return {"fashion_mnist": found, "held_out": held}
+    if name == "network":
+        return {"held_out": agreement.held_out({name: pipe.unet}, scheduler, test, interval)}
+    method, options = METHODS[name]
+    pool = data[:els_images] if name == "els" else data
+    model = AnalyticDenoiserModel.from_images(
+        pool,
+        method=method,
+        scheduler=pipe.scheduler,
+        statistics=statistics if len(pool) == len(data) else None,
+        **options,
+    )
+    noise = seeded(samples, tuple(data.shape[1:]))
+    on_path = min(ON_PATH, samples)
+    found = agreement.explain(pipe.unet, {name: model}, scheduler, noise, on_path, interval)
+    pictures = torch.cat([found["network"]["picture"], found[name].pop("picture")])
+    sheet(pictures, output / f"samples_{name}.png", 8)
+    record = found[name] | {"images": len(pool), "samples": samples}
+    held = agreement.held_out({name: model}, scheduler, test, interval)
+    return {"fashion_mnist": {name: record}, "held_out": held}
 
 
 def measure_reading(statistics: DatasetStatistics, output: Path) -> dict[str, Any]:
@@ -139,41 +150,59 @@ def measure_speed(data: Tensor, statistics: DatasetStatistics, output: Path) -> 
 
 
 def measure_teleport(
-    data: Tensor, statistics: DatasetStatistics, count: int, archive: Path, output: Path
+    name: str,
+    data: Tensor,
+    statistics: DatasetStatistics,
+    count: int,
+    archive: Path,
+    output: Path,
 ) -> dict[str, Any]:
-    """Part ``teleport``, on Fashion-MNIST and on the embedded text-to-image model."""
+    """Part ``teleport``: on "fashion_mnist", or on the embedded text-to-image model ("emoji")."""
     from .extractors import EfficientNetLite0
 
     extractor = EfficientNetLite0()
-    sigmas = ("auto", 10.0, 5.0, 3.0, 2.0)
-    pipe = load_unet()
-    stock = agreement.ddim(pipe.scheduler, 20)
-    rows = teleport.settings(stock, statistics, (20, 15), sigmas)
-    real = extractor(data[: 2 * count].float().div(255).expand(-1, 3, -1, -1)).double()
-    first = teleport.measure(teleport.unconditional(pipe.unet), rows, extractor, real, count)
-    everyday = (embedded_folder().parent / "everyday.txt").read_text().split("\n")
-    pictures, prompts = teleport.drawings(archive, {c.strip() for c in everyday})
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    latents = teleport.latent_statistics(pipe.vae, pictures)
-    rows = teleport.settings(pipe.scheduler, latents, (20, 15), sigmas)
-    real = extractor(pictures[: 2 * count].float().div(255)).double()
-    sampler = teleport.text_to_image(pipe, prompts, "apg", 4.0)
-    second = teleport.measure(sampler, rows, extractor, real, count)
-    for name, results in (("fashion_mnist", first), ("emoji", second)):
-        images = torch.cat([row["pictures"] for row in results]) * 2 - 1
-        sheet(images, output / f"teleport_{name}.png", 8)
-    return {
-        "teleport": {
-            "fashion_mnist": teleport.verdict(first) | {"pictures": count},
-            "emoji": teleport.verdict(second) | {"pictures": count},
-        }
-    }
+    if name == "fashion_mnist":
+        pipe = load_unet()
+        stock, sampler = agreement.ddim(pipe.scheduler, 20), teleport.unconditional(pipe.unet)
+        real = data[: 2 * count].expand(-1, 3, -1, -1)
+    else:
+        everyday = (embedded_folder().parent / "everyday.txt").read_text().split("\n")
+        pictures, prompts = teleport.drawings(archive, {c.strip() for c in everyday})
+        pipe = load_embedded()
+        pipe.set_progress_bar_config(disable=True)
+        statistics = teleport.latent_statistics(pipe.vae, pictures)
+        stock, sampler = pipe.scheduler, teleport.text_to_image(pipe, prompts, "apg", 4.0)
+        real = pictures[: 2 * count]
+    rows = teleport.settings(stock, statistics, (20, 15), ("auto", 10.0, 5.0, 3.0, 2.0))
+    features = extractor(real.float().div(255)).double()
+    results = teleport.measure(sampler, rows, extractor, features, count)
+    images = torch.cat([row["pictures"] for row in results]) * 2 - 1
+    sheet(images, output / f"teleport_{name}.png", 8)
+    return {"teleport": {name: teleport.verdict(results) | {"pictures": count}}}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the entries of `new`, dictionaries within them merged likewise."""
+    both = {k: merged(old[k], v) if k in old and isinstance(v, dict) else v for k, v in new.items()}
+    return old | both
+
+
+def selected(wanted: list[str]) -> list[str]:
+    """The names of `UNITS` that are wanted by name or by part, in their order.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    for name in wanted:
+        if not any(unit == name or unit.split(".")[0] == name for unit in UNITS):
+            raise ValueError(f"unknown part {name!r}: expected some of {PARTS} or {UNITS}")
+    return [unit for unit in UNITS if unit in wanted or unit.split(".")[0] in wanted]
 
 
 def command(
     part: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(PARTS)}; default: all.")
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(PARTS)}, or a piece such as agreement.ls; default: all."),
     ] = None,
     images: Annotated[int, typer.Option(min=1024, help="Training images used.")] = 60000,
     samples: Annotated[int, typer.Option(min=8, help="Trajectories per denoiser.")] = 64,
@@ -185,24 +214,25 @@ def command(
     ),
 ) -> None:
     """Compare a trained network with every analytic denoiser of its data."""
-    wanted = part or list(PARTS)
-    if unknown := set(wanted) - set(PARTS):
-        raise ValueError(f"unknown part {sorted(unknown)}: expected some of {PARTS}")
+    wanted = selected(part or list(PARTS))
     data = load_images("train")[0][:images]
     load_unet()  # both cheap mistakes first
     statistics = DatasetStatistics.from_images(data)
     folder = output.parent / "analytic"
-    work = {
-        "agreement": partial(measure_agreement, data, statistics, samples, els_images, folder),
-        "reading": partial(measure_reading, statistics, folder),
-        "speed": partial(measure_speed, data, statistics, folder),
-        "teleport": partial(measure_teleport, data, statistics, pictures, archive, folder),
-    }
-    figures = json.loads(output.read_text()) if output.is_file() else {}
-    figures.pop("context", None)
-    for name in wanted:
-        figures |= work[name]()
-        write_figures(output, figures | {"images": images})
+    for unit in wanted:
+        kind, _, name = unit.partition(".")
+        if kind == "agreement":
+            found = measure_agreement(name, data, statistics, samples, els_images, folder)
+        elif kind == "reading":
+            found = measure_reading(statistics, folder)
+        elif kind == "speed":
+            found = measure_speed(data, statistics, folder)
+        else:
+            found = measure_teleport(name, data, statistics, pictures, archive, folder)
+        # Read only now: another process may have added its part meanwhile.
+        figures = json.loads(output.read_text()) if output.is_file() else {}
+        figures.pop("context", None)
+        write_figures(output, merged(figures, found) | {"images": images})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
+from pilotage.eval.analytic import PARTS, UNITS, merged, selected
 from pilotage.eval.analytic_agreement import ddim, explain, held_out, scores, trajectory
 from pilotage.eval.analytic_jacobian import jacobian, mass_radius, reading, wiener_matrix
 from pilotage.eval.analytic_teleport import settings, verdict
@@ -156,3 +157,21 @@ def test_denoise_command(data, tmp_path):
     assert picture.size == (6, 6) and json.loads(picture.text["pilotage"])["label"] == 1
     for extra in (["-m", "magic"], ["--tau", "0.1"], ["--label", "7"], ["-w", "2"]):
         assert isinstance(CliRunner().invoke(app, [*call, *extra]).exception, ValueError)
+
+
+def test_parts_are_chosen_by_name_and_figures_merged():
+    assert selected(["agreement.ls", "teleport"]) == [
+        "agreement.ls",
+        "teleport.fashion_mnist",
+        "teleport.emoji",
+    ]
+    assert selected(list(PARTS)) == list(UNITS)
+    with pytest.raises(ValueError, match="unknown part 'agreement.lss'.*agreement.ls"):
+        selected(["agreement.lss"])
+    old = {"a": {"x": 1, "y": [1]}, "b": 2}
+    assert merged(old, {"a": {"y": [2]}, "c": {"z": 3}}) == {
+        "a": {"x": 1, "y": [2]},
+        "b": 2,
+        "c": {"z": 3},
+    }
+    assert old == {"a": {"x": 1, "y": [1]}, "b": 2}
