@@ -5,7 +5,8 @@ one), with :math:`m = D_c - D_u + \beta m_{prev}`, every rule here returns
 
 .. math:: D = D_c + c \, D_c + b \, m + u \, D_u
 
-with one c, b, u per sample; the network's own prediction is then
+with one c, b, u per sample (of shape (B,), or floats where the sums they follow from are); the
+network's own prediction is then
 
 .. math::
     \mathrm{pred} = (1 + c) p_c + b (p_c - p_u) + u \, p_u
@@ -20,7 +21,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from ..apg import APG
 from ..cfg import CFG
@@ -29,12 +29,15 @@ from ..magnitude_aware import MagnitudeAware
 from ..rescale import CFGRescale
 from ..rule import Rule
 from ..tcfg import TCFG
+from .scalars import Number, at_least, at_most, exp, hypot, rsqrt, sqrt, where
 
 RULES: tuple[type[Rule], ...] = (CFG, CFGRescale, APG, CFGZeroStar, TCFG, MagnitudeAware)
 
 Settings = tuple[float, float, float]
 """APG: eta, radius (L2; 0 is off), beta. CFG-Zero*: zero steps, whether the scale is optimized.
 Rescale: phi. Magnitude-aware: alpha. What is left over is 0."""
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def has_formula(rule: Rule) -> bool:
@@ -67,53 +70,52 @@ def settings_of(rule: Rule, elements: int) -> Settings:
     return 0.0, 0.0, 0.0
 
 
-def apg(scale: float, settings: Settings, mm: Tensor | None, mc: Tensor, cc: Tensor) -> tuple:
-    """(c, b) of APG from <m, m> (None: no threshold), <m, D_c> and <D_c, D_c>, each of shape (B,).
+def apg(scale: Number, settings: Settings, mm: Number | None, mc: Number, cc: Number) -> tuple:
+    """(c, b) of APG from <m, m> (None: no threshold), <m, D_c> and <D_c, D_c>.
 
     Here and below `scale` is w - 1.
     """
     eta, radius, _ = settings
-    # An all-zero conditional prediction has no parallel part; an all-zero update is not scaled.
-    share = mc / cc.clamp(min=torch.finfo(cc.dtype).tiny)
-    if mm is None:
-        return share * (scale * (eta - 1)), torch.ones_like(cc) * scale
-    b = (mm.rsqrt() * radius).clamp(max=1) * scale
-    return share * b * (eta - 1), b
+    # An all-zero update is not scaled; an all-zero conditional prediction has no parallel part.
+    b = scale if mm is None else at_most(rsqrt(mm) * radius, 1.0) * scale
+    return mc / at_least(cc, TINY) * b * (eta - 1), b
 
 
-def rescale(scale: float, phi: float, spread_cond: Tensor, spread: Tensor, norm: Tensor) -> tuple:
+def rescale(
+    scale: Number, phi: float, spread_cond: Number, spread: Number, norm: Number, eps: float
+) -> tuple:
     """(c, b) of CFG rescale from the deviations of D_c and of the guided D, and the latter's norm.
 
-    The deviations are times sqrt(n), like the norm, each of shape (B,).
+    The deviations are times sqrt(n), like the norm; `eps` is of the precision they have.
     """
     # A prediction that is constant to rounding has no spread to rescale and is left alone.
-    varies = spread > 16 * torch.finfo(spread.dtype).eps * norm
-    c = (phi * (spread_cond / spread.where(varies, 1) - 1)).where(varies, 0)
+    varies = spread > 16 * eps * norm
+    c = where(varies, phi * (spread_cond / where(varies, spread, 1.0) - 1), 0.0)
     return c, scale * (1 + c)
 
 
-def zero_star(scale: float, cu: Tensor, uu: Tensor) -> tuple[float, Tensor]:
+def zero_star(scale: Number, cu: Number, uu: Number) -> tuple:
     """(c, u) of CFG-Zero* from <D_c, D_u> and <D_u, D_u>."""
-    return scale, -scale * cu / uu.where(uu > 0, 1)
+    return scale, -scale * cu / where(uu > 0, uu, 1.0)
 
 
-def tcfg(scale: float, cu: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+def tcfg(scale: Number, cu: Number, excess: Number) -> tuple:
     """(c, b) of TCFG from <D_c, D_u> and ``excess = <D_u, D_u> - <D_c, D_c>``.
 
     p'_u = x D_c + y D_u (see `guidance/tcfg.py`), so that b = scale * y and
     c = scale * (1 - x - y), written without the cancellation that 1 - x - y has where the
     predictions nearly agree.
     """
-    root = torch.hypot(excess, 2 * cu)
-    safe = root.where(root > 0, 1)
+    root = hypot(excess, 2 * cu)
+    safe = where(root > 0, root, 1.0)
     ratio = excess / safe
-    gap = 1 - 2 * cu / safe
-    gap = torch.where(cu > 0, ratio * (excess / (root + 2 * cu).where(cu > 0, 1)), gap)
-    gap = gap.where(root > 0, 1)
+    near = ratio * (excess / where(cu > 0, root + 2 * cu, 1.0))
+    gap = where(root > 0, where(cu > 0, near, 1 - 2 * cu / safe), 1.0)
     return scale * (gap - ratio) / 2, scale * (1 + ratio) / 2
 
 
-def magnitude_aware(scale: float, alpha: float, mm: Tensor, uu: Tensor) -> Tensor:
+def magnitude_aware(scale: Number, alpha: float, mm: Number, uu: Number) -> Number:
     """The coefficient b of magnitude-aware guidance from <m, m> and <D_u, D_u>."""
-    # 0 / 0, where nothing is damped: no update or alpha = 0 on an all-zero D_u.
-    return scale * torch.exp((-alpha * mm.sqrt() / uu.sqrt()).nan_to_num(0.0))
+    length = alpha * sqrt(mm)
+    # Nothing is damped without an update or with alpha = 0, be D_u zero or not.
+    return scale * exp(-where(length > 0, length * rsqrt(uu), 0.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def guide_step(
             raise ValueError("guide_step: denoised images need the noise level, got None")
     request = Request(
         rule.name,
-        settings_of(rule, pred_cond[0].numel()),
+        settings_of(rule, math.prod(pred_cond.shape[1:])),
         guidance_scale,
         rule.space == "x0",
         pred_cond,
@@ -103,7 +105,8 @@ def guide_step(
 
 def run(request: Request, impl: Impl | None) -> GuideStep:
     """Take the step directly, without PyTorch's dispatcher."""
-    if request.pred_cond.is_cuda:
+    # Not on the CPU where alpha and sigma may be learned.
+    if request.pred_cond.is_cuda or not torch.is_grad_enabled():
         request.a_x, request.a_p = _number(request.a_x), _number(request.a_p)
     if impl is None:
         given = (request.pred_cond, request.pred_uncond, request.x_t, request.previous)

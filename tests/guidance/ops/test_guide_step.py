@@ -354,3 +354,63 @@ def test_default_is_the_reference_on_the_cpu(monkeypatch):
 def test_bad_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         guide_step(torch.ones(2, 4), torch.ones(2, 4), W, **{"rule": CFG()} | settings)
+
+
+def pair_of(shape, dtype, kind):
+    """Two samples, alike but for the first one's peculiarity."""
+    cond, uncond, x_t, buffer = draw((2, *shape), LEVELS[0], dtype)
+    if kind == "zero cond":
+        cond[0] = 0
+    elif kind == "zero uncond":
+        uncond[0] = 0
+    elif kind == "equal":
+        cond[0] = uncond[0]
+    elif kind == "nothing":
+        cond[0] = uncond[0] = x_t[0] = buffer[0] = 0
+    elif kind == "not finite":
+        cond[0].view(-1)[-1] = float("nan")
+    return cond, uncond, x_t, buffer
+
+
+@every_rule
+@pytest.mark.parametrize(
+    "kind", ["usual", "zero cond", "zero uncond", "equal", "nothing", "not finite"]
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_single_sample_is_guided_as_in_a_batch(rule, kind, dtype):
+    """Its sums are floats, those of a batch tensors."""
+    *given, buffer = pair_of((4, 7, 5), dtype, kind)
+    state = state_of(rule, buffer.to(torch.promote_types(dtype, torch.float32)))
+    wanted = {"level": LEVELS[0], "gamma_space": "x0", "want_norms": True, "want_finite": True}
+
+    def guided(scale, rows):
+        cond, uncond, x_t = (tensor[rows] for tensor in given)
+        own = None if state is None else state[rows]
+        return guide_step(cond, uncond, scale, rule, x_t=x_t, state=own, **wanted)
+
+    for scale in (W, 1.0):
+        batch, single = guided(scale, slice(2)), guided(scale, slice(1))
+        for name, value in single._asdict().items():
+            if value is not None:
+                expected = getattr(batch, name)[:1]
+                close = {"rtol": 1e-4, "atol": 1e-3} if name == "update_norm" else {}
+                torch.testing.assert_close(value, expected, equal_nan=True, **close)
+
+
+@every_rule
+def test_gradients_and_transforms_of_a_single_sample(rule):
+    """Floats would hide how the coefficients depend on the predictions."""
+    cond, uncond, x_t, _ = draw((2, 4, 3, 3), LEVELS[0], torch.float64)
+
+    def guided(cond, uncond):
+        level = LEVELS[0]
+        return guide_step(cond, uncond, W, rule, x_t=x_t[: len(cond)], level=level).prediction
+
+    rows, tangents = (cond, uncond), (uncond, x_t)
+    _, exact = torch.func.jvp(guided, rows, tangents)
+    _, found = torch.func.jvp(guided, *(tuple(t[:1] for t in ts) for ts in (rows, tangents)))
+    torch.testing.assert_close(found, exact[:1])
+    leaves = [t[:1].clone().requires_grad_() for t in rows]
+    assert torch.autograd.gradcheck(guided, leaves, check_forward_ad=True)
+    samples = torch.func.vmap(lambda c, u: guided(c[None], u[None])[0])(cond[:1], uncond[:1])
+    torch.testing.assert_close(samples, guided(cond, uncond)[:1])
