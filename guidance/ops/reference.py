@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ..prediction import accumulate, per_sample
 from . import formulas
@@ -39,14 +39,14 @@ class _Views:
     """The tensors of a step and their inner products, each computed at most once."""
 
     def __init__(self, r: Request) -> None:
-        self.r, self.on_host = r, _sums_on_host(r)
+        self.r = r
         p, q = accumulate(r.pred_cond), accumulate(r.pred_uncond)
         update = p - q
         if r.in_x0:
             update.mul_(r.a_p)
         if r.momentum != 0 and r.state is not None:
             update.add_(r.state, alpha=r.momentum)
-        self.update = update
+        self.update, self.on_host = update, _sums_on_host(r, update)
         self.tensors = {"p": p, "q": q, "m": update}
         self.names = {"c": "x", "u": "y"} if r.in_x0 else {"c": "p", "u": "q"}
         self.flats: dict[str, Tensor] = {}
@@ -88,29 +88,28 @@ class _Views:
         return sqrt(self.inner(centred, centred))
 
 
-def _sums_on_host(r: Request) -> bool:
+def _sums_on_host(r: Request, update: Tensor) -> bool:
     """Whether sums are floats: of one sample on the CPU, where nothing waits for them.
 
     That saves the fixed cost of a dozen operations on tensors of one element. Not where gradients,
-    transforms, modes or graphs look at the operations.
+    transforms, modes or graphs look at the operations. Few checks, as they are paid at every step:
+    what holds for an operand shows in `update`.
     """
-    if not r.pred_cond.is_cpu or r.pred_cond.shape[0] != 1:
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    if any(isinstance(number, Tensor) for number in (r.guidance_scale, r.a_x, r.a_p)):
-        return False
-    learning = torch.is_grad_enabled()
-    for tensor in (r.pred_cond, r.pred_uncond, r.x_t, r.state):
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor or (learning and tensor.requires_grad):
-            return False
-        if unpack_dual(tensor).tangent is not None:
-            return False
-    return True
+    return not (
+        torch.compiler.is_compiling()
+        or not update.is_cpu
+        or update.shape[0] != 1
+        or type(update) is not Tensor
+        or update.requires_grad
+        or (r.x_t is not None and r.x_t.requires_grad)
+        or isinstance(r.guidance_scale, Tensor)
+        or isinstance(r.a_x, Tensor)
+        or isinstance(r.a_p, Tensor)
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+    )
 
 
 def coefficients(r: Request, views: _Views) -> tuple[Number, Number, Number]:
