@@ -108,9 +108,7 @@ def fit_coefficients(
         if intercept:
             normal, right = _with_constant(gram, known, normal, right, step, target)
         size = len(known)
-        penalty = torch.zeros(len(normal)).double()
-        penalty[:size] = ridge * normal.diagonal()[:size].mean()
-        solution = torch.linalg.lstsq(normal + penalty.diag(), right, driver="gelsd").solution
+        solution = _solved(normal, right, ridge, size)
         constants.append(solution[size].item() if intercept else 0.0)
         beta = solution[:size]
         if target == "difference":
@@ -121,6 +119,34 @@ def fit_coefficients(
     return Coefficients(
         tuple(conds), tuple(unconds), tuple(constants) if intercept else (), space, identity
     )
+
+
+def ridge_regression(known: Tensor, aim: Tensor, ridge: float) -> Tensor:
+    """Coefficients of the regressors that come closest to an aim.
+
+    Args:
+        known: Regressors, with shape (K, n).
+        aim: What is regressed, with shape (n,).
+        ridge: Added to the diagonal, relative to the mean square of the regressors.
+
+    Returns:
+        Coefficients, with shape (K,), float64 on the CPU.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    known, aim = known.double(), aim.double()
+    normal, right = (known @ known.T).cpu(), (known @ aim).cpu()
+    if not (normal.isfinite().all() and right.isfinite().all()):
+        raise ValueError("trajectories hold NaN or infinite predictions: nothing was fitted")
+    return _solved(normal, right, ridge, len(known))
+
+
+def _solved(normal: Tensor, right: Tensor, ridge: float, size: int) -> Tensor:
+    """Solution of normal equations with a ridge on the first `size` unknowns."""
+    penalty = torch.zeros(len(normal)).double()
+    penalty[:size] = ridge * normal.diagonal()[:size].mean()
+    return torch.linalg.lstsq(normal + penalty.diag(), right, driver="gelsd").solution
 
 
 def _with_constant(
