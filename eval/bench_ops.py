@@ -25,7 +25,14 @@ from rich.progress import Progress
 
 from .apg_providers import ETA, MOMENTUM, RADIUS, SCALE, minimum_bytes, providers
 from .record import machine, versions, write_figures
-from .timing import Quantiles, copy_bandwidth, count_launches, time_in_turn, time_replay
+from .timing import (
+    Quantiles,
+    copy_bandwidth,
+    count_launches,
+    keep_freed_memory,
+    time_in_turn,
+    time_replay,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/guidance/ops",)
@@ -83,11 +90,19 @@ def require_green(tests: Sequence[str]) -> None:
 
 
 class Table:
-    """The rows of the CSV, and the medians by (size, dtype, provider, metric)."""
+    """The rows of the CSV, and the medians by (size, dtype, provider, metric).
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the operations run.
+        kept: Whether this process keeps freed memory, see `timing.keep_freed_memory`.
+    """
+
+    def __init__(self, device: torch.device, kept: bool = False) -> None:
         here, installed = machine(), versions()
-        self.threads = f" threads={torch.get_num_threads()}" if device.type == "cpu" else ""
+        self.threads = ""
+        if device.type == "cpu":
+            self.threads = f" threads={torch.get_num_threads()}"
+            self.threads += " memory=kept" if kept else ""
         self.constant = {
             "kernel_name": "apg_step",
             "kernel_operation_mode": "forward",
@@ -166,12 +181,16 @@ def measure(
 
 
 def run(
-    device: torch.device, quick: bool, folder: Path, sizes: dict[str, tuple[int, ...]]
+    device: torch.device,
+    quick: bool,
+    folder: Path,
+    sizes: dict[str, tuple[int, ...]],
+    kept: bool = False,
 ) -> dict[str, Any]:
     """Test, measure and write; the figures that were measured."""
     on_cuda = device.type == "cuda"
     require_green([*TESTS, *(CUDA_TESTS if on_cuda else ())])
-    table, budget = Table(device), 0.05 if quick else 0.5
+    table, budget = Table(device, kept), 0.05 if quick else 0.5
     dtypes = (torch.float16, torch.bfloat16) if on_cuda else (torch.float32,)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -187,7 +206,7 @@ def run(
             figures["gpu"] = gpu_figures(table) | network_figures(device)
         processor = table
         if on_cuda:
-            processor, only = Table(torch.device("cpu")), {"sdxl": SIZES["sdxl"]}
+            processor, only = Table(torch.device("cpu"), kept), {"sdxl": SIZES["sdxl"]}
             measure(
                 processor, torch.device("cpu"), only, (torch.float32,), False, budget,
                 lambda text: progress.update(task, description=f"processor {text}"),
@@ -214,8 +233,8 @@ def gpu_figures(table: Table) -> dict[str, Any]:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 where a test fails."""
+def main(arguments: Sequence[str] | None = None, own_process: bool = False) -> int:
+    """The command; 1 where a test fails. In its own process it may set how memory is freed."""
     parser = argparse.ArgumentParser("pilotage.eval.bench_ops", description=__doc__.split(":")[0])
     parser.add_argument("--device", help="cpu or cuda; the default is cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="two sizes, no torch.compile")
@@ -225,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
     try:
-        figures = run(device, options.quick, options.out, QUICK if options.quick else SIZES)
+        kept = own_process and keep_freed_memory()
+        figures = run(device, options.quick, options.out, QUICK if options.quick else SIZES, kept)
     except (FileNotFoundError, RedTestsError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -237,4 +257,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(own_process=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 Operation = Callable[[], Any]
+
+# glibc's mallopt(3): parameter and value.
+KEEP = ((-1, 2**30), (-3, 2**25))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its largest value)
 
 
 class Quantiles(NamedTuple):
@@ -69,6 +74,19 @@ def time_in_turn(
             operation()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: quantiles_of(values) for name, values in times.items()}
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees; whether the C library took the wish (glibc).
+
+    Else each temporary of some 100 kB may or may not be given back to the system and fetched again
+    page by page, depending on what the heap looks like: times then differ several fold between
+    runs, and an operation with more temporaries looks the worse.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(name, value) for name, value in KEEP)
 
 
 def time_replay(operation: Operation) -> Quantiles:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,3 +116,21 @@ def test_figures_of_a_gpu_are_those_measured(tmp_path):
     assert figures["launches_sdxl"] == 1
     assert figures["speedup_vs_diffusers_sdxl"] == pytest.approx(15.0)
     assert figures["copy_bandwidth_share_video"] == 0.9
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    code = """
+import resource, torch
+from pilotage.eval.timing import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        torch.empty(2**20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert keep_freed_memory()
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 * 2**20 // 4096 / 10
