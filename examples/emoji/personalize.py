@@ -6,7 +6,8 @@ Eight concepts that were held out of the model's training, each drawn in six or 
 styles are held out of the personalization, the others are learned from. Every method begins at the
 same known word and sees the same pictures:
 
-* ``zoodip``, ``ours``: the presets, on the int8 network, far fewer steps than 30,000,
+* ``zoodip``, ``ours``: the presets, on the int8 network, far fewer steps than 30,000; both are
+  judged equally often, ours takes a third of zoodip's forwards,
 * ``backprop``: exact textual inversion (Adam on the token's gradient) in full precision,
 * ``backprop_int8_checkpoint``: the same on the int8 network with gradient checkpointing,
 * ``initial``: the known word.
@@ -46,8 +47,8 @@ import data as emoji
 from personal_checks import agreement, memory
 
 WORD = "<x>"
-# Held-out concept -> known word of one token. Those that the preset was chosen on (tram, pig face,
-# french fries) are not among them.
+# Held-out concept -> known word of one token. Those that the preset was developed on (tram, pig
+# face, french fries, hot beverage, mountain) are not among them.
 SUBJECTS = {
     "deer": "horse",
     "tractor": "bus",
@@ -63,6 +64,7 @@ HELD_OUT_STYLES = 2
 HELD_OUT_ROWS = 16
 JUDGE_ROWS = 32
 BATCH = 4
+EVALUATIONS = 15
 SAMPLING_STEPS = 10
 GUIDANCE_SCALE = 3.0
 
@@ -89,9 +91,9 @@ class Subject:
 
 
 def zeroth_order(
-    personalizer: Personalizer, subject: Subject, preset: str, steps: int, every: int
+    personalizer: Personalizer, subject: Subject, preset: str, steps: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The token of a preset, and what it took."""
+    """The token of a preset, and what it took; every preset is judged equally often."""
     token = personalizer.fit(
         subject.pictures[subject.train],
         WORD,
@@ -102,7 +104,7 @@ def zeroth_order(
         held_out=subject.pictures[subject.held_out],
         held_out_prompts=subject.prompts[subject.held_out],
         held_out_rows=HELD_OUT_ROWS,
-        evaluate_every=every,
+        evaluate_every=max(1, steps // EVALUATIONS),
         progress=False,
     )
     return token.vectors, {"forwards": token.forwards, "evaluations": token.evaluations}
@@ -184,8 +186,8 @@ def run(args: argparse.Namespace) -> None:
         return result
 
     methods: dict[str, Callable[[Subject], tuple[Tensor, dict[str, Any]]]] = {
-        "zoodip": lambda s: zeroth_order(int8, s, "zoodip", args.zoodip_steps, 50),
-        "ours": lambda s: zeroth_order(int8, s, "ours", args.ours_steps, 10),
+        "zoodip": lambda s: zeroth_order(int8, s, "zoodip", args.zoodip_steps),
+        "ours": lambda s: zeroth_order(int8, s, "ours", args.ours_steps),
         "backprop": lambda s: backprop(full, s, args.backprop_steps, args.backprop_steps // 4),
         "backprop_int8_checkpoint": with_checkpointing,
         "initial": lambda s: (
@@ -257,9 +259,16 @@ def ratio(of: dict[str, dict], target: float, forwards: int) -> float | None:
     return None if rows is None else round(rows / max(forwards, 1), 4)
 
 
+def improved(of: dict[str, dict]) -> bool:
+    """Whether the zoodip preset ended below the held-out loss of the initial token."""
+    losses = [value for _, _, value in of["zoodip"]["evaluations"]]
+    return losses[-1] < losses[0]
+
+
 def median(ratios: Iterable[float | None]) -> float | None:
-    """Median over subjects, where one that was not reached counts as infinite."""
-    value = statistics.median_high(float("inf") if r is None else r for r in ratios)
+    """Median over subjects, one that was not reached as infinite; None if it is or none is."""
+    values = [float("inf") if r is None else r for r in ratios]
+    value = statistics.median_high(values) if values else float("inf")
     return None if value == float("inf") else value
 
 
@@ -287,11 +296,21 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
     peaks = json.loads((args.folder / "memory.json").read_text())
     for name in METHODS:
         methods[name]["peak_mb_over_weights"] = peaks.get(name, 0.0)
-    final, best = {}, {}
+    final, best, losses = {}, {}, {}
     for concept, of in records.items():
-        losses = [value for _, _, value in of["zoodip"]["evaluations"]]
-        final[concept] = ratio(of, losses[-1], of["zoodip"]["forwards"])
-        best[concept] = ratio(of, min(losses), reached(of["zoodip"]["evaluations"], min(losses)))
+        curve = [value for _, _, value in of["zoodip"]["evaluations"]]
+        forwards = of["zoodip"]["forwards"]
+        final[concept] = ratio(of, curve[-1], forwards)
+        best[concept] = ratio(of, min(curve), reached(of["zoodip"]["evaluations"], min(curve)))
+        mine = [value for _, _, value in of["ours"]["evaluations"]]
+        losses[concept] = {
+            "initial": round(curve[0], 4),
+            "zoodip_final": round(curve[-1], 4),
+            "zoodip_best": round(min(curve), 4),
+            "ours_final": round(mine[-1], 4),
+            "ours_best": round(min(mine), 4),
+        }
+    learned = [concept for concept, of in records.items() if improved(of)]
     backprop_similarity = methods["backprop"]["similarity"]
     return {
         "subjects": list(records),
@@ -304,9 +323,15 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
         },
         "seconds_are": "processor seconds of one thread, learning only, held-out losses included",
         "methods": methods,
-        "forwards_ratio_to_reach_zoodip": median(final.values()),
+        "selection_loss_by_subject": losses,
+        "zoodip_ended_below_initial": learned,
+        "forwards_ratio_to_reach_zoodip_is": "median over the subjects on which zoodip ended below "
+        "the initial token; null: not within ours' forwards",
+        "forwards_ratio_to_reach_zoodip": median(final[c] for c in learned),
         "forwards_ratio_to_reach_zoodip_by_subject": final,
-        "forwards_ratio_to_reach_zoodip_best": median(best.values()),
+        "forwards_ratio_to_reach_zoodip_best": median(best[c] for c in learned)
+        if learned
+        else None,
         "forwards_ratio_to_reach_zoodip_best_by_subject": best,
         "memory_ratio_to_inference": round(peaks["ours"] / peaks["inference"], 4),
         "memory_ratio_to_inference_two_rows": round(peaks["ours_two_rows"] / peaks["inference"], 4),
@@ -321,9 +346,9 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=emoji.DEFAULT_ARCHIVE)
     parser.add_argument("--folder", type=Path, default=Path("cache/personalization"))
     parser.add_argument("--subjects", type=int, default=len(SUBJECTS))
-    parser.add_argument("--zoodip-steps", type=int, default=250)
-    parser.add_argument("--ours-steps", type=int, default=100)
-    parser.add_argument("--backprop-steps", type=int, default=40)
+    parser.add_argument("--zoodip-steps", type=int, default=600)
+    parser.add_argument("--ours-steps", type=int, default=75)
+    parser.add_argument("--backprop-steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("eval/results/personalization.json")
