@@ -41,7 +41,14 @@ def command(
         "linear"
     ),
     target: Annotated[str, typer.Option(help="Regress 'difference' or 'uncond'.")] = "difference",
-    ridge: Annotated[float, typer.Option(help="Relative to the regressors' square.")] = 1e-3,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="Relative to the regressors' square; default: 1e-3, --steered 1e-4."),
+    ] = None,
+    steered: Annotated[
+        bool,
+        typer.Option("--steered", help="Fit on runs of LinearAG itself, back to plain guidance."),
+    ] = False,
     steps: Steps = 20,
     negative: Negative = "",
     seed: Seed = 0,
@@ -52,15 +59,43 @@ def command(
     model: Model = None,
     device: Device = "auto",
 ) -> None:
-    """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable."""
+    """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
+
+    With --steered, on runs of LinearAG itself: each estimate then makes up for earlier ones.
+    """
     if tail not in ("linear", "cond"):
         raise ValueError(f"--tail is 'linear' or 'cond', got {tail!r}")
+    if steered and len(scale) > 1:
+        raise ValueError("--steered fits one guidance scale")
     texts, pipe = load(prompts, model, device)
 
     from ..guidance import CFG, Guidance, LinearAG
+    from ..guidance.saved import save_guidance
     from ..pipelines.fit import fit
     from ..pipelines.processes import processes
 
+    if steered:
+        from ..guidance.alternating import alternating
+        from ..pipelines.steering import Steering
+
+        steering = Steering(
+            pipe,
+            texts,
+            guidance_scale=scale[0],
+            num_inference_steps=steps,
+            negative_prompt=negative,
+            seed=seed,
+            batch_size=2 * batch_size,
+            ridge=1e-4 if ridge is None else ridge,
+        )
+        found, _ = steering.fit(alternating(steering.total, 2, 0.5, tail == "linear"))
+        policy = LinearAG(tail=tail, coefficients=found.coefficients)
+        save_guidance(output, Guidance(CFG(), policy), found.measured)
+        typer.echo("step      distance held out")
+        for step, values in enumerate(zip(found.distance, found.distance_held_out, strict=True)):
+            typer.echo(f"{step:4} {values[0]:13.4f} {values[1]:8.4f}")
+        typer.echo(name_it(output, pipe))
+        return
     found = fit(
         pipe,
         texts,
@@ -70,7 +105,7 @@ def command(
         seed=seed,
         batch_size=batch_size,
         target=target,
-        ridge=ridge,
+        ridge=1e-3 if ridge is None else ridge,
         checkpoint=checkpoint or output.with_name(f"{output.name}.batches"),
     )
     if processes().is_main_process:

@@ -5,6 +5,8 @@ Two ways to the same kind of result, the Pareto front of quality over network ev
 * `search`: greedy removal of the cheapest unconditional evaluations, a few evenly spread ones, then
   evolution of the front, in which single steps may also be scaled to make up for others (the idea
   of OUSAC, https://arxiv.org/abs/2512.14096). No gradient is needed.
+  With ``fitted=True`` every schedule tried gets estimates of its own, fitted on runs of it
+  (`pilotage.pipelines.steering`), and the search is for where to evaluate.
 * `pilotage.eval.relaxed_search.relaxed_search`: the differentiable relaxation of the Adaptive
   Guidance paper (https://arxiv.org/abs/2312.12487).
 """
@@ -15,14 +17,17 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..guidance import Guidance, HoldDifference, Schedule, StandIn, resolve
+from ..guidance.linear_ag import Coefficients
 from ..guidance.saved import save_guidance
 from ..pipelines.fitted import run_identity
+from ..pipelines.steering import Steering
+from .images import to_tensor
 from .record import write_json
 from .trials import Trials
 
@@ -84,18 +89,25 @@ class Trier:
 
     Args:
         trials: What they are tried on.
-        stand_in: What their estimates are made with.
+        stand_in: What their estimates are made with; None: fitted to each.
         bar: A tqdm bar to update.
         path: JSON file of what was tried.
+        measure: Schedule -> its candidate; default: `trials` judge it as it is.
 
     Raises:
         ValueError: the file is damaged, or of another search.
     """
 
     def __init__(
-        self, trials: Trials, stand_in: StandIn, bar: Any, path: Path | None = None
+        self,
+        trials: Trials,
+        stand_in: StandIn | None,
+        bar: Any,
+        path: Path | None = None,
+        measure: Callable[[Schedule], Candidate] | None = None,
     ) -> None:
         self.trials, self.stand_in, self.bar, self.path = trials, stand_in, bar, path
+        self.measure = measure or self._judged
         self.known: dict[tuple, Candidate] = {}
         self.rounds = 0  # of evolution
         self.plan = {
@@ -109,34 +121,47 @@ class Trier:
             self._read(path)
 
     def _read(self, path: Path) -> None:
+        damaged = ValueError(f"{path} is damaged: remove it and run again")
         try:
             content = json.loads(path.read_text())
             plan, tried, self.rounds = content["plan"], content["tried"], content["rounds"]
-            for choices, factors, nfe, quality in tried:
-                schedule = Schedule(tuple(choices), tuple(factors), self.stand_in)
-                self.known[schedule.choices, schedule.factors] = Candidate(schedule, nfe, quality)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it and run again") from error
+            raise damaged from error
         for name, value in json.loads(json.dumps(self.plan)).items():
             if plan.get(name) != value:
                 raise ValueError(f"{path} is of another search: its {name} differs; name another")
+        try:
+            for choices, factors, nfe, quality, *fitted in tried:
+                stand_in = self.stand_in
+                if stand_in is None:
+                    stand_in = Coefficients(*fitted, identity=self.plan["identity"])
+                schedule = Schedule(tuple(choices), tuple(factors), stand_in)
+                self.known[schedule.choices, schedule.factors] = Candidate(schedule, nfe, quality)
+        except (ValueError, TypeError) as error:
+            raise damaged from error
 
     def _write(self) -> None:
-        tried = [
-            [c.schedule.choices, c.schedule.factors, c.nfe, c.quality] for c in self.known.values()
-        ]
+        tried = []
+        for c in self.known.values():
+            entry = [c.schedule.choices, c.schedule.factors, c.nfe, c.quality]
+            if self.stand_in is None:
+                entry += [c.schedule.stand_in.cond, c.schedule.stand_in.uncond]
+            tried.append(entry)
         write_json(self.path, {"plan": self.plan, "rounds": self.rounds, "tried": tried})
 
     def __call__(self, schedule: Schedule) -> Candidate:
         """The schedule with its figures; measured only the first time."""
         key = (schedule.choices, schedule.factors)
         if key not in self.known:
-            quality, nfe = self.trials.judge(self.trials.compose(schedule))
-            self.known[key] = Candidate(schedule, nfe, quality)
+            self.known[key] = self.measure(schedule)
             if self.path is not None:
                 self._write()
             self.bar.update()
         return self.known[key]
+
+    def _judged(self, schedule: Schedule) -> Candidate:
+        quality, nfe = self.trials.judge(self.trials.compose(schedule))
+        return Candidate(schedule, nfe, quality)
 
 
 def search(
@@ -145,6 +170,7 @@ def search(
     *,
     quality_floor: float = 0.9,
     stand_in: StandIn | None = None,
+    fitted: bool = False,
     rounds: int = 60,
     checkpoint: Path | str | None = None,
     progress: bool = True,
@@ -153,7 +179,8 @@ def search(
     """Look for the cheapest schedule whose quality reaches a floor.
 
     Every step but the first may evaluate both branches, estimate the unconditional one or let the
-    conditional one stand alone. Before the evolution about 4 T runs of the prompts are made.
+    conditional one stand alone. Before the evolution about 4 T runs of the prompts are made; with
+    `fitted`, in which steps are evaluated or estimated, at most T / 2 before the rounds.
 
     Args:
         pipe: A guided pipeline.
@@ -161,29 +188,107 @@ def search(
         quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
             otherwise).
         stand_in: What estimates; default: `HoldDifference`. `Fit.coefficients` is better.
-        rounds: Schedules tried by evolution at the end.
+        fitted: Fit estimates to every schedule tried, on these prompts (about 30 are needed): best.
+        rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
         checkpoint: JSON file for what was tried; an interrupted search goes on from there.
         progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
-        ValueError: the floor is not between 0 and 1, a setting out of its range, or a checkpoint of
-            another search.
+        ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
+            another search, or `fitted` together with a stand-in or a rule.
     """
     from tqdm import tqdm
 
     check_floor(quality_floor)
     trials = Trials(pipe, prompts, **settings)
+    path = None if checkpoint is None else Path(checkpoint)
+    if fitted and (stand_in is not None or trials.rule is not None):
+        raise ValueError("a fitted search makes estimates of its own, for classifier-free guidance")
+    if fitted:
+        with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+            trier = Trier(trials, None, bar, path, _fitting(trials))
+            _move(trier, evaluations(trials), quality_floor, rounds)
+        return conclude(trials, trier, quality_floor)
     stand_in = stand_in or HoldDifference()
     total = evaluations(trials)
     with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
-        trier = Trier(trials, stand_in, bar, None if checkpoint is None else Path(checkpoint))
+        trier = Trier(trials, stand_in, bar, path)
         full = Schedule(("both",) * total, stand_in=stand_in)
         _remove_greedily(trier, full)
         for choices in spread(total):
             trier(replace(full, choices=choices))
         _evolve(trier, quality_floor, rounds)
     return conclude(trials, trier, quality_floor)
+
+
+def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
+    """Fits a schedule to the prompts of some trials and judges its pictures of them."""
+    steering: list[Steering] = []  # plain guidance runs only if there is something to fit
+
+    def measure(schedule: Schedule) -> Candidate:
+        if not steering:
+            made = Steering(
+                trials.pipe,
+                trials.prompts,
+                guidance_scale=trials.guidance_scale,
+                num_inference_steps=trials.num_inference_steps,
+                negative_prompt=trials.negative_prompt,
+                seed=trials.seed,
+                batch_size=2 * trials.batch_size,
+                output_type="pil",
+            )
+            steering.append(made)
+        fit, pictures = steering[0].fit(schedule.choices)
+        reference = to_tensor(steering[0].pictures)
+        quality = trials.quality(to_tensor(pictures), reference).mean().item()
+        return Candidate(fit.schedule, float(schedule.nfe(len(schedule.choices))), quality)
+
+    return measure
+
+
+def _move(trier: Trier, total: int, floor: float, rounds: int) -> None:
+    """Evenly spread evaluations, more and more until the floor is reached; then move them.
+
+    Fewer than that follow, as long as moving brings them to the floor; then more. Each number of
+    evaluations gets a third of the rounds.
+    """
+
+    def tried(real: Iterable[int]) -> Candidate:
+        chosen = set(real)
+        choices = tuple("both" if i in chosen else "estimate" for i in range(total))
+        return trier(Schedule(choices))
+
+    best: dict[int, Candidate] = {}
+    enough, made = total, 0
+    for choices in spread(total):
+        count = choices.count("both")
+        if count > enough + 1:
+            break
+        candidate, made = trier(Schedule(choices)), made + 1
+        if count not in best or candidate.quality > best[count].quality:
+            best[count] = candidate
+        if candidate.quality >= floor:
+            enough = min(enough, count)
+    enough = min(enough, max(best))
+    order = [*range(enough, 1, -1), *(n for n in sorted(best) if n > enough)]
+    limit = made + rounds  # counted from there, so that an interrupted search goes on as it would
+    for count in order:
+        if best[count].quality < floor and count < enough - 1 and best[count + 1].quality < floor:
+            continue
+        own = min(limit, len(trier.known) + max(1, rounds // 3))
+        improved = True
+        while improved and len(trier.known) < own:
+            improved = False
+            real = [i for i, c in enumerate(best[count].schedule.choices) if c == "both"]
+            for k in range(1, count):
+                for place in (real[k] - 1, real[k] + 1):
+                    if place in real or not 0 < place < total or len(trier.known) >= own:
+                        continue
+                    candidate = tried([*real[:k], place, *real[k + 1 :]])
+                    if candidate.quality > best[count].quality:
+                        best[count], improved = candidate, True
+                        real = [*real[:k], place, *real[k + 1 :]]
 
 
 def check_floor(floor: float) -> None:

@@ -415,7 +415,7 @@ def _finished(folder: Path, setting: Setting, number: int, chunk: list[tuple[int
 
 
 def _check_plan(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder that holds another plan."""
+    """Refuse a folder that holds another plan; it may hold one of fewer settings."""
     if not path.is_file():
         return
     try:
@@ -426,6 +426,8 @@ def _check_plan(path: Path, identity: dict[str, Any]) -> None:
         ) from error
     wanted = json.loads(json.dumps(identity))
     for name in wanted:
+        if name == "settings" and all(s in wanted[name] for s in found.get(name) or [None]):
+            continue  # more settings than before: what is there is still right
         if found.get(name) != wanted[name]:
             raise ValueError(
                 f"{path.parent} holds another plan: its {name} is {_short(found.get(name))}, "

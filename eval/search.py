@@ -37,6 +37,10 @@ def command(
         Path | None,
         typer.Option(help="File of 'pilotage fit' for the estimates; default: hold differences."),
     ] = None,
+    fitted: Annotated[
+        bool,
+        typer.Option("--fitted", help="Fit estimates to every schedule tried; 30 prompts or more."),
+    ] = False,
     relaxed: Annotated[
         bool, typer.Option("--relaxed", help="Gradient descent instead of greedy and evolution.")
     ] = False,
@@ -51,6 +55,8 @@ def command(
     device: Device = "auto",
 ) -> None:
     """Find the cheapest schedule of evaluated, estimated and skipped steps above a quality."""
+    if fitted and (relaxed or coefficients is not None):
+        raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
     stand_in = None
     if coefficients is not None:
         from ..guidance import LinearAG, load_guidance
@@ -80,7 +86,7 @@ def command(
         found = relaxed_search(pipe, texts, iterations=max(rounds, 1), **settings)
     else:
         settings["checkpoint"] = output.with_name(f"{output.name}.tried")
-        found = search(pipe, texts, stand_in=stand_in, rounds=rounds, **settings)
+        found = search(pipe, texts, stand_in=stand_in, fitted=fitted, rounds=rounds, **settings)
     found.save(output)
     typer.echo("  NFE    SSIM")
     for candidate in found.front:

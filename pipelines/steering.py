@@ -8,6 +8,7 @@ output with which a step would end in a given state is known.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,8 @@ class Steering:
         self.pipe, self.prompts = pipe, list(prompts)
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
         self.negative_prompt, self.seed, self.ridge = negative_prompt, seed, ridge
+        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(f"{type(pipe).__name__} does not tell its states on the way")
         layout = layout_of(type(pipe))
         if layout.sign < 0 or layout.channels or getattr(layout, "matches_norm", False):
             raise ValueError(

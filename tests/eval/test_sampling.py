@@ -131,6 +131,15 @@ def test_another_plan_is_refused(pipe, tmp_path, changes, field):
     assert pictures(tmp_path) == before
 
 
+def test_a_plan_may_gain_settings(pipe, tmp_path):
+    """The pictures that are there are not made again."""
+    generate(pipe, plan(settings=SETTINGS[:1]), tmp_path, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    generate(pipe, plan(), tmp_path, progress=False)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(after) == len(SETTINGS) * len(before) and before.items() <= after.items()
+
+
 def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):
     """Coefficients are not written out, but they are part of the plan."""
     steps = 3

@@ -12,7 +12,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.eval.policy_search import Candidate, pareto, search
 from pilotage.eval.relaxed_search import ScaledSteps, relaxed_search, schedules
 from pilotage.eval.trials import Trials
-from pilotage.guidance import AdaptiveGuidance, Schedule, load_guidance
+from pilotage.guidance import AdaptiveGuidance, HoldDifference, Schedule, load_guidance
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 4
@@ -154,6 +154,29 @@ def test_schedules_of_a_relaxation():
     assert found[0].factors == pytest.approx(((11 / 3 - 1) / 2, 1.5, 2.0), abs=1e-4)
 
 
+def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path):
+    """What it says of its best is what that does; interrupted, it does not fit again."""
+    path = tmp_path / "tried.json"
+    options = {"quality_floor": 0.95, "num_inference_steps": 6, "progress": False}
+    found = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
+    trials = Trials(pipe, PROMPTS, num_inference_steps=6)
+    for candidate in (found.front[0], found.best):
+        quality, nfe = trials.judge(candidate.schedule)
+        assert quality == pytest.approx(candidate.quality, abs=2e-3)
+        assert nfe == candidate.nfe == candidate.schedule.nfe(6)
+    assert len({c.schedule.stand_in for c in found.front}) == len(found.front)
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        again = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
+    finally:
+        handle.remove()
+    assert len(calls) == 6, "to find the number of evaluations"
+    assert again == found
+    with pytest.raises(ValueError, match="makes estimates of its own"):
+        search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["pilotage", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
@@ -175,6 +198,15 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "search", *common, *options, "-o", found) == 0
     assert "load_guidance" in capsys.readouterr().out
     assert load_guidance(found).policy.stand_in == load_guidance(linear).policy.coefficients
+    assert run(monkeypatch, "fit", *common, "--steered", "-o", linear) == 0
+    assert "distance held out" in capsys.readouterr().out
+    assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
+    assert "its stand_in differs" in capsys.readouterr().err
+    found = tmp_path / "fitted.json"
+    assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
+    assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
+    assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
+    assert "makes its own estimates" in capsys.readouterr().err
     assert run(monkeypatch, "calibrate", *common, "-o", ag) == 2
     assert "--nfe or --ssim" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
