@@ -1,18 +1,27 @@
 """LinearAG, calibration and policy search on the embedded model: ``eval/results/linearag.json``.
 
     python examples/emoji/data.py prepare && python examples/emoji/linearag.py
+    python examples/emoji/linearag.py --part timing    # the times alone, of every row in the file
 
 Coefficients, thresholds and schedules are fitted on prompts of the training split; the figures are
 of the held-out (concept, style) pairs, three seeds each. DPM++ 2M, 20 steps, w = 7.5. What is found
-is written to ``examples/emoji/model/guidance`` and then has a name: "linear-ag", "searched".
-Interrupted, it goes on where it stopped (``cache/linearag``).
+is written to ``examples/emoji/model/guidance`` and then has a name: "linear-ag" is the paper's
+regression, "linear-ag-steered" and "searched" have estimates fitted on runs of their own schedule
+(`pilotage.pipelines.steering`). Interrupted, it goes on where it stopped (``cache/linearag``).
+
+``--keep`` makes pictures only for settings that hold fitted numbers and for CFG, and takes the rows
+of the others, which their text describes in full, from the file, with the date they were measured;
+it refuses if CFG itself does not come out as in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +31,7 @@ from pilotage.eval.embedded import embedded_folder, load_embedded
 from pilotage.eval.extractors import EfficientNetLite0
 from pilotage.eval.images import to_tensor
 from pilotage.eval.policy_search import search
-from pilotage.eval.record import write_figures
+from pilotage.eval.record import figures_context, write_figures, write_json
 from pilotage.eval.relaxed_search import relaxed_search
 from pilotage.eval.sampling import Setting
 from pilotage.eval.trials import Trials
@@ -34,23 +43,30 @@ from pilotage.guidance import (
     Hold,
     LinearAG,
     load_guidance,
+    save_guidance,
 )
+from pilotage.guidance.alternating import alternating
 from pilotage.pipelines.fit import fit
+from pilotage.pipelines.steering import fit_schedule
 
 import data as emoji
 from evaluate import fit_alignment
-from timing import seconds_in_turn
+from timing import clocks_in_turn, network_in_turn
 
 STEPS = 20
 SCALE = 7.5
 BATCH = 8
 FIT_PROMPTS = 200
-SEARCH_PROMPTS = 8
+SEARCH_PROMPTS = 24
+CALIBRATION_PROMPTS = 8
+SEARCH_ROUNDS = 12
 SEEDS = 3
 AG_NFE = (26, 28, 30, 34)
-SEARCHED_NFE = (24, 26, 30)
+SEARCHED_NFE = (24, 25, 26)
 MARGIN = 0.005  # of the search's floor above what AG reaches on the same prompts
-TIMING_ROUNDS = 5
+TIMING_ROUNDS = 3
+KEPT = ("n", "nfe", "ssim", "psnr", "fd", "alignment")
+PARTS = ("fit", "search", "pictures", "timing")
 
 
 def training_prompts(drawings: list[emoji.Drawing], count: int, first: int = 0) -> list[str]:
@@ -59,7 +75,7 @@ def training_prompts(drawings: list[emoji.Drawing], count: int, first: int = 0) 
     return train[first :: len(train) // count][:count]
 
 
-def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, float]:
+def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]:
     """Fit on disjoint halves and on all; save the last. How far the halves agree."""
     halves = [
         fit(pipe, prompts[i::2], seed=1000 * (i + 1), checkpoint=work / f"fit-{i}") for i in (0, 1)
@@ -79,22 +95,38 @@ def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, floa
     }
 
 
-def searched(pipe, prompts: list[str], folder: Path, work: Path, coefficients) -> None:
-    """Both searches for the quality of Adaptive Guidance; save the schedules."""
-    trials = Trials(pipe, prompts, guidance_scale=SCALE, num_inference_steps=STEPS)
-    floor = trials.judge("ag")[0] + MARGIN
-    options = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "quality_floor": floor}
+def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
+    """Search for the quality of Adaptive Guidance; save the schedules.
+
+    LinearAG is fitted on runs of its own likewise: its head is the same with either tail.
+    """
+    options = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
+    floor = Trials(pipe, prompts, **options).judge("ag")[0] + MARGIN
+    options["quality_floor"] = floor
     checkpoint = work / "search.json"
     found = search(
-        pipe, prompts, stand_in=coefficients, rounds=60, checkpoint=checkpoint, **options
+        pipe, prompts, fitted=True, rounds=SEARCH_ROUNDS, checkpoint=checkpoint, **options
     )
+    for path in folder.glob("searched*.json"):
+        path.unlink()
     found.save(folder / "searched.json")
     for candidate in found.front:
-        if candidate.nfe in SEARCHED_NFE:
+        if candidate.nfe in SEARCHED_NFE and candidate is not found.best:
             found.save(folder / f"searched-{candidate.nfe:g}.json", candidate)
+    steered = fit_schedule(
+        pipe,
+        prompts,
+        alternating(STEPS, 2, 0.5, True),
+        guidance_scale=SCALE,
+        num_inference_steps=STEPS,
+        batch_size=2 * BATCH,
+    )
+    policy = LinearAG(tail="linear", coefficients=steered.coefficients)
+    path = folder / "linear-ag-steered.json"
+    save_guidance(path, Guidance(CFG(), policy), steered.measured)
     if not (folder / "relaxed.json").is_file():
-        found = relaxed_search(pipe, prompts[:4], iterations=20, **options)
-        found.save(folder / "relaxed.json")
+        relaxed = relaxed_search(pipe, prompts[:4], iterations=20, **options)
+        relaxed.save(folder / "relaxed.json")
 
 
 def settings(pipe, prompts: list[str]) -> list[Setting]:
@@ -102,14 +134,15 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
     trials = Trials(pipe, prompts, guidance_scale=SCALE, num_inference_steps=STEPS)
     curve = cost_curve(agreement(trials)["x0"])
     folder = embedded_folder() / "guidance"
-    linear = load_guidance(folder / "linear-ag.json").policy.coefficients
     rows = [("cfg", "cfg")]
     for nfe in AG_NFE:
         threshold = min(curve, key=lambda point: abs(point[1] - nfe))[0]
         rows.append((f"ag {threshold:.4f}", AdaptiveGuidance(round(threshold, 4))))
+    for name in ("linear-ag", "linear-ag-steered"):
+        coefficients = load_guidance(folder / f"{name}.json").policy.coefficients
+        for tail in ("cond", "linear"):
+            rows.append((f"{name}, {tail} tail", LinearAG(tail=tail, coefficients=coefficients)))
     rows += [
-        ("linear-ag, cond tail", LinearAG(tail="cond", coefficients=linear)),
-        ("linear-ag, linear tail", LinearAG(tail="linear", coefficients=linear)),
         ("hold, cond tail", Hold(tail="cond")),
         ("hold, held tail", Hold(tail="hold")),
         ("hold, refreshed every 4th", Hold(period=4, head=1.0)),
@@ -120,16 +153,98 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
     return [Setting(guidance, SCALE, STEPS, method) for method, guidance in rows]
 
 
-def time_ratios(pipe, columns: list[Setting], prompts: list[str]) -> dict[str, float]:
-    """Seconds of each setting over those of CFG in the same round, median over rounds, batch 8."""
-    seconds = seconds_in_turn(pipe, columns, prompts[:BATCH], TIMING_ROUNDS)
-    full = seconds[columns[0]]
-    return {
-        setting.method: round(
-            statistics.median(a / b for a, b in zip(values, full, strict=True)), 4
-        )
-        for setting, values in seconds.items()
-    }
+def kept_rows(pipe, columns: list[Setting], path: Path) -> list[dict[str, Any]]:
+    """Rows of the file that need no new pictures: text says all of them, and says the same."""
+    figures = json.loads(path.read_text())
+    date = figures["context"]["date"]
+    texts = {s.method: str(pipe.resolve_guidance(s.guidance)) for s in columns}
+    rows = []
+    for row in figures["rows"]:
+        fewer = row["method"].startswith("cfg, ")
+        same = texts.get(row["method"]) == row["guidance"]
+        full_text = not any(name in row["guidance"] for name in ("LinearAG", "Schedule"))
+        if fewer or (same and full_text and row["method"] != "cfg"):
+            rows.append({"measured": date} | row)
+    return rows
+
+
+def pictures(pipe, drawings, columns: list[Setting], archive: Path, work: Path, fewer: bool):
+    """Make and judge the pictures of some settings: rows without times."""
+    held = [d for d in drawings if d.split == "pair"]
+    extractor = EfficientNetLite0()
+    cells = compare(
+        pipe,
+        [d.text for d in held],
+        columns,
+        work / "pictures",
+        range(SEEDS),
+        reference=to_tensor(emoji.pictures(archive, held)),
+        extractor=extractor,
+        alignment=fit_alignment(archive, drawings, extractor),
+        batch_size=BATCH,
+        equal_nfe=fewer,
+    )
+    date, rows = figures_context()["date"], []
+    for cell in cells:
+        method = cell["method"]
+        if cell["kind"] == "equal nfe":
+            method = f"cfg, {cell['steps']} steps"
+        intervals = (f"{name}_interval" for name in KEPT[2:])
+        row = {"measured": date, "method": method, "guidance": cell["guidance"]}
+        rows.append(row | {name: cell.get(name) for name in (*KEPT, *intervals)})
+    return rows
+
+
+def check_same(found: list[dict[str, Any]], path: Path) -> None:
+    """Raise ValueError unless plain guidance came out as in the file."""
+    old, new = (
+        next(row for row in rows if row["method"] == "cfg")
+        for rows in (json.loads(path.read_text())["rows"], found)
+    )
+    for name in ("n", "nfe", "fd", "alignment"):
+        if abs(old[name] - new[name]) > 1e-3 * abs(old[name]):
+            raise ValueError(
+                f"{path} is of other pictures: {name} of cfg is {old[name]} there, {new[name]} "
+                "here; run without --keep"
+            )
+
+
+def timed(pipe, columns: list[Setting], rows: list[dict], prompts: list[str], rounds: int) -> dict:
+    """Measure times of all rows, write ratios to CFG into them; facts about the measurement."""
+    by_method = {setting.method: setting for setting in columns}
+    wanted = []
+    for row in rows:
+        if row["method"] in by_method:
+            wanted.append(by_method[row["method"]])
+        else:
+            count = int(row["method"].removeprefix("cfg, ").removesuffix(" steps"))
+            wanted.append(Setting("cfg", SCALE, count, row["method"]))
+    full_cost = next(row["nfe"] for row in rows if row["method"] == "cfg")
+    facts: dict[str, Any] = {"batch": BATCH, "rounds": rounds}
+    threads = torch.get_num_threads()
+    for name, count in (("", threads), ("_one_thread", 1)):
+        torch.set_num_threads(count)
+        clocks = clocks_in_turn(pipe, wanted, prompts[:BATCH], rounds)
+        network = network_in_turn(pipe, BATCH, rounds)
+        torch.set_num_threads(threads)
+        full = clocks[by_method["cfg"]]
+        for row, setting in zip(rows, wanted, strict=True):
+            for clock, kind in enumerate(("time_ratio", "cpu_time_ratio")):
+                ratio = statistics.median(
+                    a[clock] / b[clock] for a, b in zip(clocks[setting], full, strict=True)
+                )
+                row[kind + name] = round(ratio, 4)
+        facts[f"threads{name}"] = count
+        for clock, kind in enumerate(("time_ratio", "cpu_time_ratio")):
+            middle = statistics.median(ratios[clock] for ratios in network)
+            facts[f"network_{kind}{name}"] = round(middle, 4)
+            shares = {
+                row["method"]: (1 - row[kind + name]) / (1 - row["nfe"] / full_cost)
+                for row in rows
+                if row["nfe"] < full_cost
+            }
+            facts[f"smallest_share_of_saving_{kind}{name}"] = round(min(shares.values()), 4)
+    return facts | {"context": figures_context()}
 
 
 def main() -> None:
@@ -137,63 +252,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archive", type=Path, default=emoji.DEFAULT_ARCHIVE)
     parser.add_argument("--work", type=Path, default=Path("cache/linearag"))
-    parser.add_argument("--until", choices=["fit", "search", "all"], default="all")
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--keep", action="store_true", help="keep rows of the file (see above)")
+    parser.add_argument("--methods", default=".*", help="regular expression: leave out other rows")
+    parser.add_argument("--rounds", type=int, default=TIMING_ROUNDS, help="of the timing")
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/results/linearag.json"))
     args = parser.parse_args()
+    parts = PARTS if args.part == "all" else (args.part,)
     drawings = emoji.load(args.archive, everyday=True)
     pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
     folder = embedded_folder() / "guidance"
-    quality = fitted(pipe, training_prompts(drawings, FIT_PROMPTS), folder, args.work)
-    if args.until == "fit":
+    figures = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    if "fit" in parts:
+        quality = fitted(pipe, training_prompts(drawings, FIT_PROMPTS), folder, args.work)
+        write_json(args.work / "fit.json", quality)
+    if "search" in parts:
+        few = training_prompts(drawings, SEARCH_PROMPTS, first=3)
+        searched(pipe, few, folder, args.work)
+    if not {"pictures", "timing"} & set(parts):
         return
-    few = training_prompts(drawings, SEARCH_PROMPTS, first=3)
-    coefficients = load_guidance(folder / "linear-ag.json").policy.coefficients
-    searched(pipe, few, folder, args.work, coefficients)
-    if args.until == "search":
-        return
-
-    held = [d for d in drawings if d.split == "pair"]
-    columns = settings(pipe, few)
-    extractor = EfficientNetLite0()
-    cells = compare(
-        pipe,
-        [d.text for d in held],
-        columns,
-        args.work / "pictures",
-        range(SEEDS),
-        reference=to_tensor(emoji.pictures(args.archive, held)),
-        extractor=extractor,
-        alignment=fit_alignment(args.archive, drawings, extractor),
-        batch_size=BATCH,
-    )
-    fewer = [
-        Setting("cfg", SCALE, cell["steps"], f"cfg, {cell['steps']} steps")
-        for cell in cells
-        if cell["kind"] == "equal nfe"
-    ]
-    ratios = time_ratios(pipe, [*columns, *fewer], [d.text for d in held])
-    rows = []
-    for cell in cells:
-        method = cell["method"]
-        if cell["kind"] == "equal nfe":
-            method = f"cfg, {cell['steps']} steps"
-        kept = ("n", "nfe", "ssim", "psnr", "fd", "alignment")
-        intervals = (f"{name}_interval" for name in kept[2:])
-        row = {"method": method, "guidance": cell["guidance"]}
-        row |= {name: cell.get(name) for name in (*kept, *intervals)}
-        rows.append(row | {"time_ratio": ratios[method]})
-    by_name = {row["method"]: row for row in rows}
-    figures = {
-        "rows": rows,
-        "search": {
-            name: by_name["searched"][name] for name in ("nfe", "ssim", "ssim_interval", "guidance")
-        },
-        "fit": quality,
-        "reference": len(held),
-        "threads": torch.get_num_threads(),
-        "batch": BATCH,
-    }
-    write_figures(args.output, figures)
+    columns = settings(pipe, training_prompts(drawings, CALIBRATION_PROMPTS, first=3))
+    if "pictures" in parts:
+        old = kept_rows(pipe, columns, args.output) if args.keep else []
+        have = {row["method"] for row in old}
+        new = [s for s in columns if s.method not in have]
+        new = [s for s in new if s.method == "cfg" or re.fullmatch(args.methods, s.method)]
+        rows = pictures(pipe, drawings, new, args.archive, args.work, fewer=not args.keep)
+        if args.keep:
+            check_same(rows, args.output)
+        order = {setting.method: i for i, setting in enumerate(columns)}
+        rows = sorted(rows + old, key=lambda row: order.get(row["method"], len(order)))
+        found = next(row for row in rows if row["method"] == "searched")
+        names = ("nfe", "ssim", "ssim_interval", "guidance")
+        quality = args.work / "fit.json"
+        figures = {
+            "rows": rows,
+            "search": {name: found[name] for name in names},
+            "fit": json.loads(quality.read_text()) if quality.is_file() else figures.get("fit"),
+            "reference": sum(d.split == "pair" for d in drawings),
+        }
+        write_figures(args.output, figures)
+    if "timing" in parts:
+        prompts = [d.text for d in drawings if d.split == "pair"]
+        figures["timing"] = timed(pipe, columns, figures["rows"], prompts, args.rounds)
+        write_json(args.output, figures)
     print(args.output.read_text())
 
 
