@@ -8,6 +8,7 @@ the same with gradient checkpointing; all again with int8 weights. Batch 1, 64 x
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from pathlib import Path
@@ -199,12 +200,29 @@ def figures(results: dict[str, dict], side: int, device: str) -> dict[str, Any]:
     }
 
 
+def earlier(path: Path, side: int, device: str) -> dict[str, dict]:
+    """Methods of a file of figures, in the order in which they were measured.
+
+    Raises:
+        ValueError: the file is of other latents or another device.
+    """
+    record = json.loads(path.read_text())
+    mine = figures({}, side, device)
+    for name in ("networks", "latents", "device"):
+        if record[name] != mine[name]:
+            raise ValueError(f"{path} is of {name} {record[name]}, not {mine[name]}: keep nothing")
+    return record["methods"]
+
+
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON to write.")] = OUTPUT,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     side: Annotated[int, typer.Option(min=8, help="Side of the latents; 64 is 512 pixels.")] = 64,
     methods: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of a measurement.")] = 2,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what is in the file, measure the rest.")
+    ] = False,
 ) -> None:
     """Measure every method and write the figures after each."""
     wanted = tuple(methods.split(",")) if methods else METHODS
@@ -212,10 +230,11 @@ def main(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is cpu or cuda, got {device!r}")
+    results = earlier(output, side, device) if keep else {}
+    wanted = tuple(name for name in wanted if name not in results)
     # A fork must not inherit OpenMP's threads or a CUDA context: one thread, no CUDA until the end.
     torch.set_num_threads(1)
     networks = random_networks()
-    results: dict[str, dict] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -69,3 +69,12 @@ def test_a_process_of_its_own_and_the_file(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             pm.main(**({"output": tmp_path / "f", "device": "cpu", "methods": ""} | arguments))
+
+
+def test_what_is_in_the_file_can_be_kept(tmp_path):
+    path = tmp_path / "f.json"
+    methods = {name: {"peak_mb_over_weights": 1.0} for name in pm.METHODS}
+    path.write_text(json.dumps(pm.figures(methods, 16, "cpu")))
+    assert pm.earlier(path, 16, "cpu") == methods
+    with pytest.raises(ValueError, match="is of latents"):
+        pm.earlier(path, 32, "cpu")
