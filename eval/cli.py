@@ -179,7 +179,7 @@ MODULES = {
     "compare": ("compare", "Compare guidance settings: pictures, metrics and a report."),
     "fit": ("fit", "Fit LinearAG's coefficients to a model."),
     "calibrate": ("calibrate", "Find Adaptive Guidance's threshold for a cost or a quality."),
-    "search": ("search", "Search a schedule of evaluated, estimated and skipped steps."),
+    "search": ("search", "Search a schedule of evaluated, estimated and forecast steps."),
     "fid": ("frechet", "Fréchet distance between two sets of pictures."),
     "kid": ("kid", "Kernel distance between two sets of pictures."),
     "cmmd": ("cmmd", "CMMD between two sets of pictures, on CLIP embeddings."),

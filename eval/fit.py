@@ -37,9 +37,9 @@ def command(
     scale: Annotated[
         list[float], typer.Option("--scale", "-w", help="Guidance scale; repeat for a range.")
     ] = SCALES,
-    tail: Annotated[str, typer.Option(help="Second half: 'linear' (estimated) or 'cond'.")] = (
-        "linear"
-    ),
+    tail: Annotated[
+        str, typer.Option(help="Second half: 'linear', 'cond' or (with --steered) 'forecast'.")
+    ] = "linear",
     target: Annotated[str, typer.Option(help="Regress 'difference' or 'uncond'.")] = "difference",
     ridge: Annotated[
         float | None,
@@ -63,8 +63,10 @@ def command(
 
     With --steered, on runs of LinearAG itself: each estimate then makes up for earlier ones.
     """
-    if tail not in ("linear", "cond"):
-        raise ValueError(f"--tail is 'linear' or 'cond', got {tail!r}")
+    if tail not in ("linear", "cond", "forecast"):
+        raise ValueError(f"--tail is 'linear', 'cond' or 'forecast', got {tail!r}")
+    if tail == "forecast" and not steered:
+        raise ValueError("--tail forecast is fitted with --steered")
     if steered and len(scale) > 1:
         raise ValueError("--steered fits one guidance scale")
     texts, pipe = load(prompts, model, device)
@@ -88,7 +90,8 @@ def command(
             batch_size=2 * batch_size,
             ridge=1e-4 if ridge is None else ridge,
         )
-        found, _ = steering.fit(alternating(steering.total, 2, 0.5, tail == "linear"))
+        tail_choice = "estimate" if tail == "linear" else tail
+        found, _ = steering.fit(alternating(steering.total, 2, 0.5, tail_choice))
         policy = LinearAG(tail=tail, coefficients=found.coefficients)
         save_guidance(output, Guidance(CFG(), policy), found.measured)
         typer.echo("step      distance held out")

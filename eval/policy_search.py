@@ -1,12 +1,12 @@
-"""Policy search: for every step, which branches to evaluate, which to estimate, and how strongly.
+"""Policy search: for every step, which branches to evaluate, what to estimate, and how strongly.
 
 Two ways to the same kind of result, the Pareto front of quality over network evaluations:
 
-* `search`: greedy removal of the cheapest unconditional evaluations, a few evenly spread ones, then
+* `search`: greedy removal of the evaluations that cost least, a few evenly spread ones, then
   evolution of the front, in which single steps may also be scaled to make up for others (the idea
   of OUSAC, https://arxiv.org/abs/2512.14096). No gradient is needed.
-  With ``fitted=True`` every schedule tried gets estimates of its own, fitted on runs of it
-  (`pilotage.pipelines.steering`), and the search is for where to evaluate.
+  With ``fitted=True`` every schedule tried gets forecasts or estimates of its own, fitted on runs
+  of it (`pilotage.pipelines.steering`), and the search is for where to evaluate.
 * `pilotage.eval.relaxed_search.relaxed_search`: the differentiable relaxation of the Adaptive
   Guidance paper (https://arxiv.org/abs/2312.12487).
 """
@@ -20,11 +20,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..guidance import Guidance, HoldDifference, Schedule, StandIn, resolve
 from ..guidance.linear_ag import Coefficients
 from ..guidance.saved import save_guidance
+from ..guidance.schedule import NFE, Choice
 from ..pipelines.fitted import run_identity
 from ..pipelines.steering import Steering
 from .images import to_tensor
@@ -32,6 +33,7 @@ from .record import write_json
 from .trials import Trials
 
 FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
+Between = Literal["forecast", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Trier:
         stand_in: What their estimates are made with; None: fitted to each.
         bar: A tqdm bar to update.
         path: JSON file of what was tried.
+        between: What the steps are that do not evaluate both branches; None: any choice.
         measure: Schedule -> its candidate; default: `trials` judge it as it is.
 
     Raises:
@@ -104,6 +107,7 @@ class Trier:
         stand_in: StandIn | None,
         bar: Any,
         path: Path | None = None,
+        between: Between | None = None,
         measure: Callable[[Schedule], Candidate] | None = None,
     ) -> None:
         self.trials, self.stand_in, self.bar, self.path = trials, stand_in, bar, path
@@ -116,6 +120,7 @@ class Trier:
             "seed": trials.seed,
             "rule": str(trials.rule),
             "stand_in": _digest(stand_in),
+            "between": between,
         }
         if path is not None and path.is_file():
             self._read(path)
@@ -134,7 +139,9 @@ class Trier:
             for choices, factors, nfe, quality, *fitted in tried:
                 stand_in = self.stand_in
                 if stand_in is None:
-                    stand_in = Coefficients(*fitted, identity=self.plan["identity"])
+                    cond, uncond, guided = fitted
+                    identity = self.plan["identity"]
+                    stand_in = Coefficients(cond, uncond, guided=guided, identity=identity)
                 schedule = Schedule(tuple(choices), tuple(factors), stand_in)
                 self.known[schedule.choices, schedule.factors] = Candidate(schedule, nfe, quality)
         except (ValueError, TypeError) as error:
@@ -145,7 +152,8 @@ class Trier:
         for c in self.known.values():
             entry = [c.schedule.choices, c.schedule.factors, c.nfe, c.quality]
             if self.stand_in is None:
-                entry += [c.schedule.stand_in.cond, c.schedule.stand_in.uncond]
+                fitted = c.schedule.stand_in
+                entry += [fitted.cond, fitted.uncond, fitted.guided]
             tried.append(entry)
         write_json(self.path, {"plan": self.plan, "rounds": self.rounds, "tried": tried})
 
@@ -171,6 +179,7 @@ def search(
     quality_floor: float = 0.9,
     stand_in: StandIn | None = None,
     fitted: bool = False,
+    between: Between = "forecast",
     rounds: int = 60,
     checkpoint: Path | str | None = None,
     progress: bool = True,
@@ -178,17 +187,22 @@ def search(
 ) -> Search:
     """Look for the cheapest schedule whose quality reaches a floor.
 
-    Every step but the first may evaluate both branches, estimate the unconditional one or let the
-    conditional one stand alone. Before the evolution about 4 T runs of the prompts are made; with
-    `fitted`, in which steps are evaluated or estimated, at most T / 2 before the rounds.
+    Every step but the first may evaluate both branches, estimate the unconditional one, let the
+    conditional one stand alone or (if the stand-in can) forecast the guided prediction. Before the
+    evolution about 6 T runs of the prompts are made; with `fitted`, in which a step evaluates both
+    branches or does what `between` says, at most T before the rounds.
 
     Args:
         pipe: A guided pipeline.
         prompts: A few typical prompts; 16 give a usable order, more a finer one.
         quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
             otherwise).
-        stand_in: What estimates; default: `HoldDifference`. `Fit.coefficients` is better.
-        fitted: Fit estimates to every schedule tried, on these prompts (about 30 are needed): best.
+        stand_in: What estimates and forecasts; default: `HoldDifference`. `Fit.coefficients`
+            estimate better, but do not forecast.
+        fitted: Fit forecasts or estimates to every schedule tried, on these prompts (about 30 are
+            needed): best.
+        between: With `fitted`, what the steps between full evaluations are: "forecast" evaluates
+            nothing, "estimate" the conditional branch.
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
         checkpoint: JSON file for what was tried; an interrupted search goes on from there.
         progress: Show a bar.
@@ -196,7 +210,7 @@ def search(
 
     Raises:
         ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
-            another search, or `fitted` together with a stand-in or a rule.
+            another search, `fitted` together with a stand-in or a rule, or unknown `between`.
     """
     from tqdm import tqdm
 
@@ -205,21 +219,34 @@ def search(
     path = None if checkpoint is None else Path(checkpoint)
     if fitted and (stand_in is not None or trials.rule is not None):
         raise ValueError("a fitted search makes estimates of its own, for classifier-free guidance")
+    if between not in get_args(Between):
+        raise ValueError(f"between is {' or '.join(get_args(Between))}, got {between!r}")
     if fitted:
         with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
-            trier = Trier(trials, None, bar, path, _fitting(trials))
-            _move(trier, evaluations(trials), quality_floor, rounds)
+            trier = Trier(trials, None, bar, path, between, _fitting(trials))
+            _move(trier, evaluations(trials), quality_floor, rounds, between)
         return conclude(trials, trier, quality_floor)
     stand_in = stand_in or HoldDifference()
     total = evaluations(trials)
+    kinds = offered(stand_in, total)
     with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
         trier = Trier(trials, stand_in, bar, path)
         full = Schedule(("both",) * total, stand_in=stand_in)
-        _remove_greedily(trier, full)
-        for choices in spread(total):
-            trier(replace(full, choices=choices))
-        _evolve(trier, quality_floor, rounds)
+        _remove_greedily(trier, full, kinds)
+        for kind in get_args(Between):
+            for choices in spread(total, kind) if kind in kinds else ():
+                trier(replace(full, choices=choices))
+        _evolve(trier, quality_floor, rounds, kinds)
     return conclude(trials, trier, quality_floor)
+
+
+def offered(stand_in: StandIn, total: int) -> tuple[Choice, ...]:
+    """What a step may be that does not evaluate both branches, for runs of `total` steps."""
+    try:
+        stand_in.forecast(total - 1, range(total - 1))
+    except ValueError:
+        return ("estimate", "cond")
+    return ("estimate", "cond", "forecast")
 
 
 def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
@@ -247,7 +274,7 @@ def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
     return measure
 
 
-def _move(trier: Trier, total: int, floor: float, rounds: int) -> None:
+def _move(trier: Trier, total: int, floor: float, rounds: int, between: Between) -> None:
     """Evenly spread evaluations, more and more until the floor is reached; then move them.
 
     Fewer than that follow, as long as moving brings them to the floor; then more. Each number of
@@ -256,12 +283,12 @@ def _move(trier: Trier, total: int, floor: float, rounds: int) -> None:
 
     def tried(real: Iterable[int]) -> Candidate:
         chosen = set(real)
-        choices = tuple("both" if i in chosen else "estimate" for i in range(total))
+        choices = tuple("both" if i in chosen else between for i in range(total))
         return trier(Schedule(choices))
 
     best: dict[int, Candidate] = {}
     enough, made = total, 0
-    for choices in spread(total):
+    for choices in spread(total, between):
         count = choices.count("both")
         if count > enough + 1:
             break
@@ -336,21 +363,22 @@ def _changed(schedule: Schedule, index: int, choice: str) -> Schedule:
     return replace(schedule, choices=tuple(choices))
 
 
-def _remove_greedily(trier: Trier, full: Schedule) -> None:
-    """Take unconditional evaluations away, always the one whose loss alone was least."""
+def _remove_greedily(trier: Trier, full: Schedule, kinds: Sequence[Choice]) -> None:
+    """Take evaluations away, always where the loss alone for each saved was least."""
     alone: list[tuple[float, int, str]] = []
     for index in range(1, len(full.choices)):
-        for choice in ("estimate", "cond"):
-            alone.append((trier(_changed(full, index, choice)).quality, index, choice))
+        for choice in kinds:
+            loss = 1 - trier(_changed(full, index, choice)).quality
+            alone.append((loss / (NFE["both"] - NFE[choice]), index, choice))
     schedule, taken = full, set()
-    for _, index, choice in sorted(alone, reverse=True):
+    for _, index, choice in sorted(alone):
         if index not in taken:
             taken.add(index)
             schedule = trier(_changed(schedule, index, choice)).schedule
 
 
-def spread(total: int) -> list[tuple[str, ...]]:
-    """Choices with 2 to T / 2 evaluations, evenly spread or denser early; the rest is estimated.
+def spread(total: int, between: Between) -> list[tuple[str, ...]]:
+    """Choices with 2 to T / 2 full evaluations, evenly spread or denser early.
 
     Taking away one by one does not find them: what a step is worth depends on its neighbours.
     """
@@ -358,11 +386,11 @@ def spread(total: int) -> list[tuple[str, ...]]:
     for count in range(2, total // 2 + 1):
         for power in (1.0, 1.5):
             real = {int(total * (i / count) ** power) for i in range(count)}
-            found[tuple("both" if i in real else "estimate" for i in range(total))] = None
+            found[tuple("both" if i in real else between for i in range(total))] = None
     return list(found)
 
 
-def _evolve(trier: Trier, floor: float, rounds: int) -> None:
+def _evolve(trier: Trier, floor: float, rounds: int, kinds: Sequence[Choice]) -> None:
     """Vary members of the front, most often those near the floor.
 
     Every round has random numbers of its own, so that an interrupted search goes on as it would.
@@ -373,10 +401,10 @@ def _evolve(trier: Trier, floor: float, rounds: int) -> None:
         front = pareto(trier.known.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule
-        trier(_mutated(parent, chance))
+        trier(_mutated(parent, chance, kinds))
 
 
-def _mutated(schedule: Schedule, chance: random.Random) -> Schedule:
+def _mutated(schedule: Schedule, chance: random.Random, kinds: Sequence[Choice]) -> Schedule:
     """Swap two steps, change one, or scale one."""
     choices = list(schedule.choices)
     factors = list(schedule.factors or (1.0,) * len(choices))
@@ -388,9 +416,9 @@ def _mutated(schedule: Schedule, chance: random.Random) -> Schedule:
         choices[i], choices[j] = choices[j], choices[i]
     elif kind == "change":
         i = chance.randrange(1, len(choices))
-        choices[i] = chance.choice([c for c in ("both", "estimate", "cond") if c != choices[i]])
+        choices[i] = chance.choice([c for c in ("both", *kinds) if c != choices[i]])
     elif kind == "scale":
-        i = chance.choice([i for i, choice in enumerate(choices) if choice != "cond"])
+        i = chance.choice([i for i, c in enumerate(choices) if c in ("both", "estimate")])
         factors[i] = chance.choice(FACTORS)
     else:
         times = chance.choice((0.9, 0.95, 1.05, 1.1))

@@ -337,8 +337,8 @@ class _Maker:
 def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float] | None:
     """Norm of (guided - conditional) as denoised images, mean over all steps, of each sample.
 
-    Steps without guidance count as 0. None where the noise level is infinite and the network
-    predicts noise: its denoised image does not exist there.
+    Steps without guidance count as 0, steps that evaluate nothing do not count. None where the
+    noise level is infinite and the network predicts noise: its denoised image does not exist there.
 
     Args:
         trace: A detailed trace.
@@ -353,7 +353,7 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
         factor = 1.0 if guidance.rule.space == "x0" else _to_x0_factor(step.noise, prediction)
         rows = list(range(trace.batch)) if step.estimated else step.rows
         totals[rows] += factor * step.update_norm.double().cpu()
-    means = totals / len(trace.steps)
+    means = totals / sum(not step.forecast for step in trace.steps)
     return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
 
 

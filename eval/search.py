@@ -39,8 +39,15 @@ def command(
     ] = None,
     fitted: Annotated[
         bool,
-        typer.Option("--fitted", help="Fit estimates to every schedule tried; 30 prompts or more."),
+        typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
     ] = False,
+    between: Annotated[
+        str,
+        typer.Option(
+            help="With --fitted, steps between full evaluations: 'forecast' evaluates nothing, "
+            "'estimate' the conditional branch."
+        ),
+    ] = "forecast",
     relaxed: Annotated[
         bool, typer.Option("--relaxed", help="Gradient descent instead of greedy and evolution.")
     ] = False,
@@ -54,7 +61,11 @@ def command(
     model: Model = None,
     device: Device = "auto",
 ) -> None:
-    """Find the cheapest schedule of evaluated, estimated and skipped steps above a quality."""
+    """Find the cheapest schedule of evaluated, estimated and forecast steps above a quality.
+
+    In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
+    conditional one stand alone, and a dot evaluates nothing.
+    """
     if fitted and (relaxed or coefficients is not None):
         raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
     stand_in = None
@@ -86,7 +97,8 @@ def command(
         found = relaxed_search(pipe, texts, iterations=max(rounds, 1), **settings)
     else:
         settings["checkpoint"] = output.with_name(f"{output.name}.tried")
-        found = search(pipe, texts, stand_in=stand_in, fitted=fitted, rounds=rounds, **settings)
+        settings |= {"fitted": fitted, "between": between, "rounds": rounds}
+        found = search(pipe, texts, stand_in=stand_in, **settings)
     found.save(output)
     typer.echo("  NFE    SSIM")
     for candidate in found.front:

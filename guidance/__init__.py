@@ -6,6 +6,7 @@ from .apg import APG, apg
 from .cfg import CFG, cfg
 from .cfg_zero_star import CFGZeroStar, cfg_zero_star
 from .composition import Guidance
+from .forecast import Forecast
 from .frequency_decoupled import FDG, fdg
 from .linear_ag import Coefficients, LinearAG
 from .magnitude_aware import MagnitudeAware, magnitude_aware
@@ -36,6 +37,7 @@ __all__ = [
     "Coefficients",
     "Extrapolate",
     "ExtrapolateDifference",
+    "Forecast",
     "Gram",
     "Guidance",
     "Hold",

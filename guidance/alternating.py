@@ -1,9 +1,10 @@
 """Real and estimated guidance in turn: the pattern of LinearAG, and its simplest stand-ins.
 
 In the head of a run both branches are evaluated at every `period`-th step and the unconditional
-one is estimated at the others; in the tail the conditional prediction stands alone, or every step
-is estimated. With ``period=2, head=0.5`` a run of 20 steps costs 25 network evaluations, as in
-https://arxiv.org/abs/2312.12487.
+one is estimated at the others. In the tail the conditional prediction stands alone, or every step
+is estimated, or both branches are evaluated at every `period`-th step and the guided prediction is
+forecast at the others. With ``period=2, head=0.5`` a run of 20 steps costs 25 network evaluations,
+as in https://arxiv.org/abs/2312.12487, whichever tail it has.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from .schedule import Choice, Stepwise
 from .stand_in import ExtrapolateDifference, HoldDifference, StandIn
 
 
-def alternating(total: int, period: int, head: float, estimated_tail: bool) -> tuple[Choice, ...]:
-    """The choices of a run of `total` steps; see the module's docstring."""
-    stop = round(head * total)
-    tail: Choice = "estimate" if estimated_tail else "cond"
+def alternating(total: int, period: int, head: float, tail: Choice) -> tuple[Choice, ...]:
+    """The choices of a run of `total` steps; see the module's docstring.
+
+    Args:
+        total: Number of steps.
+        period, head: See `Alternating`.
+        tail: "cond", "estimate" or "forecast".
+    """
+    stop = max(round(head * total), 1)  # a tail can only be made of a step that was evaluated
     first: list[Choice] = ["estimate" if i % period else "both" for i in range(stop)]
-    # A tail can only be estimated from a step that was evaluated.
-    return ("both", *first[1:], *[tail] * (total - max(stop, 1)))
+    if tail != "forecast":
+        return (*first, *[tail] * (total - stop))
+    return (*first, *("forecast" if i % period else "both" for i in range(total - stop)))
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Alternating(Stepwise):
         period: In the head, both branches are evaluated at every `period`-th step.
         head: Share of the steps that make up the head, from 0 to 1 (1: periodic refresh to the
             end).
-        tail: After the head, "cond" or the name of the estimate.
+        tail: After the head, "cond", the name of the estimate or "forecast".
 
     Raises:
         ValueError: a setting is out of its range.
@@ -50,14 +57,16 @@ class Alternating(Stepwise):
             raise ValueError(f"{type(self).__name__}: period must be >= 1, got {self.period}")
         if not 0 <= self.head <= 1:
             raise ValueError(f"{type(self).__name__}: head is a share of 0 to 1, got {self.head}")
-        if self.tail not in ("cond", self.estimated):
+        if self.tail not in ("cond", self.estimated, "forecast"):
             raise ValueError(
-                f"{type(self).__name__}: tail is 'cond' or {self.estimated!r}, got {self.tail!r}"
+                f"{type(self).__name__}: tail is 'cond', {self.estimated!r} or 'forecast', got "
+                f"{self.tail!r}"
             )
 
     def choices_for(self, total: int) -> tuple[Choice, ...]:
         """Real and estimated steps in turn, then the tail."""
-        return alternating(total, self.period, self.head, self.tail == self.estimated)
+        tail: Choice = "estimate" if self.tail == self.estimated else self.tail
+        return alternating(total, self.period, self.head, tail)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Hold(Alternating):
     Others ship this rule as LinearAG; it is a baseline for it.
 
     Args:
-        period, head, tail: See `Alternating`; tail is "cond" or "hold".
+        period, head, tail: See `Alternating`; tail is "cond", "hold" or "forecast".
         space: "native" holds the difference of network outputs, "x0" of denoised images.
     """
 
@@ -87,7 +96,7 @@ class Extrapolate(Alternating):
     """The last two differences of the two predictions are continued between real steps.
 
     Args:
-        period, head, tail: See `Alternating`; tail is "cond" or "extrapolate".
+        period, head, tail: See `Alternating`; tail is "cond", "extrapolate" or "forecast".
         space: "native" continues network outputs, "x0" denoised images.
     """
 

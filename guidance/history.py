@@ -12,7 +12,8 @@ from .prediction import accumulate
 from .stand_in import Weights
 from .transfer import to_device
 
-Variable = tuple[str, int]  # ("cond" or "uncond", step)
+Variable = tuple[str, int]  # (a key of KINDS, step)
+KINDS = {"cond": "conditional", "uncond": "unconditional", "guided": "guided"}
 
 
 class HistoryPlan:
@@ -22,8 +23,8 @@ class HistoryPlan:
     one that no step uses is never kept.
 
     Args:
-        weights: The sum that estimates each step's unconditional prediction; None where no
-            estimate is made.
+        weights: The sum that estimates each step's unconditional prediction, or forecasts its
+            guided one; None where neither is done.
 
     Attributes:
         places: Number of predictions kept at the same time, at most.
@@ -54,8 +55,9 @@ class HistoryPlan:
             rows.append({held[v]: weight for v, weight in _terms(sum_)})
             for variable in [v for v in held if last_use[v] <= step]:
                 free.append(held.pop(variable))
-            if ("uncond", step) in last_use:
-                take(("uncond", step))
+            for kind in ("uncond", "guided"):
+                if (kind, step) in last_use:
+                    take((kind, step))
         self.table = torch.zeros(len(weights), self.places, dtype=torch.float64)
         for step, row in enumerate(rows):
             for place, weight in row.items():
@@ -66,7 +68,7 @@ class HistoryPlan:
         for step, sum_ in enumerate(self.weights):
             for variable, _ in _terms(sum_):
                 kind, made = variable
-                if not 0 <= made <= step - (kind == "uncond"):
+                if not 0 <= made <= step - (kind != "cond"):
                     raise ValueError(f"the estimate of step {step} uses {kind} of step {made}")
                 last[variable] = step
         return last
@@ -103,9 +105,10 @@ class History:
         sum_ = self.plan.weights[step]
         for variable, _ in _terms(sum_):
             if self.written.get(self.plan.place_of[variable]) != variable:
+                kind, made = variable
                 raise ValueError(
-                    f"the estimate of step {step} needs the {variable[0]}itional prediction of "
-                    f"step {variable[1]}, at which the pipeline did not guide"
+                    f"the estimate of step {step} needs the {KINDS[kind]} prediction of step "
+                    f"{made}, at which the pipeline did not guide"
                 )
         total = linear_history(self.kept, self.table[step])
         return total + sum_.intercept if sum_.intercept else total
@@ -115,6 +118,8 @@ def _terms(sum_: Weights | None) -> list[tuple[Variable, float]]:
     if sum_ is None:
         return []
     return [
-        *((("cond", step), weight) for step, weight in sum_.cond.items() if weight != 0),
-        *((("uncond", step), weight) for step, weight in sum_.uncond.items() if weight != 0),
+        ((kind, step), weight)
+        for kind in KINDS
+        for step, weight in getattr(sum_, kind).items()
+        if weight != 0
     ]

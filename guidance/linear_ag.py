@@ -5,7 +5,8 @@ r"""LinearAG: the unconditional prediction as a linear function of what the run 
 with scalar coefficients for every step, fitted by least squares on trajectories of ordinary
 guidance. Real and estimated guidance alternate over the first half of the run: 25 network
 evaluations for 20 steps. What the second half does is not settled by the paper, so both ways are
-offered. An estimated :math:`u_i` is fed back as the estimate.
+offered, and one of our own at the same cost: real guidance in turn with a forecast of the guided
+prediction, linear in earlier ones. An estimated :math:`u_i` is fed back as the estimate.
 
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from .alternating import Alternating
 from .prediction import Space
+from .schedule import sums
 from .stand_in import StandIn, Weights
 
 Target = Literal["uncond", "difference"]
@@ -27,12 +29,14 @@ Target = Literal["uncond", "difference"]
 
 @dataclass(frozen=True)
 class Coefficients(StandIn):
-    """The coefficients of LinearAG for a run of T network evaluations.
+    """The coefficients of LinearAG for a run of T steps.
 
     Args:
         cond: Row t holds the weights of the conditional predictions 0 .. t.
         uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1.
-        intercept: b_t, added to every element; empty: none.
+        intercept: b_t, added to every element of an estimate; empty: none.
+        guided: Row t holds the weights of the guided predictions 0 .. t - 1 in the forecast of
+            step t, all 0 where none was fitted; empty: no step can be forecast.
         space: The space of the predictions they were fitted on.
         identity: What they were fitted on (see `pilotage.pipelines.identity`); pipelines refuse
             them elsewhere. None: not checked.
@@ -46,11 +50,12 @@ class Coefficients(StandIn):
     cond: tuple[tuple[float, ...], ...]
     uncond: tuple[tuple[float, ...], ...]
     intercept: tuple[float, ...] = ()
+    guided: tuple[tuple[float, ...], ...] = ()
     space: Space = "native"
     identity: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("cond", "uncond"):
+        for name in ("cond", "uncond", "guided"):
             object.__setattr__(self, name, tuple(tuple(row) for row in getattr(self, name)))
         object.__setattr__(self, "intercept", tuple(self.intercept))
         steps = len(self.cond)
@@ -62,6 +67,8 @@ class Coefficients(StandIn):
             )
         if len(self.intercept) not in (0, steps):
             raise ValueError(f"Coefficients: {len(self.intercept)} intercepts for {steps} steps")
+        if self.guided and [len(row) for row in self.guided] != list(range(steps)):
+            raise ValueError("Coefficients: row t must hold t weights of guided predictions")
         if self.space not in ("x0", "native"):
             raise ValueError(f"Coefficients: space is 'x0' or 'native', got {self.space!r}")
 
@@ -74,12 +81,22 @@ class Coefficients(StandIn):
             self.intercept[step] if self.intercept else 0.0,
         )
 
+    def forecast(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `StandIn`."""
+        weights = dict(enumerate(self.guided[step])) if step < len(self.guided) else {}
+        if not any(weights.values()):
+            raise ValueError(
+                f"linear: these coefficients hold no forecast of step {step}: fit them to the "
+                "schedule (pilotage fit --steered --tail forecast, pilotage search --fitted)"
+            )
+        return Weights(guided=weights)
+
     def check_total(self, total: int) -> None:
         """See `StandIn`."""
         if total != len(self.cond):
             raise ValueError(
-                f"coefficients fitted for {len(self.cond)} network evaluations cannot guide a run "
-                f"of {total}: use as many steps, or fit them for that number"
+                f"coefficients fitted for {len(self.cond)} steps cannot guide a run of {total}: "
+                "use as many steps, or fit them for that number"
             )
 
     def __str__(self) -> str:
@@ -92,12 +109,14 @@ class LinearAG(Alternating):
 
     Args:
         period, head: See `Alternating`. The defaults are the paper's.
-        tail: "cond" (the conditional prediction alone) or "linear" (still estimated).
+        tail: "cond" (the conditional prediction alone), "linear" (still estimated) or "forecast"
+            (real guidance and forecasts in turn).
         coefficients: What `pilotage.pipelines.fit` found for this model, scheduler, number of
             steps, scale and negative prompt.
 
     Raises:
-        ValueError: no coefficients, or a setting is out of its range.
+        ValueError: no coefficients, a setting is out of its range, or the coefficients hold no
+            forecasts.
     """
 
     name: ClassVar[str] = "linear-ag"
@@ -112,6 +131,7 @@ class LinearAG(Alternating):
                 "linear-ag needs coefficients fitted for this model: make them with 'pilotage fit' "
                 "(or pilotage.pipelines.fit), then guidance=load_guidance(file)"
             )
+        sums(self.choices_for(len(self.coefficients.cond)), self.coefficients)
 
     @property
     def identity(self) -> Mapping[str, Any] | None:

@@ -72,6 +72,21 @@ class PolicyState:
         Asked only of policies with `needs_history`; both have the shape (B, \\*), in its space.
         """
 
+    def forecasts(self, step: Step) -> bool:
+        """Whether this step evaluates nothing, for any sample; asked after `wanted`."""
+        return False
+
+    def forecast(self, step: Step) -> Tensor:
+        """The guided prediction of a step that evaluates nothing, in the policy's space."""
+        raise NotImplementedError
+
+    def wants_guided(self, step: Step) -> bool:
+        """Whether `keep_guided` is to be told what the rule made of this step."""
+        return False
+
+    def keep_guided(self, step: Step, guided: Tensor) -> None:
+        """Remember the guided prediction of a step, with shape (B, \\*), in the policy's space."""
+
 
 class Policy:
     """Base of all policies. Subclasses are frozen dataclasses of their settings.
@@ -95,6 +110,10 @@ class Policy:
     def start(self, batch: int, on_cpu: bool) -> PolicyState:
         """A fresh state for a run of `batch` samples."""
         raise NotImplementedError
+
+    def may_forecast(self, total: int) -> bool:
+        """Whether any of `total` steps evaluates nothing."""
+        return False
 
     def __ror__(self, rule) -> Guidance:
         from .composition import Guidance

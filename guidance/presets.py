@@ -8,6 +8,7 @@ from .apg import APG
 from .cfg import CFG
 from .cfg_zero_star import CFGZeroStar
 from .composition import Guidance
+from .forecast import Forecast
 from .frequency_decoupled import FDG
 from .linear_ag import LinearAG
 from .magnitude_aware import MagnitudeAware
@@ -22,7 +23,16 @@ RULES: dict[str, type[Rule]] = {
 }
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (Always, Interval, AdaptiveGuidance, LinearAG, Hold, Extrapolate, Schedule)
+    for policy in (
+        Always,
+        Interval,
+        AdaptiveGuidance,
+        LinearAG,
+        Hold,
+        Extrapolate,
+        Forecast,
+        Schedule,
+    )
 }
 # A star is awkward in shells.
 ALIASES: dict[str, str] = {"cfg-zero-star": CFGZeroStar.name}

@@ -117,7 +117,11 @@ def fit_coefficients(
         conds.append(tuple(beta[: step + 1].tolist()))
         unconds.append(tuple(beta[step + 1 :].tolist()))
     return Coefficients(
-        tuple(conds), tuple(unconds), tuple(constants) if intercept else (), space, identity
+        tuple(conds),
+        tuple(unconds),
+        tuple(constants) if intercept else (),
+        space=space,
+        identity=identity,
     )
 
 

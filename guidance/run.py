@@ -30,7 +30,8 @@ class Run:
         on_cpu: Whether the predictions live on the CPU (device values are then read at once).
         detailed: Record cosines and norms at every step.
 
-    Each step is `plan`, which says what to evaluate, then `combine`.
+    Each step is `plan`, which says what to evaluate, then `combine`; or `forecast` where `plan` has
+    set `forecasting`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Run:
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total, None)
+        self.forecasting = False
 
     def plan(self, noise: float | None = None) -> list[int]:
         """Begin a step: the samples whose unconditional branch is to be evaluated.
@@ -52,6 +54,7 @@ class Run:
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
         self.step = Step(self.step.index + 1, self.total, noise)
         wanted = self.policy_state.wanted(self.step)
+        self.forecasting = self.policy_state.forecasts(self.step)
         return [row for row in range(self.batch) if wanted[row]]
 
     def combine(
@@ -91,6 +94,7 @@ class Run:
             self._check_finite(pred_cond)
             pred_uncond = self._estimate(pred_cond, x_t, level)
             if pred_uncond is None:
+                self._keep_guided(pred_cond, x_t, level)
                 return pred_cond, pred_cond
             rows, record.estimated = list(range(self.batch)), True
         every = len(rows) == self.batch
@@ -104,14 +108,34 @@ class Run:
         own_scale = not isinstance(scale, Tensor) and scale == guidance_scale
         untouched = isinstance(rule, CFG) and own_scale
         combine = self._combine_at_once if has_formula(rule) else self._combine_by_rule
-        guided = combine(record, views, scale, index, not untouched)
+        wanted = not untouched or self._keeps_guided
+        guided = combine(record, views, scale, index, wanted)
         state.observe(self.step, rows, record.gamma)
         if policy.needs_history:
             state.keep(self.step, *views.pair(policy.space))
+        if wanted:
+            guided = _fill(pred_cond, guided, index)
+            self._keep_guided(guided, x_t, level)
         if untouched:
             return pred_cond, _fill(pred_cond, pred_uncond, index)
-        guided = _fill(pred_cond, guided, index)
         return guided, guided
+
+    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
+        """End a step that evaluates nothing.
+
+        Args:
+            x_t: What would be the network's input, with shape (B, \\*).
+            level: As of `combine`.
+
+        Returns:
+            The guided prediction, with shape (B, \\*).
+        """
+        record = StepRecord(self.step.index, self.step.noise, [], forecast=True)
+        self.trace.steps.append(record)
+        guided = self.policy_state.forecast(self.step)
+        if self.guidance.policy.space == "x0":
+            guided = level.from_x0(guided, x_t)
+        return guided
 
     def _combine_at_once(
         self,
@@ -209,6 +233,16 @@ class Run:
             return self.policy_state.estimate(self.step, pred_cond)
         estimate = self.policy_state.estimate(self.step, level.to_x0(pred_cond, x_t))
         return None if estimate is None else level.from_x0(estimate, x_t).to(pred_cond.dtype)
+
+    @property
+    def _keeps_guided(self) -> bool:
+        return self.guidance.policy.needs_history and self.policy_state.wants_guided(self.step)
+
+    def _keep_guided(self, guided: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+        if self._keeps_guided:
+            in_space = self.guidance.policy.space == "native"
+            kept = guided if in_space else level.to_x0(guided, x_t)
+            self.policy_state.keep_guided(self.step, kept)
 
     def _state_of(self, index: Tensor | None) -> Tensor | None:
         if index is None or self.rule_state is None:

@@ -14,24 +14,26 @@ from .policy import Policy, PolicyState, Step
 from .prediction import Space
 from .stand_in import HoldDifference, StandIn, Weights
 
-Choice = Literal["both", "estimate", "cond"]
+Choice = Literal["both", "estimate", "cond", "forecast"]
 CHOICES: tuple[str, ...] = get_args(Choice)
+NFE: dict[str, int] = {"both": 2, "estimate": 1, "cond": 1, "forecast": 0}
 
 
 class Stepwise(Policy):
     """Base of policies whose choices depend on the step alone, the same for every sample.
 
     A step evaluates ``both`` branches, or the conditional one and takes an ``estimate`` for the
-    other, or lets the conditional one (``cond``) stand alone.
+    other, or lets the conditional one (``cond``) stand alone, or evaluates neither and takes a
+    ``forecast`` of the guided prediction.
     """
 
     def choices_for(self, total: int) -> tuple[Choice, ...]:
-        """The choice of every one of `total` network evaluations."""
+        """The choice of every one of `total` steps (calls of the denoiser)."""
         raise NotImplementedError
 
     @property
     def stands_in(self) -> StandIn:
-        """What estimates the unconditional predictions left out."""
+        """What estimates and forecasts the predictions left out."""
         raise NotImplementedError
 
     def factor(self, index: int) -> float:
@@ -40,11 +42,15 @@ class Stepwise(Policy):
 
     def nfe(self, total: int) -> int:
         """Network evaluations per sample of a run of `total` steps."""
-        return total + self.choices_for(total).count("both")
+        return sum(NFE[choice] for choice in self.choices_for(total))
+
+    def may_forecast(self, total: int) -> bool:
+        """Whether any step is forecast."""
+        return "forecast" in self.choices_for(total)
 
     @property
     def needs_history(self) -> bool:
-        """Whether any step may be estimated."""
+        """Whether any step may be estimated or forecast."""
         return True
 
     @property
@@ -89,18 +95,43 @@ class _Planned(PolicyState):
             self.history.write("cond", step.index, pred_cond)
             self.history.write("uncond", step.index, pred_uncond)
 
+    def forecasts(self, step: Step) -> bool:
+        return self.choices[step.index] == "forecast"
+
+    def forecast(self, step: Step) -> Tensor:
+        return self.history.estimate(step.index)
+
+    def wants_guided(self, step: Step) -> bool:
+        return ("guided", step.index) in self.history.plan.place_of
+
+    def keep_guided(self, step: Step, guided: Tensor) -> None:
+        self.history.write("guided", step.index, guided)
+
 
 def sums(choices: tuple[Choice, ...], stand_in: StandIn) -> list[Weights | None]:
-    """The estimates that a run needs: those it is guided by, and those that these are made of."""
+    """The estimates that a run needs: those it is guided by, and those that these are made of.
+
+    Raises:
+        ValueError: the stand-in cannot make one, or makes it of what is not evaluated.
+    """
     stand_in.check_total(len(choices))
-    evaluated = [step for step, choice in enumerate(choices) if choice == "both"]
+    both = [step for step, choice in enumerate(choices) if choice == "both"]
+    seen = [step for step, choice in enumerate(choices) if choice != "forecast"]
     needed = {step for step, choice in enumerate(choices) if choice == "estimate"}
     result: list[Weights | None] = [None] * len(choices)
     for step in reversed(range(len(choices))):
-        if step in needed:
-            result[step] = stand_in.weights(step, [i for i in evaluated if i < step])
-            made_of = {i for i, weight in result[step].uncond.items() if weight != 0}
-            needed |= made_of.difference(evaluated)
+        if choices[step] == "forecast":
+            result[step] = stand_in.forecast(step, [i for i in seen if i < step])
+        elif step in needed:
+            result[step] = sum_ = stand_in.weights(step, [i for i in both if i < step])
+            made_of = {i for i, weight in sum_.uncond.items() if weight != 0}
+            needed |= made_of.difference(both)
+            made_of |= {i for i, weight in sum_.cond.items() if weight != 0}
+            if missing := sorted(made_of.difference(seen)):
+                raise ValueError(
+                    f"the estimate of step {step} is made of predictions of step {missing[0]}, "
+                    "which is forecast and evaluates none: fit estimates to this schedule"
+                )
     return result
 
 
@@ -109,16 +140,16 @@ class Schedule(Stepwise):
     """An explicit choice for every step, such as a policy search finds.
 
     Args:
-        choices: "both", "estimate" or "cond" for every network evaluation of the run.
+        choices: "both", "estimate", "cond" or "forecast" for every step of the run.
         factors: What w - 1 is multiplied with at every step; empty: 1 throughout. (A step may make
             up for others that are not guided.)
-        stand_in: What estimates the unconditional predictions.
+        stand_in: What estimates the unconditional predictions and forecasts the guided ones.
         identity: What the schedule was found for (see `pilotage.pipelines.identity`); pipelines
             refuse it elsewhere. None: not checked.
 
     Raises:
         ValueError: unknown choice, wrong number of factors, a factor that is not finite, or a step
-            that cannot be estimated.
+            that cannot be estimated or forecast.
     """
 
     name: ClassVar[str] = "schedule"
@@ -153,8 +184,8 @@ class Schedule(Stepwise):
         """
         if total != len(self.choices):
             raise ValueError(
-                f"a schedule of {len(self.choices)} network evaluations cannot guide a run of "
-                f"{total}: use as many steps as it was made for"
+                f"a schedule of {len(self.choices)} steps cannot guide a run of {total}: use as "
+                "many steps as it was made for"
             )
         return self.choices
 
@@ -165,15 +196,15 @@ class Schedule(Stepwise):
 
     @property
     def needs_history(self) -> bool:
-        """Whether any step is estimated."""
-        return "estimate" in self.choices
+        """Whether any step is estimated or forecast."""
+        return not {"estimate", "forecast"}.isdisjoint(self.choices)
 
     def factor(self, index: int) -> float:
         """The factor given."""
         return self.factors[index] if self.factors else 1.0
 
     def __str__(self) -> str:
-        letters = {"both": "B", "estimate": "e", "cond": "-"}
+        letters = {"both": "B", "estimate": "e", "cond": "-", "forecast": "."}
         factors = ", ".join(f"{factor:g}" for factor in self.factors)
         marks = "".join(letters[choice] for choice in self.choices)
         return f"Schedule({marks}{f', factors {factors}' if factors else ''})"

@@ -12,6 +12,9 @@ prediction with which the solver would arrive at the reference's next state; the
 and the run goes on with that estimate, so that it makes up for the errors of earlier ones. Any such
 sum is one of LinearAG: :math:`\hat u_t = c_t - \sum \beta^c c_i - \sum \beta^\Delta (c_k - u_k)`.
 
+Where a step evaluates neither branch, :math:`g^*_t` itself is regressed on the last few guided
+predictions: :math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not forecast.
+
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
     Models", AAAI 2025, https://arxiv.org/abs/2312.12487 (the estimate)
@@ -21,7 +24,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -45,6 +48,10 @@ class Steer(Policy):
         see: Called at the end of the run with the coefficients.
         rows: Samples to fit on; None: all. The others are guided by what is found.
         ridge: Added to the diagonal, relative to the mean square of the regressors.
+        recent: Guided predictions that a forecast is made of, at most.
+
+    Raises:
+        ValueError: the choices cannot be followed, or `recent` is not positive.
     """
 
     name: ClassVar[str] = "steer"
@@ -56,9 +63,16 @@ class Steer(Policy):
     see: Callable[[Coefficients], None] = field(repr=False)
     rows: Sequence[int] | None = None
     ridge: float = 1e-4
+    recent: int = 4
 
     def __post_init__(self) -> None:
+        if self.recent < 1:
+            raise ValueError(f"Steer: recent must be at least 1, got {self.recent}")
         Schedule(self.choices)  # refuses choices that cannot be followed
+
+    def may_forecast(self, total: int) -> bool:
+        """Whether any step is forecast."""
+        return "forecast" in self.choices
 
     def start(self, batch: int, on_cpu: bool) -> PolicyState:
         """A state that has fitted nothing yet."""
@@ -69,46 +83,81 @@ class _Steering(PolicyState):
     def __init__(self, policy: Steer, batch: int) -> None:
         self.policy, self.batch = policy, batch
         self.rows = list(range(batch)) if policy.rows is None else list(policy.rows)
-        self.conds: list[Tensor] = []
+        self.conds: dict[int, Tensor] = {}
         self.differences: dict[int, Tensor] = {}
-        self.fitted: list[tuple[list[float], list[float]]] = []
+        self.guided: dict[int, Tensor] = {}
+        # Weights of every step, as Coefficients holds them: conditional, unconditional, guided.
+        self.fitted: list[tuple[list[float], list[float], list[float]]] = []
 
     def wanted(self, step: Step) -> list[bool]:
         choices = Schedule(self.policy.choices).choices_for(step.total)
         return [choices[step.index] == "both"] * self.batch
 
     def estimate(self, step: Step, pred_cond: Tensor) -> Tensor | None:
-        self.conds.append(pred_cond.clone())
+        self.conds[step.index] = pred_cond.clone()
         if self.policy.choices[step.index] == "cond":
             self._end(step)
             return None
         w = self.policy.guidance_scale
         aim = (self.policy.aim(step.index).float() - pred_cond.float()) / (w - 1)
-        # Contiguous, with shape (K, B, *): what the regression reads and what the sum is made of.
-        known = torch.stack([*self.conds, *self.differences.values()]).float()
-        beta = ridge_regression(
-            known[:, self.rows].flatten(1), aim[self.rows].flatten(), self.policy.ridge
+        known = [*self.conds.values(), *self.differences.values()]
+        difference, beta = self._nearest(known, aim)
+        count = len(self.conds)
+        self._end(
+            step,
+            dict(zip(self.conds, beta[:count], strict=True)),
+            dict(zip(self.differences, beta[count:], strict=True)),
         )
-        difference = torch.einsum("k,k...->...", beta.to(known), known)
-        self._end(step, beta.tolist())
         return (pred_cond.float() - difference).to(pred_cond.dtype)
 
     def keep(self, step: Step, pred_cond: Tensor, pred_uncond: Tensor) -> None:
         if self.policy.choices[step.index] == "both":
-            self.conds.append(pred_cond.clone())
+            self.conds[step.index] = pred_cond.clone()
             self.differences[step.index] = pred_cond.float() - pred_uncond.float()
             self._end(step)
 
-    def _end(self, step: Step, beta: Sequence[float] = ()) -> None:
-        """Note the weights of a step, as those of an unconditional prediction."""
+    def forecasts(self, step: Step) -> bool:
+        return self.policy.choices[step.index] == "forecast"
+
+    def forecast(self, step: Step) -> Tensor:
+        guided, beta = self._nearest([*self.guided.values()], self.policy.aim(step.index).float())
+        self._end(step, guided=dict(zip(self.guided, beta, strict=True)))
+        return guided
+
+    def wants_guided(self, step: Step) -> bool:
+        return "forecast" in self.policy.choices[step.index + 1 :]
+
+    def keep_guided(self, step: Step, guided: Tensor) -> None:
+        self.guided[step.index] = guided.clone()
+        for old in [*self.guided][: -self.policy.recent]:
+            del self.guided[old]
+
+    def _nearest(self, known: Sequence[Tensor], aim: Tensor) -> tuple[Tensor, list[float]]:
+        """The weighted sum of K tensors (B, \\*) nearest to `aim`, and its weights."""
+        # Contiguous, with shape (K, B, *): what the regression reads and what the sum is made of.
+        stacked = torch.stack([*known]).float()
+        rows = self.rows
+        beta = ridge_regression(stacked[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge)
+        return torch.einsum("k,k...->...", beta.to(stacked), stacked), beta.tolist()
+
+    def _end(
+        self,
+        step: Step,
+        conds: Mapping[int, float] | None = None,
+        differences: Mapping[int, float] | None = None,
+        guided: Mapping[int, float] | None = None,
+    ) -> None:
+        """Note the weights of a step: of c - u as those of u, and those of a forecast."""
         t = step.index
         cond, uncond = [0.0] * (t + 1), [0.0] * t
-        if beta:
-            cond = [-value for value in beta[: t + 1]]
-            for k, value in zip(self.differences, beta[t + 1 :], strict=True):
-                cond[k] -= value
-                uncond[k] += value
-        cond[t] += 1
-        self.fitted.append((cond, uncond))
+        cond[t] = 1.0
+        for i, value in (conds or {}).items():
+            cond[i] -= value
+        for k, value in (differences or {}).items():
+            cond[k] -= value
+            uncond[k] += value
+        forecast = [(guided or {}).get(i, 0.0) for i in range(t)]
+        self.fitted.append((cond, uncond, forecast))
         if t + 1 == step.total:
-            self.policy.see(Coefficients(*zip(*self.fitted, strict=True)))
+            cond, uncond, forecast = zip(*self.fitted, strict=True)
+            self.policy.see(Coefficients(cond, uncond, guided=forecast))

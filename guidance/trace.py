@@ -22,6 +22,7 @@ class StepRecord:
             policies without one on denoised images where the noise level is known.
         estimated: Whether the unconditional predictions of this step are estimates; `rows` is then
             empty, and what follows is of every sample.
+        forecast: Whether nothing was evaluated: the guided prediction is a forecast.
         cond_norm: L2 norm of the conditional prediction in the rule's space, likewise.
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
         scale_factor: `update_norm` in units of plain guidance's, (w - 1) times the norm of the
@@ -36,6 +37,7 @@ class StepRecord:
     noise: float | None
     rows: list[int]
     estimated: bool = False
+    forecast: bool = False
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
     update_norm: Tensor | None = None
@@ -47,7 +49,7 @@ class StepRecord:
         values = {name: getattr(self, name) for name in MEASURED}
         lists = {name: v.float().tolist() for name, v in values.items() if v is not None}
         plain = {"step": self.index, "noise": self.noise, "rows": self.rows}
-        return plain | {"estimated": self.estimated} | lists
+        return plain | {"estimated": self.estimated, "forecast": self.forecast} | lists
 
 
 @dataclass
@@ -59,8 +61,8 @@ class Trace:
 
     @property
     def nfe(self) -> list[int]:
-        """Network evaluations of every sample: 1 a step, 2 where both branches ran."""
-        counts = [len(self.steps)] * self.batch
+        """Network evaluations of every sample: 1 a step, 2 where both branches ran, 0 forecast."""
+        counts = [sum(not step.forecast for step in self.steps)] * self.batch
         for step in self.steps:
             for row in step.rows:
                 counts[row] += 1
@@ -101,12 +103,12 @@ class Trace:
             if step.estimated:
                 axes[0].axvspan(step.index - 0.5, step.index + 0.5, color="tab:orange", alpha=0.2)
         axes[0].set_title(f"network evaluations a sample: {sum(self.nfe) / self.batch:g}")
-        axes[-1].set_xlabel("network evaluation of the conditional branch (orange: estimated)")
+        axes[-1].set_xlabel("call of the denoiser (orange: estimated)")
         return figure
 
     def _evaluations(self) -> list[list[tuple[int, float]]]:
-        """(step, share of the samples whose both branches ran, plus 1), one line."""
-        return [[(s.index, 1 + len(s.rows) / self.batch) for s in self.steps]]
+        """(step, evaluations of a sample on average), one line."""
+        return [[(s.index, (not s.forecast) + len(s.rows) / self.batch) for s in self.steps]]
 
     def _series(self, name: str) -> list[list[tuple[int, float]]]:
         """(step, value) of every sample."""

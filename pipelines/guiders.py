@@ -281,6 +281,11 @@ class Guider(BaseGuidance):
                 check_scheduler(scheduler)
             batch, on_cpu = _batch_of(cond)
             total = _evaluations(scheduler, self._timestep) or self._num_inference_steps
+            if self.guidance.policy.may_forecast(total):
+                raise ValueError(
+                    f"'{self.guidance}' has steps that evaluate nothing, which a modular pipeline "
+                    "cannot leave out: use the ordinary pipeline, or a schedule without forecasts"
+                )
             run = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
             course.begin(run, exact=scheduler is not None)
         course.begin_step(step, scheduler)

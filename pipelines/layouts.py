@@ -50,6 +50,10 @@ class Layout:
         """Stand in for one call of the denoiser."""
         raise NotImplementedError
 
+    def norm_matched(self, options: dict[str, Any]) -> bool:
+        """Whether a call gives its guided prediction the norm of the conditional one."""
+        return False
+
     def finish(self, seam: Seam) -> None:
         """The pipeline has made its last call."""
 
@@ -76,17 +80,21 @@ class Batched(Layout):
         level = seam.noise_level(call)
         rows = seam.plan(level)
         cond_start, uncond_start = (0, batch) if self.cond_first else (batch, 0)
+        x_t = call.sample[cond_start : cond_start + batch]
+        if seam.run.forecasting:
+            guided = seam.forecast(x_t, level)
+            return with_prediction(seam.seen, torch.cat([guided, guided]), self.listed)
         every = len(rows) == batch
         cond_rows = range(cond_start, cond_start + batch)
         uncond_rows = [uncond_start + row for row in rows]
         order = [*cond_rows, *uncond_rows] if self.cond_first else [*uncond_rows, *cond_rows]
         output = call(None if every else order)
+        seam.see(output)
         prediction = prediction_of(output, self.listed)
         if self.cond_first:
             cond, uncond = prediction[:batch], prediction[batch:]
         else:
             uncond, cond = prediction[: len(rows)], prediction[len(rows) :]
-        x_t = call.sample[cond_start : cond_start + batch]
         pair = seam.combine(rows, cond, uncond if rows else None, x_t, level)
         if every and pair[0] is cond and pair[1] is uncond:
             return output
@@ -114,7 +122,7 @@ class Pending:
     level: NoiseLevel | None
     rows: list[int]
     cond: Tensor
-    returned: weakref.ref
+    returned: weakref.ref | None  # None: the step is forecast, `cond` is the guided prediction
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,10 @@ class TwoCalls(Layout):
     matches_norm: bool = False
     norm_option: str = ""
 
+    def norm_matched(self, options: dict[str, Any]) -> bool:
+        """See `Layout`."""
+        return self.matches_norm and (not self.norm_option or bool(options[self.norm_option]))
+
     def run(self, seam: Seam, call: Call) -> Any:
         """Evaluate the conditional call; of the unconditional one only the wanted samples."""
         if seam.run is None:
@@ -145,15 +157,22 @@ class TwoCalls(Layout):
         self.finish(seam)
         level = seam.noise_level(call)
         rows = seam.plan(level)
+        if seam.run.forecasting:
+            guided = seam.forecast(call.sample, level)
+            seam.pending = Pending(call.sample, level, rows, guided, None)
+            return with_prediction(seam.seen, guided)
         output = call()
         if not isinstance(output, tuple):
             raise LayoutError(f"expected a tuple from the denoiser, got {type(output).__name__}")
+        seam.see(output)
         returned = prediction_of(output)
         # A copy: the pipeline, or a cache in the network, may go on using the tensor itself.
         seam.pending = Pending(call.sample, level, rows, returned.clone(), weakref.ref(returned))
         return output
 
     def _unconditional(self, seam: Seam, call: Call, pending: Pending) -> Any:
+        if pending.returned is None:
+            return with_prediction(seam.seen, pending.cond)
         returned, rows, cond = pending.returned(), pending.rows, pending.cond
         uncond = None
         if rows:
@@ -166,7 +185,7 @@ class TwoCalls(Layout):
                     "guided one cannot be put in its place"
                 )
             guided = pair[0]
-            if self.matches_norm and (not self.norm_option or seam.options[self.norm_option]):
+            if self.norm_matched(seam.options):
                 lengths = [torch.norm(pred, dim=-1, keepdim=True) for pred in (cond, guided)]
                 guided = guided * (lengths[0] / lengths[1])
             returned.copy_(guided)
@@ -177,7 +196,8 @@ class TwoCalls(Layout):
         """Close a step whose unconditional call never came: it was not guided."""
         if seam.pending is not None:
             pending, seam.pending = seam.pending, None
-            seam.run.leave(pending.cond)
+            if pending.returned is not None:
+                seam.run.leave(pending.cond)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Run
 from ..guidance.transfer import row_index
-from .calls import Call
-from .layouts import Layout, Pending
+from .calls import Call, prediction_of, with_prediction
+from .layouts import Layout, LayoutError, Pending
 from .noise_levels import noise_level, ratio
 
 
@@ -44,6 +44,10 @@ class Seam:
         self.denoiser = layout.denoisers[0]
         self.run: Run | None = None
         self.pending: Pending | None = None
+        self.may_forecast = False
+        self.seen: Any = None  # an output of the network, one row; where steps may be forecast
+        self.channels: int | None = None  # how many are guided
+        self.rest: Tensor | None = None  # the others of the last output; likewise
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Stand in for ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
@@ -57,6 +61,13 @@ class Seam:
         scheduler = self.pipe.scheduler
         total = getattr(self.pipe, "num_timesteps", None) or len(scheduler.timesteps)
         on_cpu = call.sample.device.type == "cpu"
+        self.may_forecast = self.guidance.policy.may_forecast(total)
+        if self.may_forecast and self.layout.norm_matched(self.options):
+            raise LayoutError(
+                f"{type(self.pipe).__name__} gives its guided prediction the norm of the "
+                f"conditional one, which a forecast step does not evaluate: {self.guidance} cannot "
+                "guide it"
+            )
         self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
 
     def finish(self) -> None:
@@ -106,10 +117,11 @@ class Seam:
         pipeline as the network made them.
         """
         channels = min(x_t.shape[1], cond.shape[1], self.layout.channels or cond.shape[1])
-        x_t = x_t[:, :channels]
+        self.channels, x_t = channels, x_t[:, :channels]
         if cond.shape[1] == channels:
             return self.run.combine(rows, cond, uncond, x_t, self.scale, level)
         head, rest = cond[:, :channels], cond[:, channels:]
+        self.rest = rest if self.may_forecast else None
         uncond_head = uncond[:, :channels] if rows else None
         pair = self.run.combine(rows, head, uncond_head, x_t, self.scale, level)
         if pair[0] is head and pair[1] is uncond_head:
@@ -119,6 +131,22 @@ class Seam:
             index = row_index(rows, cond.device)
             uncond_rest = rest.index_copy(0, index, uncond[:, channels:])
         return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
+
+    def see(self, output: Any) -> None:
+        """Remember what the network's outputs are like, if a step may be forecast."""
+        if self.may_forecast and self.seen is None:
+            listed = self.layout.listed
+            one = prediction_of(output, listed)[:1].clone()  # the rest is not kept alive
+            self.seen = with_prediction(output, one, listed)
+
+    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
+        """The guided prediction of a step that evaluates nothing.
+
+        Extra output channels are those of the last step that did.
+        """
+        guided = self.run.forecast(x_t[:, : self.channels], level)
+        parts = [guided] if self.rest is None else [guided, self.rest]
+        return torch.cat(parts, 1).to(prediction_of(self.seen, self.layout.listed).dtype)
 
 
 class GuidedDenoiser:

@@ -253,7 +253,7 @@ def fit_schedule(
     Args:
         pipe: A guided pipeline.
         prompts: Prompts; about 50 are enough.
-        choices: "both", "estimate" or "cond" for every step, e.g. ``LinearAG``'s own by
+        choices: "both", "estimate", "cond" or "forecast" for every step, e.g. ``LinearAG``'s by
             `pilotage.guidance.alternating.alternating`.
         settings: As of `Steering`.
 

@@ -6,8 +6,9 @@
 Coefficients, thresholds and schedules are fitted on prompts of the training split; the figures are
 of the held-out (concept, style) pairs, three seeds each. DPM++ 2M, 20 steps, w = 7.5. What is found
 is written to ``examples/emoji/model/guidance`` and then has a name: "linear-ag" is the paper's
-regression, "linear-ag-steered" and "searched" have estimates fitted on runs of their own schedule
-(`pilotage.pipelines.steering`). Interrupted, it goes on where it stopped (``cache/linearag``).
+regression, "linear-ag-steered", "linear-ag-forecast" and the searched schedules have estimates and
+forecasts fitted on runs of their own (`pilotage.pipelines.steering`). Interrupted, it goes on where
+it stopped (``cache/linearag``).
 
 ``--keep`` makes pictures only for settings that hold fitted numbers and for CFG, and takes the rows
 of the others, which their text describes in full, from the file, with the date they were measured;
@@ -60,10 +61,10 @@ BATCH = 8
 FIT_PROMPTS = 200
 SEARCH_PROMPTS = 24
 CALIBRATION_PROMPTS = 8
-SEARCH_ROUNDS = 12
+SEARCH_ROUNDS = 40
+FINE_FLOOR = 0.98
 SEEDS = 3
 AG_NFE = (26, 28, 30, 34)
-SEARCHED_NFE = (24, 25, 26)
 MARGIN = 0.005  # of the search's floor above what AG reaches on the same prompts
 TIMING_ROUNDS = 3
 KEPT = ("n", "nfe", "ssim", "psnr", "fd", "alignment")
@@ -97,34 +98,43 @@ def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]
 
 
 def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
-    """Search for the quality of Adaptive Guidance; save the schedules.
+    """Search for the quality of Adaptive Guidance, and for more; save the schedules.
 
-    LinearAG is fitted on runs of its own likewise: its head is the same with either tail.
+    LinearAG is fitted on runs of its own likewise: its head is the same with any tail.
     """
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
     floor = Trials(pipe, prompts, **options).judge("ag")[0] + MARGIN
-    options["quality_floor"] = floor
-    checkpoint = work / "search.json"
-    found = search(
-        pipe, prompts, fitted=True, rounds=SEARCH_ROUNDS, checkpoint=checkpoint, **options
-    )
     for path in folder.glob("searched*.json"):
         path.unlink()
-    found.save(folder / "searched.json")
-    for candidate in found.front:
-        if candidate.nfe in SEARCHED_NFE and candidate is not found.best:
-            found.save(folder / f"searched-{candidate.nfe:g}.json", candidate)
-    steered = fit_schedule(
-        pipe,
-        prompts,
-        alternating(STEPS, 2, 0.5, True),
-        guidance_scale=SCALE,
-        num_inference_steps=STEPS,
-        batch_size=2 * BATCH,
-    )
-    policy = LinearAG(tail="linear", coefficients=steered.coefficients)
-    path = folder / "linear-ag-steered.json"
-    save_guidance(path, Guidance(CFG(), policy), steered.measured)
+    for name, between, wanted in (
+        ("searched", "forecast", floor),
+        ("searched-fine", "forecast", FINE_FLOOR),
+        ("searched-estimates", "estimate", floor),
+    ):
+        found = search(
+            pipe,
+            prompts,
+            quality_floor=wanted,
+            fitted=True,
+            between=between,
+            rounds=SEARCH_ROUNDS,
+            checkpoint=work / f"search-{between}.json",
+            **options,
+        )
+        found.save(folder / f"{name}.json")
+    for name, tail in (("steered", "linear"), ("forecast", "forecast")):
+        steered = fit_schedule(
+            pipe,
+            prompts,
+            alternating(STEPS, 2, 0.5, "estimate" if tail == "linear" else tail),
+            guidance_scale=SCALE,
+            num_inference_steps=STEPS,
+            batch_size=2 * BATCH,
+        )
+        policy = LinearAG(tail=tail, coefficients=steered.coefficients)
+        path = folder / f"linear-ag-{name}.json"
+        save_guidance(path, Guidance(CFG(), policy), steered.measured)
+    options["quality_floor"] = floor
     if not (folder / "relaxed.json").is_file():
         relaxed = relaxed_search(pipe, prompts[:4], iterations=20, **options)
         relaxed.save(folder / "relaxed.json")
@@ -144,10 +154,12 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
         for tail in ("cond", "linear"):
             rows.append((f"{name}, {tail} tail", LinearAG(tail=tail, coefficients=coefficients)))
     rows += [
+        ("linear-ag-forecast", "linear-ag-forecast"),
         ("hold, cond tail", Hold(tail="cond")),
         ("hold, held tail", Hold(tail="hold")),
         ("hold, refreshed every 4th", Hold(period=4, head=1.0)),
         ("extrapolate, cond tail", Extrapolate(tail="cond")),
+        ("forecast", "forecast"),
         *((path.stem, path.stem) for path in sorted(folder.glob("searched*.json"))),
         ("relaxed", "relaxed"),
     ]

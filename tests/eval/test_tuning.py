@@ -9,10 +9,16 @@ import torch
 from pilotage.eval.calibration import agreement, calibrate, cost_curve
 from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.policy_search import Candidate, pareto, search
+from pilotage.eval.policy_search import Candidate, offered, pareto, search
 from pilotage.eval.relaxed_search import ScaledSteps, relaxed_search, schedules
 from pilotage.eval.trials import Trials
-from pilotage.guidance import AdaptiveGuidance, HoldDifference, Schedule, load_guidance
+from pilotage.guidance import (
+    AdaptiveGuidance,
+    Coefficients,
+    HoldDifference,
+    Schedule,
+    load_guidance,
+)
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 4
@@ -154,16 +160,19 @@ def test_schedules_of_a_relaxation():
     assert found[0].factors == pytest.approx(((11 / 3 - 1) / 2, 1.5, 2.0), abs=1e-4)
 
 
-def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path):
+@pytest.mark.parametrize("between", ["forecast", "estimate"])
+def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     """What it says of its best is what that does; interrupted, it does not fit again."""
     path = tmp_path / "tried.json"
     options = {"quality_floor": 0.95, "num_inference_steps": 6, "progress": False}
+    options["between"] = between
     found = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
     trials = Trials(pipe, PROMPTS, num_inference_steps=6)
     for candidate in (found.front[0], found.best):
         quality, nfe = trials.judge(candidate.schedule)
         assert quality == pytest.approx(candidate.quality, abs=2e-3)
         assert nfe == candidate.nfe == candidate.schedule.nfe(6)
+        assert set(candidate.schedule.choices) == {"both", between}
     assert len({c.schedule.stand_in for c in found.front}) == len(found.front)
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -173,8 +182,19 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path):
         handle.remove()
     assert len(calls) == 6, "to find the number of evaluations"
     assert again == found
+    other = options | {"between": "estimate" if between == "forecast" else "forecast"}
+    with pytest.raises(ValueError, match="its between differs"):
+        search(pipe, PROMPTS, fitted=True, checkpoint=path, **other)
     with pytest.raises(ValueError, match="makes estimates of its own"):
         search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
+    with pytest.raises(ValueError, match="between is forecast or estimate"):
+        search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
+
+
+def test_only_stand_ins_that_forecast_are_asked_to():
+    assert offered(HoldDifference(), 4) == ("estimate", "cond", "forecast")
+    zeros = [[[0.0] * (t + more) for t in range(4)] for more in (1, 0)]
+    assert offered(Coefficients(*zeros), 4) == ("estimate", "cond")
 
 
 def run(monkeypatch, *arguments):
@@ -200,6 +220,11 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     assert load_guidance(found).policy.stand_in == load_guidance(linear).policy.coefficients
     assert run(monkeypatch, "fit", *common, "--steered", "-o", linear) == 0
     assert "distance held out" in capsys.readouterr().out
+    steered = ["--steered", "--tail", "forecast"]
+    assert run(monkeypatch, "fit", *common, *steered, "-o", tmp_path / "tail.json") == 0
+    assert load_guidance(tmp_path / "tail.json").policy.tail == "forecast"
+    assert run(monkeypatch, "fit", *common, "--tail", "forecast", "-o", linear) == 2
+    assert "--steered" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
     assert "its stand_in differs" in capsys.readouterr().err
     found = tmp_path / "fitted.json"
@@ -217,6 +242,10 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
     options = {"num_inference_steps": STEPS, "guidance": "apg+ag"}
     pipe(PROMPTS[:2], **options)
     assert len(pipe.guidance_trace.plot().axes) == 2, "evaluations and gamma"
+    pipe(PROMPTS[:2], **options | {"guidance": "forecast"})
+    evaluated = pipe.guidance_trace.plot().axes[0].lines[0].get_ydata().tolist()
+    assert evaluated == [0 if s.forecast else 2 for s in pipe.guidance_trace.steps]
+    assert sum(evaluated) == pipe.guidance_trace.nfe[0] < 2 * STEPS
     pipe(PROMPTS[:2], **options, detailed_trace=True)
     trace = pipe.guidance_trace
     figure = trace.plot()

@@ -1,6 +1,7 @@
 """LinearAG, its baselines and the history they share, on tensors alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pilotage.guidance import (
     Coefficients,
     Extrapolate,
     ExtrapolateDifference,
+    Forecast,
     Gram,
     Guidance,
     Hold,
@@ -55,10 +57,26 @@ def drive(policy, cond, uncond, rule=None, w=W, x_t=None):
         rows = run.plan()
         given = uncond[t][rows] if rows else None
         x = torch.zeros_like(cond[t]) if x_t is None else x_t[t]
+        if run.forecasting:
+            guided.append(run.forecast(x, LEVEL))
+            continue
         c, u = run.combine(rows, cond[t], given, x, w, LEVEL)
         guided.append(u + w * (c - u))
     run.finish()
     return torch.stack(guided), run
+
+
+ONE = Coefficients(((1.0,),), ((),))
+
+
+def without_forecasts():
+    return Coefficients([[0.0] * (t + 1) for t in range(4)], [[0.0] * t for t in range(4)])
+
+
+def three_steps():
+    """The estimate of the last step is made of every prediction before it."""
+    cond = ((1.0,), (1.0, 1.0), (1.0, 1.0, 1.0))
+    return Coefficients(cond, ((), (1.0,), (1.0, 1.0)), guided=((), (1.0,), (0.0, 0.0)))
 
 
 @pytest.mark.parametrize("target", ["uncond", "difference"])
@@ -175,6 +193,69 @@ def test_hold_and_extrapolate_are_their_definitions(space):
 
 
 @pytest.mark.parametrize("rule", [CFG(), APG()])
+@pytest.mark.parametrize("space", ["native", "x0"])
+def test_forecasts_are_made_of_what_the_rule_made(space, rule):
+    """Held, continued and by given weights, against the guided predictions of the other steps."""
+    cond, uncond, x_t = torch.randn(3, T, 2, 9, generator=torch.Generator().manual_seed(5)).double()
+    choices = ("both", "cond", "forecast", "both", "estimate", "forecast", "forecast", "both")
+    before = {2: (0, 1), 5: (3, 4), 6: (3, 4)}
+    chance = torch.Generator().manual_seed(1)
+    some = torch.randn(T, T, generator=chance).double().tolist()
+    some = [[w if choices[i] != "forecast" else 0.0 for i, w in enumerate(row)] for row in some]
+    hold_cond = [[*[0.0] * t, 1.0] for t in range(T)]
+    hold_cond[4][3] = -1.0
+    hold_uncond = [[0.0] * t for t in range(T)]
+    hold_uncond[4][3] = 1.0
+    guided_rows = [row[:t] for t, row in enumerate(some)]
+    given = Coefficients(hold_cond, hold_uncond, guided=guided_rows, space=space)
+    for stand_in in (HoldDifference(space), ExtrapolateDifference(space), given):
+        got, run = drive(Schedule(choices, stand_in=stand_in), cond, uncond, rule, x_t=x_t)
+        seen = [LEVEL.to_x0(g, x) if space == "x0" else g for g, x in zip(got, x_t, strict=True)]
+        for t, (j, k) in before.items():
+            if stand_in is given:
+                expected = sum(some[t][i] * seen[i] for i in range(t))
+            elif stand_in == HoldDifference(space):
+                expected = seen[k]
+            else:
+                expected = seen[k] + (t - k) / (k - j) * (seen[k] - seen[j])
+            torch.testing.assert_close(seen[t], expected, rtol=1e-5, atol=1e-5)
+        assert run.trace.nfe == [3 * 2 + 2] * 2 == [run.guidance.policy.nfe(T)] * 2
+        assert [s.index for s in run.trace.steps if s.forecast] == list(before)
+        # The others are what they would be without the forecasts.
+        if stand_in is not given:
+            without = [c if c != "forecast" else "cond" for c in choices]
+            plain, _ = drive(Schedule(without, stand_in=stand_in), cond, uncond, rule, x_t=x_t)
+            for t in set(range(T)) - set(before):
+                torch.testing.assert_close(got[t], plain[t], rtol=1e-5, atol=1e-5)
+
+
+def test_forecast_evaluates_the_first_steps_and_then_every_second():
+    choices = Forecast().choices_for(20)
+    assert choices == ("both",) * 4 + ("forecast", "both") * 8
+    assert Forecast().nfe(20) == 24
+    assert Forecast(head=0, period=3).choices_for(6) == (
+        ("both",) + ("forecast", "forecast", "both") + ("forecast",) * 2
+    )
+    assert Forecast(head=1).choices_for(3) == ("both",) * 3
+    cond, uncond, x_t = torch.randn(3, T, 2, 9, generator=torch.Generator().manual_seed(6)).double()
+    guided, run = drive(Forecast(head=0.25), cond, uncond, x_t=x_t)
+    for t in range(T):
+        k = t - run.trace.steps[t].forecast
+        held = LEVEL.to_x0(uncond[k] + W * (cond[k] - uncond[k]), x_t[k])
+        torch.testing.assert_close(LEVEL.to_x0(guided[t], x_t[t]), held, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["cond", "linear", "forecast"])
+def test_linear_ag_costs_the_same_with_every_tail(tail):
+    cond, uncond = torch.randn(2, T, 2, 9, generator=torch.Generator().manual_seed(9)).double()
+    found = fit_coefficients(Gram.of(cond, uncond))
+    held = [[*[0.0] * (t - 1), 1.0][:t] for t in range(T)]
+    policy = LinearAG(tail=tail, coefficients=replace(found, guided=held))
+    _, run = drive(policy, cond, uncond)
+    assert run.trace.nfe == [policy.nfe(T)] * 2 == [T + T // 4] * 2
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG()])
 def test_a_schedule_of_both_is_ordinary_guidance(rule):
     cond, uncond, x_t = torch.randn(3, T, 2, 9, generator=torch.Generator().manual_seed(6))
     plain, _ = drive(Schedule(("both",) * T), cond, uncond, rule, x_t=x_t)
@@ -202,6 +283,8 @@ def test_history_keeps_only_what_later_steps_use():
         for t in range(30)
     ]
     assert HistoryPlan(line).places == 5
+    held = [HoldDifference().forecast(t, [2 * (t // 2)]) if t % 2 else None for t in range(20)]
+    assert HistoryPlan(held).places == 1
 
 
 def test_the_future_cannot_be_used():
@@ -209,6 +292,8 @@ def test_the_future_cannot_be_used():
         HistoryPlan([None, Weights({1: 1.0}, {1: 1.0})])
     with pytest.raises(ValueError, match="uses cond of step 3"):
         HistoryPlan([None, Weights({3: 1.0})])
+    with pytest.raises(ValueError, match="uses guided of step 1"):
+        HistoryPlan([None, Weights(guided={1: 1.0})])
 
 
 def test_estimates_stay_in_the_networks_dtype():
@@ -225,13 +310,20 @@ def test_a_step_without_guidance_leaves_a_hole_that_is_named():
     assert run.plan() == []
     with pytest.raises(ValueError, match="step 0, at which the pipeline did not guide"):
         run.combine([], cond[1], None, cond[1], W, LEVEL)
+    run = Run(Guidance(CFG(), Forecast(head=0)), 2, T, on_cpu=True)
+    run.plan()
+    run.leave(cond[0])
+    run.plan()
+    assert run.forecasting
+    with pytest.raises(ValueError, match="guided prediction of step 0, at which"):
+        run.forecast(cond[1], LEVEL)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LinearAG(), "pilotage fit"),
-        (lambda: Hold(tail="linear"), "tail is 'cond' or 'hold'"),
+        (lambda: Hold(tail="linear"), "tail is 'cond', 'hold' or 'forecast'"),
         (lambda: Hold(period=0), "period must be >= 1"),
         (lambda: Hold(head=1.5), "head is a share"),
         (lambda: Schedule(), "a choice of both, estimate, cond"),
@@ -239,7 +331,21 @@ def test_a_step_without_guidance_leaves_a_hole_that_is_named():
         (lambda: Schedule(("both",), (1.0, 2.0)), "2 factors for 1 choices"),
         (lambda: Schedule(("both",), (math.nan,)), "finite"),
         (lambda: Schedule(("cond", "estimate")), "no step before it evaluates"),
+        (lambda: Schedule(("forecast", "both")), "no step before it evaluates anything"),
+        (lambda: Schedule(("both", "both"), stand_in=ONE), "fitted for 1 steps"),
+        (lambda: Forecast(head=1.5), "head is a share"),
+        (lambda: Forecast(period=0), "period must be >= 1"),
+        (lambda: Forecast(space="x"), "space is 'x0' or 'native'"),
         (lambda: Coefficients(((1.0,),), ((1.0,),)), "row t must hold"),
+        (lambda: Coefficients(((1.0,),), ((),), guided=((1.0,),)), "weights of guided"),
+        (
+            lambda: LinearAG(tail="forecast", coefficients=without_forecasts()),
+            "no forecast of step 3",
+        ),
+        (
+            lambda: Schedule(("both", "forecast", "estimate"), stand_in=three_steps()),
+            "made of predictions of step 1, which is forecast",
+        ),
         (lambda: Coefficients(((1.0,),), ((),), (1.0, 2.0)), "2 intercepts for 1 steps"),
     ],
 )
@@ -269,10 +375,13 @@ def test_bad_trajectories():
 def test_saved_settings_come_back(tmp_path):
     cond, uncond = torch.randn(2, T, 2, 9)
     some = fit_coefficients(Gram.of(cond, uncond), intercept=True, identity={"scheduler": "X"})
+    forecasting = replace(three_steps(), guided=((), (1.0,), (0.5, 0.5)))
     for guidance in (
         APG(eta=0.25) | LinearAG(tail="linear", coefficients=some),
         Guidance(CFG(), Schedule(("both",) * T, (1.5,) * T, some, {"networks": {"unet": "a"}})),
         Guidance(CFG(), Extrapolate(period=3)),
+        Guidance(CFG(), Forecast(head=0.5)),
+        Guidance(CFG(), Schedule(("both", "both", "forecast"), stand_in=forecasting)),
         Guidance(APG()),
     ):
         path = tmp_path / "own.json"

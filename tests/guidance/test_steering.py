@@ -28,10 +28,13 @@ def sample(policy, uncond, seed=0):
     states = []
     for t in range(T):
         rows = run.plan()
-        c = cond_of(t, x)
-        u = uncond(t, x, [*states]) if rows else None
-        a, b = run.combine(rows, c, u, x, W, None)
-        x = x + PACE * (b + W * (a - b))
+        if run.forecasting:
+            x = x + PACE * run.forecast(x, None)
+        else:
+            c = cond_of(t, x)
+            u = uncond(t, x, [*states]) if rows else None
+            a, b = run.combine(rows, c, u, x, W, None)
+            x = x + PACE * (b + W * (a - b))
         states.append(x)
     run.finish()
     return torch.stack(states)
@@ -50,6 +53,9 @@ def steered(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
     run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
     for t in range(T):
         asked = run.plan()
+        if run.forecasting:
+            own.append(own[t] + PACE * run.forecast(own[t], None))
+            continue
         c = cond_of(t, own[t])
         u = uncond(t, own[t], own[1:]) if asked else None
         a, b = run.combine(asked, c, u, own[t], W, None)
@@ -96,12 +102,50 @@ def test_an_exact_linear_toy_is_recovered():
     torch.testing.assert_close(again, other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [None, (0, 2, 3)])
-def test_the_schedule_found_repeats_the_run_it_was_fitted_on(rows):
+def test_an_exact_forecast_is_recovered():
+    """Where guided predictions are linear in the last ones not forecast, so is the forecast."""
+    choices = ("both", "both", "forecast", "both", "cond", "forecast", "forecast")
+    weights = {2: {0: -0.4, 1: 1.3}, 5: {0: 0.3, 1: 0.2, 3: -0.5, 4: 0.9}, 6: {3: 0.6, 4: 0.4}}
+    x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    states, guided = [], []
+    for t, choice in enumerate(choices):
+        if choice == "forecast":
+            guided.append(sum(w * guided[i] for i, w in weights[t].items()))
+        else:
+            c, u = cond_of(t, x), uncond_of(t, x)
+            guided.append(c if choice == "cond" else u + W * (c - u))
+        x = x + PACE * guided[-1]
+        states.append(x)
+    got, found = steered(torch.stack(states), lambda t, x, _: uncond_of(t, x), choices)
+    torch.testing.assert_close(got, torch.stack(states), rtol=0, atol=1e-5)
+    for t, choice in enumerate(choices):
+        expected = [weights.get(t, {}).get(i, 0.0) for i in range(t)]
+        assert found.guided[t] == pytest.approx(expected, abs=1e-5)
+        if choice == "forecast":
+            assert found.cond[t] == (0.0,) * t + (1.0,) and found.uncond[t] == (0.0,) * t
+
+
+def test_a_forecast_is_made_of_the_last_few():
+    """Steps further back are given up, also where they would help."""
+    choices = ("both",) * 5 + ("forecast", "both")
     uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
     reference = sample(Schedule(("both",) * T), uncond)
-    states, found = steered(reference, uncond, rows=rows, ridge=1e-3)
-    again = sample(Schedule(CHOICES, stand_in=found), uncond)
+    _, found = steered(reference, uncond, choices)
+    assert found.guided[5][0] == 0 and all(found.guided[5][1:])
+    with pytest.raises(ValueError, match="recent must be at least 1"):
+        Steer(choices, W, lambda t: None, print, recent=0)
+
+
+MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")
+
+
+@pytest.mark.parametrize("choices", [CHOICES, MIXED])
+@pytest.mark.parametrize("rows", [None, (0, 2, 3)])
+def test_the_schedule_found_repeats_the_run_it_was_fitted_on(rows, choices):
+    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
+    reference = sample(Schedule(("both",) * T), uncond)
+    states, found = steered(reference, uncond, choices, rows=rows, ridge=1e-3)
+    again = sample(Schedule(choices, stand_in=found), uncond)
     torch.testing.assert_close(again, states, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(states, reference)
 

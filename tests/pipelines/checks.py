@@ -1,9 +1,11 @@
 """What the seam must show of every family, as functions that tests and the report share."""
 
+import functools
+
 import numpy as np
 import torch
 
-from pilotage.guidance import APG, AdaptiveGuidance
+from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import LAYOUTS, guided
 
 from ..families import FAMILIES
@@ -91,6 +93,41 @@ def ag_rows_ok(name):
         if policy is at_once and guided_steps != [1] * 3:
             return False
     return True
+
+
+def held_outputs(pipe, choices):
+    """Make a stock pipeline's scheduler take, at forecast steps, the output of the last other."""
+    stock, index, last = pipe.scheduler.step, -1, None
+
+    @functools.wraps(stock)
+    def step(model_output, *args, **kwargs):
+        nonlocal index, last
+        index += 1
+        last = last if choices[index] == "forecast" else model_output
+        return stock(last, *args, **kwargs)
+
+    pipe.scheduler.step = step
+
+
+def forecast_error(name):
+    """Difference between a schedule that holds outputs and a scheduler that does.
+
+    Every other step evaluates nothing; the rows counted at the network must say so. In units of
+    what holding changes.
+    """
+    pipe = guided(FAMILIES[name].build())
+    plain = latents(pipe, name, guidance="cfg")
+    total = len(pipe.guidance_trace.steps)
+    choices = tuple("forecast" if i % 2 else "both" for i in range(total))
+    with Rows(pipe, name) as rows:
+        ours = latents(pipe, name, guidance=Schedule(choices))
+    nfe = 2 * choices.count("both")
+    assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
+    stock = FAMILIES[name].build()
+    held_outputs(stock, choices)
+    values = (ours, latents(stock, name), plain)
+    ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
+    return ((ours - expected).norm() / (plain - expected).norm()).item()
 
 
 # What the pipelines' sources say, read apart from Pilotage's layouts.

@@ -521,6 +521,10 @@ def test_schedulers_and_rules_that_do_not_fit():
     use(pipe, Guider(FDG(), SCALE).bind(pipe))
     with pytest.raises(ValueError, match="packed tokens"):
         latents(pipe, "qwen_image")
+    pipe = shared("sdxl")
+    use(pipe, Guider("forecast", SCALE).bind(pipe))
+    with pytest.raises(ValueError, match="steps that evaluate nothing"):
+        latents(pipe, "sdxl")
 
 
 def test_wrong_arguments():

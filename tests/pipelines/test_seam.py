@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 
-from pilotage.guidance import APG, AdaptiveGuidance, Interval, NonFinitePredictionError
+from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Interval, NonFinitePredictionError
 from pilotage.pipelines import guided
+from pilotage.pipelines.layouts import LayoutError
 
 from ..families import FAMILIES
 from .checks import (
@@ -15,10 +16,12 @@ from .checks import (
     apg_error,
     cfg_bit_equal,
     equal,
+    forecast_error,
     latents,
     parting_policy,
 )
 
+NORM_MATCHED = ["qwen_image", "lumina2"]
 BATCH_MATES = ["sd", "sdxl", "sdxl_controlnet", "sd3", "flux", "wan", "qwen_image", "dit"]
 
 
@@ -64,6 +67,17 @@ def test_apg_equals_algorithm_1_in_the_stock_loop(name):
 @pytest.mark.parametrize("name", COVERED)
 def test_ag_rows(name):
     assert ag_rows_ok(name)
+
+
+@pytest.mark.parametrize("name", [name for name in COVERED if name not in NORM_MATCHED])
+def test_steps_that_evaluate_nothing(name):
+    assert forecast_error(name) <= 1e-2
+
+
+@pytest.mark.parametrize("name", NORM_MATCHED)
+def test_norms_of_what_is_not_evaluated_cannot_be_matched(pipes, name):
+    with pytest.raises(LayoutError, match="the norm of the conditional one"):
+        latents(guided(pipes(name)), name, guidance=Forecast(head=0))
 
 
 @pytest.mark.parametrize("name", COVERED)

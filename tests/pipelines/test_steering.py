@@ -74,11 +74,29 @@ def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, ste
     assert near < 0.9 * far
 
 
-def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, steering):
-    found, latents = steering.fit(alternating(STEPS, 2, 0.5, True))
-    policy = LinearAG(tail="linear", coefficients=found.coefficients)
+def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, steering):
+    choices = ("both", "both", "forecast", "both", "forecast")
+    found, latents = steering.fit(choices)
+    again, nfe = run(pipe, found.schedule)
+    assert nfe == [6] * len(PROMPTS)
+    torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
+    held, _ = run(pipe, Schedule(choices))
+    generator = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    options = {"guidance_scale": 7.5, "num_inference_steps": 3, "output_type": "latent"}
+    fewer = pipe(PROMPTS, generator=generator, **options).images
+    near, *far = ((x - steering.states[-1]).square().mean() for x in (latents, held, fewer))
+    assert near < 0.9 * min(far)
+
+
+@pytest.mark.parametrize(
+    ("tail", "choice", "cost"),
+    [("linear", "estimate", STEPS + 1), ("forecast", "forecast", STEPS + 2)],
+)
+def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, steering, tail, choice, cost):
+    found, latents = steering.fit(alternating(STEPS, 2, 0.5, choice))
+    policy = LinearAG(tail=tail, coefficients=found.coefficients)
     again, nfe = run(pipe, Guidance(CFG(), policy))
-    assert nfe == [STEPS + 1] * len(PROMPTS)
+    assert nfe == [cost] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
 
 
