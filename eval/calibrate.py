@@ -35,6 +35,10 @@ def command(
     nfe: Annotated[float | None, typer.Option(help="Wanted evaluations a picture.")] = None,
     ssim: Annotated[float | None, typer.Option(help="Wanted SSIM to plain guidance.")] = None,
     rule: Annotated[str, typer.Option(help="How predictions combine: cfg, apg, ...")] = "cfg",
+    tail: Annotated[
+        str,
+        typer.Option(help="After the threshold: 'cond' (the paper's) or 'forecast' every other."),
+    ] = "cond",
     output: Output = Path("outputs/ag.json"),
     scale: Scale = 7.5,
     steps: Steps = 20,
@@ -50,6 +54,8 @@ def command(
 
     from ..guidance import Always, resolve
 
+    if tail not in ("cond", "forecast"):
+        raise ValueError(f"--tail is 'cond' or 'forecast', got {tail!r}")
     if not isinstance(resolve(rule).policy, Always):
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
     texts, pipe = load(prompts, model, device)
@@ -67,6 +73,7 @@ def command(
         seed=seed,
         batch_size=batch_size,
         rule=pipe.resolve_guidance(rule).rule,
+        tail=tail,
     )
     found.save(output)
     for space, (threshold, cost, quality) in found.proofs.items():

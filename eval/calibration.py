@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 8,
     rule: Rule | None = None,
+    tail: Literal["cond", "forecast"] = "cond",
     quality: Quality = ssim,
     progress: bool = True,
 ) -> Calibration:
@@ -88,6 +89,7 @@ def calibrate(
             guidance; the space that reaches it with fewer evaluations is chosen.
         guidance_scale, num_inference_steps, negative_prompt, seed, batch_size, rule, quality: See
             `Trials`.
+        tail: See `AdaptiveGuidance`.
         progress: Show a bar.
 
     Raises:
@@ -115,12 +117,13 @@ def calibrate(
     with tqdm(desc="calibrating", unit="run", disable=not progress) as bar:
         gammas = agreement(trials)
         bar.update()
-        costs = {space: cost_curve(gamma, lag) for space, gamma in gammas.items()}
+        costs = {space: cost_curve(gamma, lag, tail) for space, gamma in gammas.items()}
         if target_nfe is not None:
             _check_reachable(target_nfe, costs)
 
         def prove(threshold: float, space: Space) -> tuple[float, float, float]:
-            judged, nfe = trials.judge(trials.compose(AdaptiveGuidance(threshold, space)))
+            policy = AdaptiveGuidance(threshold, space, tail=tail)
+            judged, nfe = trials.judge(trials.compose(policy))
             bar.update()
             return threshold, nfe, judged
 
@@ -136,7 +139,7 @@ def calibrate(
     else:
         space = min(proofs, key=lambda s: proofs[s][1])
     threshold, nfe, judged = proofs[space]
-    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space)))
+    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, tail=tail)))
     return Calibration(guidance, nfe, judged, proofs, costs)
 
 
@@ -172,12 +175,15 @@ def agreement(trials: Trials) -> dict[str, Tensor]:
     return {space: torch.cat(found[space], 1) for space in spaces}
 
 
-def cost_curve(gamma: Tensor, lag: int = 0) -> list[tuple[float, float]]:
+def cost_curve(
+    gamma: Tensor, lag: int = 0, tail: Literal["cond", "forecast"] = "cond"
+) -> list[tuple[float, float]]:
     """(threshold, mean network evaluations) for every threshold that makes a difference, ascending.
 
     Args:
         gamma: Cosine at every step of every sample, with shape (T, N).
         lag: Steps after its measurement at which a stop takes effect.
+        tail: See `AdaptiveGuidance`.
     """
     steps = len(gamma)
     # A sample stops where its running maximum reaches the threshold.
@@ -185,7 +191,8 @@ def cost_curve(gamma: Tensor, lag: int = 0) -> list[tuple[float, float]]:
     curve = []
     for threshold in sorted(set(highest.flatten().tolist())):
         guided = ((highest < threshold).sum(0) + 1 + lag).clamp(max=steps)
-        curve.append((threshold, steps + guided.double().mean().item()))
+        rest = steps - guided if tail == "cond" else (steps - guided) // 2 * 2
+        curve.append((threshold, (2 * guided + rest).double().mean().item()))
     return curve
 
 

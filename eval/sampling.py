@@ -337,7 +337,7 @@ class _Maker:
 def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float] | None:
     """Norm of (guided - conditional) as denoised images, mean over all steps, of each sample.
 
-    Steps without guidance count as 0, steps that evaluate nothing do not count. None where the
+    Steps without guidance count as 0, those at which a sample rests do not count. None where the
     noise level is infinite and the network predicts noise: its denoised image does not exist there.
 
     Args:
@@ -347,13 +347,15 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
     """
     prediction = prediction_type_of(scheduler)
     totals = torch.zeros(trace.batch, dtype=torch.float64)
+    counts = torch.full((trace.batch,), len(trace.steps))
     for step in trace.steps:
+        counts[step.resting] -= 1
         if step.update_norm is None:
             continue
         factor = 1.0 if guidance.rule.space == "x0" else _to_x0_factor(step.noise, prediction)
         rows = list(range(trace.batch)) if step.estimated else step.rows
         totals[rows] += factor * step.update_norm.double().cpu()
-    means = totals / sum(not step.forecast for step in trace.steps)
+    means = totals / counts
     return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
 
 

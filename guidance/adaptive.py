@@ -4,7 +4,9 @@ r"""Adaptive Guidance (AG): stop evaluating the unconditional branch once it say
 
 Classifier-free guidance while :math:`\gamma_t < \bar\gamma`; from then on the conditional
 prediction alone, for good. A run of T steps whose first k are guided costs T + k network
-evaluations per sample.
+evaluations per sample. For the same cost the rest of the run can keep its guidance, if at every
+other step nothing is evaluated and the last guided prediction is taken once more (ours; see
+`forecast`).
 
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
@@ -15,13 +17,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .lagged import LaggedReads
 from .policy import Policy, PolicyState, Step
 from .prediction import Space, dot, norm
+from .transfer import to_device
 
 
 def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
@@ -45,12 +49,14 @@ class AdaptiveGuidance(Policy):
             denoised images, guides 18 of 50 steps on SDXL (w = 7) and 25 of 50 on a flow model
             (w = 4.5); the paper's own values (0.991 to 0.996) are for another model and space.
         space: "x0" compares denoised images, "native" the raw network outputs.
+        tail: What follows: "cond", the conditional prediction alone, as in the paper; "forecast",
+            nothing and both branches in turn, the guided prediction held in `space` meanwhile.
         lag: How many steps after its measurement a decision takes effect. None: 0 on the CPU, 1 on
             other devices, where the value then arrives without stalling the queue. A lag of 1
             costs at most one more unconditional evaluation per sample.
 
     Raises:
-        ValueError: the threshold is not a number, or the lag is negative.
+        ValueError: the threshold is not a number, the lag is negative, or a name is unknown.
     """
 
     name: ClassVar[str] = "ag"
@@ -59,6 +65,7 @@ class AdaptiveGuidance(Policy):
     threshold: float = 0.999
     space: Space = "x0"
     lag: int | None = None
+    tail: Literal["cond", "forecast"] = "cond"
 
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
@@ -67,11 +74,18 @@ class AdaptiveGuidance(Policy):
             raise ValueError(f"AdaptiveGuidance: space is 'x0' or 'native', got {self.space!r}")
         if self.lag is not None and self.lag < 0:
             raise ValueError(f"AdaptiveGuidance: lag must be >= 0, got {self.lag}")
+        if self.tail not in ("cond", "forecast"):
+            raise ValueError(f"AdaptiveGuidance: tail is 'cond' or 'forecast', got {self.tail!r}")
 
     def start(self, batch: int, on_cpu: bool) -> PolicyState:
         """A state in which every sample is still guided."""
         lag = self.lag if self.lag is not None else (0 if on_cpu else 1)
-        return _Latch(batch, self.threshold, lag)
+        latch = _Latch if self.tail == "cond" else _RestingLatch
+        return latch(batch, self.threshold, lag)
+
+    def may_forecast(self, total: int) -> bool:
+        """Whether the tail is so."""
+        return self.tail == "forecast"
 
 
 class _Latch(PolicyState):
@@ -90,3 +104,35 @@ class _Latch(PolicyState):
 
     def observe(self, step: Step, rows: list[int], gamma: Tensor | None) -> None:
         self.reads.push(step.index, rows, gamma)
+
+
+class _RestingLatch(_Latch):
+    """Samples that have left the guided set rest at every other step; the others are guided."""
+
+    def __init__(self, batch: int, threshold: float, lag: int) -> None:
+        super().__init__(batch, threshold, lag)
+        self.since = [0] * batch  # steps since a sample left
+        self.held: Tensor | None = None
+
+    def wanted(self, step: Step) -> list[bool]:
+        guided = super().wanted(step)
+        self.since = [0 if g else n + 1 for g, n in zip(guided, self.since, strict=True)]
+        return [n % 2 == 0 for n in self.since]
+
+    def resting(self, step: Step) -> list[int]:
+        return [row for row, n in enumerate(self.since) if n % 2]
+
+    def forecast(self, step: Step) -> Tensor:
+        return self.held
+
+    def wants_guided(self, step: Step) -> bool:
+        return True
+
+    def keep_guided(self, step: Step, guided: Tensor) -> None:
+        resting = self.resting(step)
+        if resting:  # what they hold has been to the network's units and back
+            rests = torch.zeros(len(guided), dtype=torch.bool)
+            rests[resting] = True
+            rests = to_device(rests, guided.device).view(-1, *(1,) * (guided.ndim - 1))
+            guided = self.held.where(rests, guided)
+        self.held = guided

@@ -72,12 +72,18 @@ class PolicyState:
         Asked only of policies with `needs_history`; both have the shape (B, \\*), in its space.
         """
 
-    def forecasts(self, step: Step) -> bool:
-        """Whether this step evaluates nothing, for any sample; asked after `wanted`."""
-        return False
+    def resting(self, step: Step) -> list[int]:
+        """The samples that evaluate nothing at this step, none of them wanted.
+
+        Asked after `wanted`.
+        """
+        return []
 
     def forecast(self, step: Step) -> Tensor:
-        """The guided prediction of a step that evaluates nothing, in the policy's space."""
+        """Guided predictions in the policy's space, with shape (B, \\*).
+
+        Only those of the samples that rest are read.
+        """
         raise NotImplementedError
 
     def wants_guided(self, step: Step) -> bool:
@@ -85,7 +91,14 @@ class PolicyState:
         return False
 
     def keep_guided(self, step: Step, guided: Tensor) -> None:
-        """Remember the guided prediction of a step, with shape (B, \\*), in the policy's space."""
+        """Remember the guided predictions of a step, in the policy's space.
+
+        Those of samples that rest, in a batch of which others do not, are their forecasts.
+
+        Args:
+            step: The step just evaluated.
+            guided: With shape (B, \\*).
+        """
 
 
 class Policy:
@@ -112,7 +125,7 @@ class Policy:
         raise NotImplementedError
 
     def may_forecast(self, total: int) -> bool:
-        """Whether any of `total` steps evaluates nothing."""
+        """Whether in a run of `total` steps any sample may evaluate nothing at a step."""
         return False
 
     def __ror__(self, rule) -> Guidance:

@@ -30,8 +30,11 @@ class Run:
         on_cpu: Whether the predictions live on the CPU (device values are then read at once).
         detailed: Record cosines and norms at every step.
 
-    Each step is `plan`, which says what to evaluate, then `combine`; or `forecast` where `plan` has
-    set `forecasting`.
+    Each step is `plan`, which says what to evaluate, then `combine`. Samples that evaluate nothing
+    (`resting`) take part in `combine` with their `forecast`; where all rest, it alone ends a step.
+
+    Attributes:
+        resting: The samples that evaluate nothing at the step last planned.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Run:
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total, None)
-        self.forecasting = False
+        self.resting: list[int] = []
 
     def plan(self, noise: float | None = None) -> list[int]:
         """Begin a step: the samples whose unconditional branch is to be evaluated.
@@ -54,8 +57,13 @@ class Run:
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
         self.step = Step(self.step.index + 1, self.total, noise)
         wanted = self.policy_state.wanted(self.step)
-        self.forecasting = self.policy_state.forecasts(self.step)
+        self.resting = self.policy_state.resting(self.step)
         return [row for row in range(self.batch) if wanted[row]]
+
+    @property
+    def all_rest(self) -> bool:
+        """Whether the step last planned evaluates nothing at all."""
+        return len(self.resting) == self.batch
 
     def combine(
         self,
@@ -70,7 +78,8 @@ class Run:
 
         Args:
             rows: What `plan` returned.
-            pred_cond: Network output of the conditional branch, with shape (B, \\*).
+            pred_cond: Network output of the conditional branch, with shape (B, \\*); of samples
+                that rest, their forecasts.
             pred_uncond: Network output of the unconditional branch, with shape (len(rows), \\*);
                 None if `rows` is empty: then the policy may give an estimate of it.
             x_t: Network input, with shape (B, \\*).
@@ -87,7 +96,7 @@ class Run:
             NonFinitePredictionError: a prediction is NaN or infinite (on other devices than the
                 CPU one step later, or from `finish`).
         """
-        record = StepRecord(self.step.index, self.step.noise, rows)
+        record = StepRecord(self.step.index, self.step.noise, rows, self.resting)
         self.trace.steps.append(record)
         policy, rule, state = self.guidance.policy, self.guidance.rule, self.policy_state
         if not rows:
@@ -121,17 +130,18 @@ class Run:
         return guided, guided
 
     def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
-        """End a step that evaluates nothing.
+        """Guided predictions of the samples that rest; the end of the step if all do.
 
         Args:
-            x_t: What would be the network's input, with shape (B, \\*).
+            x_t: What is or would be the network's input, with shape (B, \\*).
             level: As of `combine`.
 
         Returns:
-            The guided prediction, with shape (B, \\*).
+            Predictions with shape (B, \\*), of which only those of samples that rest mean anything.
         """
-        record = StepRecord(self.step.index, self.step.noise, [], forecast=True)
-        self.trace.steps.append(record)
+        if self.all_rest:
+            record = StepRecord(self.step.index, self.step.noise, [], self.resting)
+            self.trace.steps.append(record)
         guided = self.policy_state.forecast(self.step)
         if self.guidance.policy.space == "x0":
             guided = level.from_x0(guided, x_t)
@@ -236,12 +246,12 @@ class Run:
 
     @property
     def _keeps_guided(self) -> bool:
-        return self.guidance.policy.needs_history and self.policy_state.wants_guided(self.step)
+        return self.policy_state.wants_guided(self.step)
 
     def _keep_guided(self, guided: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
         if self._keeps_guided:
-            in_space = self.guidance.policy.space == "native"
-            kept = guided if in_space else level.to_x0(guided, x_t)
+            native = self.guidance.policy.space == "native"
+            kept = guided if native else level.to_x0(guided, x_t)
             self.policy_state.keep_guided(self.step, kept)
 
     def _state_of(self, index: Tensor | None) -> Tensor | None:

@@ -95,8 +95,8 @@ class _Planned(PolicyState):
             self.history.write("cond", step.index, pred_cond)
             self.history.write("uncond", step.index, pred_uncond)
 
-    def forecasts(self, step: Step) -> bool:
-        return self.choices[step.index] == "forecast"
+    def resting(self, step: Step) -> list[int]:
+        return list(range(self.batch)) if self.choices[step.index] == "forecast" else []
 
     def forecast(self, step: Step) -> Tensor:
         return self.history.estimate(step.index)

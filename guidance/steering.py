@@ -116,8 +116,9 @@ class _Steering(PolicyState):
             self.differences[step.index] = pred_cond.float() - pred_uncond.float()
             self._end(step)
 
-    def forecasts(self, step: Step) -> bool:
-        return self.policy.choices[step.index] == "forecast"
+    def resting(self, step: Step) -> list[int]:
+        rests = self.policy.choices[step.index] == "forecast"
+        return list(range(self.batch)) if rests else []
 
     def forecast(self, step: Step) -> Tensor:
         guided, beta = self._nearest([*self.guided.values()], self.policy.aim(step.index).float())

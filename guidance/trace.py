@@ -18,11 +18,11 @@ class StepRecord:
         index: Network evaluation within the run, from 0.
         noise: sigma / alpha of the network's input; None where unknown.
         rows: The samples whose both branches were evaluated.
+        resting: The samples that evaluated nothing: their guided prediction is a forecast.
         gamma: Cosine of the two predictions, with shape (len(rows),): in the policy's space, or for
             policies without one on denoised images where the noise level is known.
         estimated: Whether the unconditional predictions of this step are estimates; `rows` is then
             empty, and what follows is of every sample.
-        forecast: Whether nothing was evaluated: the guided prediction is a forecast.
         cond_norm: L2 norm of the conditional prediction in the rule's space, likewise.
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
         scale_factor: `update_norm` in units of plain guidance's, (w - 1) times the norm of the
@@ -36,8 +36,8 @@ class StepRecord:
     index: int
     noise: float | None
     rows: list[int]
+    resting: list[int] = field(default_factory=list)
     estimated: bool = False
-    forecast: bool = False
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
     update_norm: Tensor | None = None
@@ -49,7 +49,7 @@ class StepRecord:
         values = {name: getattr(self, name) for name in MEASURED}
         lists = {name: v.float().tolist() for name, v in values.items() if v is not None}
         plain = {"step": self.index, "noise": self.noise, "rows": self.rows}
-        return plain | {"estimated": self.estimated, "forecast": self.forecast} | lists
+        return plain | {"resting": self.resting, "estimated": self.estimated} | lists
 
 
 @dataclass
@@ -61,11 +61,13 @@ class Trace:
 
     @property
     def nfe(self) -> list[int]:
-        """Network evaluations of every sample: 1 a step, 2 where both branches ran, 0 forecast."""
-        counts = [sum(not step.forecast for step in self.steps)] * self.batch
+        """Network evaluations of every sample: 1 a step, 2 where both branches ran, 0 at rest."""
+        counts = [len(self.steps)] * self.batch
         for step in self.steps:
             for row in step.rows:
                 counts[row] += 1
+            for row in step.resting:
+                counts[row] -= 1
         return counts
 
     def as_dicts(self) -> list[dict]:
@@ -108,7 +110,8 @@ class Trace:
 
     def _evaluations(self) -> list[list[tuple[int, float]]]:
         """(step, evaluations of a sample on average), one line."""
-        return [[(s.index, (not s.forecast) + len(s.rows) / self.batch) for s in self.steps]]
+        evaluated = [len(s.rows) - len(s.resting) for s in self.steps]
+        return [[(s.index, 1 + n / self.batch) for s, n in zip(self.steps, evaluated, strict=True)]]
 
     def _series(self, name: str) -> list[list[tuple[int, float]]]:
         """(step, value) of every sample."""

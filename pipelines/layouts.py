@@ -81,20 +81,21 @@ class Batched(Layout):
         rows = seam.plan(level)
         cond_start, uncond_start = (0, batch) if self.cond_first else (batch, 0)
         x_t = call.sample[cond_start : cond_start + batch]
-        if seam.run.forecasting:
+        if seam.run.all_rest:
             guided = seam.forecast(x_t, level)
             return with_prediction(seam.seen, torch.cat([guided, guided]), self.listed)
         every = len(rows) == batch
-        cond_rows = range(cond_start, cond_start + batch)
+        cond_rows = [cond_start + row for row in range(batch) if row not in seam.run.resting]
         uncond_rows = [uncond_start + row for row in rows]
         order = [*cond_rows, *uncond_rows] if self.cond_first else [*uncond_rows, *cond_rows]
         output = call(None if every else order)
         seam.see(output)
         prediction = prediction_of(output, self.listed)
         if self.cond_first:
-            cond, uncond = prediction[:batch], prediction[batch:]
+            cond, uncond = prediction[: len(cond_rows)], prediction[len(cond_rows) :]
         else:
             uncond, cond = prediction[: len(rows)], prediction[len(rows) :]
+        cond = seam.filled(cond, x_t, level)
         pair = seam.combine(rows, cond, uncond if rows else None, x_t, level)
         if every and pair[0] is cond and pair[1] is uncond:
             return output
@@ -122,7 +123,7 @@ class Pending:
     level: NoiseLevel | None
     rows: list[int]
     cond: Tensor
-    returned: weakref.ref | None  # None: the step is forecast, `cond` is the guided prediction
+    returned: weakref.ref | None  # None: all samples rest, `cond` is the guided prediction
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,18 @@ class TwoCalls(Layout):
         self.finish(seam)
         level = seam.noise_level(call)
         rows = seam.plan(level)
-        if seam.run.forecasting:
+        if seam.run.all_rest:
             guided = seam.forecast(call.sample, level)
             seam.pending = Pending(call.sample, level, rows, guided, None)
             return with_prediction(seam.seen, guided)
-        output = call()
+        resting = seam.run.resting
+        output = call([i for i in range(call.rows) if i not in resting] if resting else None)
         if not isinstance(output, tuple):
             raise LayoutError(f"expected a tuple from the denoiser, got {type(output).__name__}")
         seam.see(output)
+        if resting:
+            guided = seam.filled(prediction_of(output), call.sample, level)
+            output = with_prediction(output, guided)
         returned = prediction_of(output)
         # A copy: the pipeline, or a cache in the network, may go on using the tensor itself.
         seam.pending = Pending(call.sample, level, rows, returned.clone(), weakref.ref(returned))

@@ -139,10 +139,18 @@ class Seam:
             one = prediction_of(output, listed)[:1].clone()  # the rest is not kept alive
             self.seen = with_prediction(output, one, listed)
 
-    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
-        """The guided prediction of a step that evaluates nothing.
+    def filled(self, cond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
+        """Conditional predictions of the samples that do not rest, with the forecasts of others."""
+        resting = self.run.resting
+        if not resting:
+            return cond
+        active = [row for row in range(self.run.batch) if row not in resting]
+        return self.forecast(x_t, level).index_copy(0, row_index(active, cond.device), cond)
 
-        Extra output channels are those of the last step that did.
+    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
+        """Guided predictions of the samples that rest, shape (B, \\*); the others are not read.
+
+        Extra output channels are those of the last step that evaluated them.
         """
         guided = self.run.forecast(x_t[:, : self.channels], level)
         parts = [guided] if self.rest is None else [guided, self.rest]

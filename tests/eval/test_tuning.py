@@ -37,13 +37,14 @@ def trials(pipe):
     return Trials(pipe, PROMPTS, num_inference_steps=STEPS)
 
 
-def test_costs_are_known_before_any_run(trials):
+@pytest.mark.parametrize("tail", ["cond", "forecast"])
+def test_costs_are_known_before_any_run(trials, tail):
     """The curve from plain guidance against real runs of Adaptive Guidance."""
     for space, gamma in agreement(trials).items():
-        curve = cost_curve(gamma)
+        curve = cost_curve(gamma, tail=tail)
         assert [cost for _, cost in curve] == sorted(cost for _, cost in curve)
         for threshold, cost in curve[:: max(1, len(curve) // 3)]:
-            _, nfe = trials.run(AdaptiveGuidance(threshold, space))
+            _, nfe = trials.run(AdaptiveGuidance(threshold, space, tail=tail))
             assert sum(nfe) / len(nfe) == pytest.approx(cost)
 
 
@@ -232,6 +233,10 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
     assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
     assert "makes its own estimates" in capsys.readouterr().err
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "forecast", "-o", ag) == 0
+    assert load_guidance(ag).policy.tail == "forecast"
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "none", "-o", ag) == 2
+    assert "--tail is" in capsys.readouterr().err
     assert run(monkeypatch, "calibrate", *common, "-o", ag) == 2
     assert "--nfe or --ssim" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
@@ -244,7 +249,7 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
     assert len(pipe.guidance_trace.plot().axes) == 2, "evaluations and gamma"
     pipe(PROMPTS[:2], **options | {"guidance": "forecast"})
     evaluated = pipe.guidance_trace.plot().axes[0].lines[0].get_ydata().tolist()
-    assert evaluated == [0 if s.forecast else 2 for s in pipe.guidance_trace.steps]
+    assert evaluated == [0 if s.resting else 2 for s in pipe.guidance_trace.steps]
     assert sum(evaluated) == pipe.guidance_trace.nfe[0] < 2 * STEPS
     pipe(PROMPTS[:2], **options, detailed_trace=True)
     trace = pipe.guidance_trace

@@ -57,7 +57,7 @@ def drive(policy, cond, uncond, rule=None, w=W, x_t=None):
         rows = run.plan()
         given = uncond[t][rows] if rows else None
         x = torch.zeros_like(cond[t]) if x_t is None else x_t[t]
-        if run.forecasting:
+        if run.all_rest:
             guided.append(run.forecast(x, LEVEL))
             continue
         c, u = run.combine(rows, cond[t], given, x, w, LEVEL)
@@ -220,7 +220,7 @@ def test_forecasts_are_made_of_what_the_rule_made(space, rule):
                 expected = seen[k] + (t - k) / (k - j) * (seen[k] - seen[j])
             torch.testing.assert_close(seen[t], expected, rtol=1e-5, atol=1e-5)
         assert run.trace.nfe == [3 * 2 + 2] * 2 == [run.guidance.policy.nfe(T)] * 2
-        assert [s.index for s in run.trace.steps if s.forecast] == list(before)
+        assert [s.index for s in run.trace.steps if s.resting] == list(before)
         # The others are what they would be without the forecasts.
         if stand_in is not given:
             without = [c if c != "forecast" else "cond" for c in choices]
@@ -240,7 +240,7 @@ def test_forecast_evaluates_the_first_steps_and_then_every_second():
     cond, uncond, x_t = torch.randn(3, T, 2, 9, generator=torch.Generator().manual_seed(6)).double()
     guided, run = drive(Forecast(head=0.25), cond, uncond, x_t=x_t)
     for t in range(T):
-        k = t - run.trace.steps[t].forecast
+        k = t - bool(run.trace.steps[t].resting)
         held = LEVEL.to_x0(uncond[k] + W * (cond[k] - uncond[k]), x_t[k])
         torch.testing.assert_close(LEVEL.to_x0(guided[t], x_t[t]), held, rtol=1e-5, atol=1e-5)
 
@@ -314,7 +314,7 @@ def test_a_step_without_guidance_leaves_a_hole_that_is_named():
     run.plan()
     run.leave(cond[0])
     run.plan()
-    assert run.forecasting
+    assert run.all_rest
     with pytest.raises(ValueError, match="guided prediction of step 0, at which"):
         run.forecast(cond[1], LEVEL)
 

@@ -38,6 +38,12 @@ def drive(guidance, steps=6, batch=3, select=None, **options):
     for cond, uncond, x_t in trajectory(steps, batch):
         cond, uncond, x_t = cond[rows_of], uncond[rows_of], x_t[rows_of]
         rows = run.plan(noise=1.5)
+        if run.all_rest:
+            guided.append(run.forecast(x_t, LEVEL))
+            continue
+        if run.resting:
+            cond = cond.clone()
+            cond[run.resting] = run.forecast(x_t, LEVEL)[run.resting]
         c, u = run.combine(rows, cond, uncond[rows] if rows else None, x_t, W, LEVEL)
         guided.append(u + W * (c - u))
     run.finish()
@@ -110,6 +116,32 @@ def test_views_of_one_network_give_one_result(guidance):
     for result, cost in zip(results, costs, strict=True):
         assert cost == costs[0]
         torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("space", ["x0", "native"])
+@pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=0.5, momentum=0.0)])
+def test_a_forecast_tail_keeps_guidance_at_the_same_cost(rule, space):
+    """Past its threshold a sample is guided and holds what guided it in turn, at its own pace."""
+    steps, policy = 7, AdaptiveGuidance(0.99, space, tail="forecast")
+    plain, _ = drive(Guidance(rule), steps)
+    stopped, dropped = drive(rule | AdaptiveGuidance(0.99, space), steps)
+    got, run = drive(rule | policy, steps)
+    first = [dropped.trace.nfe[row] - steps for row in range(3)]  # guided steps
+    assert len(set(first)) == 3 and min(first) < 3
+    for row, k in enumerate(first):
+        assert run.trace.nfe[row] == 2 * k + (steps - k) // 2 * 2
+        for t, (_, _, x_t) in enumerate(trajectory(steps)):
+            rests = t >= k and (t - k) % 2 == 0
+            assert (row in run.trace.steps[t].resting) is rests
+            expected = plain[t][row]
+            if rests:
+                before = [x for _, _, x in trajectory(steps)][t - 1]
+                expected = plain[t - 1][row]
+                if space == "x0":
+                    held = LEVEL.to_x0(expected, before[row])
+                    expected = LEVEL.from_x0(held, x_t[row])
+            torch.testing.assert_close(got[t][row], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(stopped[-1][0], got[-1][0])
 
 
 def test_lag_delays_every_decision_by_exactly_that():

@@ -28,7 +28,7 @@ def sample(policy, uncond, seed=0):
     states = []
     for t in range(T):
         rows = run.plan()
-        if run.forecasting:
+        if run.all_rest:
             x = x + PACE * run.forecast(x, None)
         else:
             c = cond_of(t, x)
@@ -53,7 +53,7 @@ def steered(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
     run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
     for t in range(T):
         asked = run.plan()
-        if run.forecasting:
+        if run.all_rest:
             own.append(own[t] + PACE * run.forecast(own[t], None))
             continue
         c = cond_of(t, own[t])

@@ -1,6 +1,7 @@
 """What the seam must show of every family, as functions that tests and the report share."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -128,6 +129,19 @@ def forecast_error(name):
     values = (ours, latents(stock, name), plain)
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     return ((ours - expected).norm() / (plain - expected).norm()).item()
+
+
+def resting_rows_ok(name):
+    """Whether samples that rest, each at its own pace, reach no network and count as they cost."""
+    pipe = guided(FAMILIES[name].build())
+    parting = parting_policy(pipe, name)
+    latents(pipe, name, guidance=parting)
+    steps = len(pipe.guidance_trace.steps)
+    guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
+    with Rows(pipe, name) as rows:
+        latents(pipe, name, guidance=replace(parting, tail="forecast"))
+    expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
+    return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
 # What the pipelines' sources say, read apart from Pilotage's layouts.
