@@ -13,6 +13,8 @@ from ..families import FAMILIES
 from ..guidance.oracles import PaperMomentum, paper_apg
 from .x0_oracle import own_prediction, own_x0
 
+# Families that give the guided prediction the conditional one's norm: none can be forecast.
+NORM_MATCHED = ["qwen_image", "lumina2"]
 COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
 
 

@@ -13,6 +13,7 @@ from pilotage.pipelines.layouts import LayoutError
 from ..families import FAMILIES
 from .checks import (
     COVERED,
+    NORM_MATCHED,
     ag_rows_ok,
     apg_error,
     cfg_bit_equal,
@@ -23,7 +24,6 @@ from .checks import (
     resting_rows_ok,
 )
 
-NORM_MATCHED = ["qwen_image", "lumina2"]
 BATCH_MATES = ["sd", "sdxl", "sdxl_controlnet", "sd3", "flux", "wan", "qwen_image", "dit"]
 
 
