@@ -15,8 +15,9 @@ from pilotage.eval.sampling import (
     generate,
     sample_seed,
     steps_for_nfe,
+    update_norms,
 )
-from pilotage.guidance import APG, AdaptiveGuidance, Gram, LinearAG, fit_coefficients
+from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Gram, LinearAG, fit_coefficients
 from pilotage.pipelines import guided
 from pilotage.pipelines.identity import pipeline_identity
 
@@ -110,6 +111,18 @@ def test_update_norm_is_that_of_denoised_images(pipe, tmp_path):
     same = Setting(APG(eta=1.0, momentum=0.0, norm_threshold=0.0), 5.0, 3, method="same")
     one, two = generate(pipe, plan(settings=[SETTINGS[0], same]), tmp_path, progress=False)
     assert one.update == pytest.approx(two.update, rel=1e-3) and min(one.update) > 0
+
+
+@pytest.mark.parametrize("tail", [Forecast(head=0), AdaptiveGuidance(-1.0, tail="forecast")])
+def test_steps_at_rest_do_not_count_towards_the_mean_update(pipe, tail):
+    guidance = APG() | tail
+    pipe(PROMPTS, guidance=guidance, num_inference_steps=4, detailed_trace=True)
+    first, rest, second, last = pipe.guidance_trace.steps
+    assert [len(step.resting) for step in pipe.guidance_trace.steps] == [0, 3, 0, 3]
+    assert rest.update_norm is last.update_norm is None
+    expected = (first.update_norm + second.update_norm) / 2
+    found = update_norms(pipe.guidance_trace, guidance, pipe.scheduler)
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
