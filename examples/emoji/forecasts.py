@@ -27,7 +27,8 @@ import data as emoji
 
 SCALE = 7.5
 BATCH = 16
-# A scheduler's own settings where those of the model's would clip or be refused.
+# With settings where the model's own would clip or be refused. (HeunDiscreteScheduler diverges from
+# this model's infinite first noise level, stock runs as well.)
 RUNS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("DPMSolverMultistepScheduler", 10, {}),
     ("DPMSolverMultistepScheduler", 20, {}),
@@ -36,7 +37,6 @@ RUNS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("DDIMScheduler", 50, {"clip_sample": False}),
     ("EulerDiscreteScheduler", 30, {}),
     ("EulerAncestralDiscreteScheduler", 30, {"rescale_betas_zero_snr": False}),
-    ("HeunDiscreteScheduler", 10, {}),
 )
 
 
