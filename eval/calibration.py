@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..guidance import AdaptiveGuidance, Guidance, Rule, Space, cosine, resolve
+from ..guidance.adaptive import Tail
 from ..guidance.gather import Gather
 from ..guidance.saved import save_guidance
 from ..pipelines.noise_levels import UnknownSchedulerError, check_scheduler
@@ -74,7 +75,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 8,
     rule: Rule | None = None,
-    tail: Literal["cond", "forecast"] = "cond",
+    tail: Tail = "cond",
     quality: Quality = ssim,
     progress: bool = True,
 ) -> Calibration:
@@ -175,9 +176,7 @@ def agreement(trials: Trials) -> dict[str, Tensor]:
     return {space: torch.cat(found[space], 1) for space in spaces}
 
 
-def cost_curve(
-    gamma: Tensor, lag: int = 0, tail: Literal["cond", "forecast"] = "cond"
-) -> list[tuple[float, float]]:
+def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[float, float]]:
     """(threshold, mean network evaluations) for every threshold that makes a difference, ascending.
 
     Args:

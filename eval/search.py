@@ -68,6 +68,8 @@ def command(
     """
     if fitted and (relaxed or coefficients is not None):
         raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
+    if between not in ("forecast", "estimate"):
+        raise ValueError(f"--between is 'forecast' or 'estimate', got {between!r}")
     stand_in = None
     if coefficients is not None:
         from ..guidance import LinearAG, load_guidance

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .lagged import LaggedReads
 from .policy import Policy, PolicyState, Step
 from .prediction import Space, dot, norm
 from .transfer import to_device
+
+Tail = Literal["cond", "forecast"]
 
 
 def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class AdaptiveGuidance(Policy):
     threshold: float = 0.999
     space: Space = "x0"
     lag: int | None = None
-    tail: Literal["cond", "forecast"] = "cond"
+    tail: Tail = "cond"
 
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
@@ -74,7 +76,7 @@ class AdaptiveGuidance(Policy):
             raise ValueError(f"AdaptiveGuidance: space is 'x0' or 'native', got {self.space!r}")
         if self.lag is not None and self.lag < 0:
             raise ValueError(f"AdaptiveGuidance: lag must be >= 0, got {self.lag}")
-        if self.tail not in ("cond", "forecast"):
+        if self.tail not in get_args(Tail):
             raise ValueError(f"AdaptiveGuidance: tail is 'cond' or 'forecast', got {self.tail!r}")
 
     def start(self, batch: int, on_cpu: bool) -> PolicyState:

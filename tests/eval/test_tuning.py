@@ -231,6 +231,8 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     found = tmp_path / "fitted.json"
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
     assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
+    assert run(monkeypatch, "search", *common, "--fitted", "--between", "cond", "-o", found) == 2
+    assert "--between is" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
     assert "makes its own estimates" in capsys.readouterr().err
     assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "forecast", "-o", ag) == 0
