@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -22,6 +23,23 @@ def seconds_in_turn(
     return {setting: [wall for wall, _ in values] for setting, values in found.items()}
 
 
+def evaluations_of(pipe, setting: Setting, prompts: Sequence[str]) -> float:
+    """Network evaluations a sample in the batch that `clocks_in_turn` times."""
+    run_once(pipe, setting, prompts)
+    return statistics.fmean(pipe.guidance_trace.nfe)
+
+
+def run_once(pipe, setting: Setting, prompts: Sequence[str]) -> None:
+    """One batch, a seed a prompt."""
+    pipe(
+        list(prompts),
+        guidance=setting.guidance,
+        guidance_scale=setting.scale,
+        num_inference_steps=setting.steps,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+    )
+
+
 def clocks_in_turn(
     pipe, columns: Sequence[Setting], prompts: Sequence[str], rounds: int
 ) -> dict[Setting, list[tuple[float, float]]]:
@@ -29,15 +47,8 @@ def clocks_in_turn(
     found: dict[Setting, list[tuple[float, float]]] = {setting: [] for setting in columns}
     for turn in tqdm(range(rounds + 1), desc="timing", unit="round"):
         for setting in columns:
-            generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
             begin, begin_cpu = time.perf_counter(), time.process_time()
-            pipe(
-                list(prompts),
-                guidance=setting.guidance,
-                guidance_scale=setting.scale,
-                num_inference_steps=setting.steps,
-                generator=generator,
-            )
+            run_once(pipe, setting, prompts)
             if turn > 0:
                 took = time.perf_counter() - begin, time.process_time() - begin_cpu
                 found[setting].append(took)
