@@ -49,6 +49,7 @@ UNITS = (
     "teleport.emoji",
 )
 SIGMAS = (0.1, 0.5, 2.0)
+CALLS = (1, 8)  # images a call of the speed comparison, beside 2
 ON_PATH = 8  # samples that are also evaluated at the network's own x_t
 
 
@@ -127,9 +128,19 @@ def measure_reading(statistics: DatasetStatistics, output: Path) -> dict[str, An
 
 def measure_speed(data: Tensor, statistics: DatasetStatistics, output: Path) -> dict[str, Any]:
     """Part ``speed``, at noise levels of the 10-step trajectory."""
-    clean = load_images("test")[0][:2].float() / 127.5 - 1
-    noisy = {s: clean + s * seeded(2, tuple(clean.shape[1:])) for s in (0.1, 0.6, 2.0, 8.0)}
-    found = speed.speedup(data, statistics, noisy, 0.005)
+    clean = load_images("test")[0][: max(CALLS)].float() / 127.5 - 1
+
+    def noisy(count: int) -> dict[float, Tensor]:
+        shape = tuple(clean.shape[1:])
+        return {s: clean[:count] + s * seeded(count, shape) for s in (0.1, 0.6, 2.0, 8.0)}
+
+    found = speed.speedup(data, statistics, noisy(2), 0.005)
+    others = [speed.speedup(data, statistics, noisy(count), 0.005) for count in CALLS]
+    floats = speed.speedup(data, statistics, noisy(2), 0.005, compute=torch.float32)
+    found["by_images_a_call"] = [
+        {name: other[name] for name in ("images_a_call", "speedup")} for other in others
+    ]
+    found["float32"] = {name: floats[name] for name in ("speedup", "by_sigma")}
     rows = speed.cost(data, 0.6, 0.005)
     full = max(row["coordinates"] for row in rows)
     for axis, part in (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser
+from ..guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser, integer
 from .analytic_baseline import Pictures, local_denoiser
 from .analytic_jacobian import wiener_matrix
 
@@ -50,12 +50,17 @@ def speedup(
         images: The data set, uint8.
         noisy: Noise level -> noisy images (B, C, H, W).
         options: Further arguments of `LocalDenoiser`. The transcription normalizes within
-            mini-batches: with that normalization ours is compared to it (`largest_difference`).
+            mini-batches: with that normalization ours is compared to it (`largest_difference`);
+            as it runs here, to itself in float32 (`difference_to_float32`).
     """
     ours = LocalDenoiser(images, tau=tau, statistics=statistics, **options)
     check = LocalDenoiser(
         images[:1024], tau=tau, statistics=statistics, normalization="minibatch", minibatch=256
     )
+    few = [
+        LocalDenoiser(images[:4096], tau=tau, statistics=statistics, **options | more)
+        for more in ({}, {"compute": torch.float32})
+    ]
     rows, memory = [], 0.0
     for sigma, y in noisy.items():
         before = forget_peak()  # the data are part of it
@@ -78,6 +83,7 @@ def speedup(
                 "transcription_seconds": plain[0] / len(y),
                 "transcription_cpu_seconds": plain[1] / len(y),
                 "largest_difference": float(difference),
+                "difference_to_float32": float((few[0](y, sigma) - few[1](y, sigma)).abs().max()),
             }
         )
     total = {key: sum(row[key] for row in rows) for key in rows[0]}
@@ -87,8 +93,17 @@ def speedup(
         "by_sigma": rows,
         "peak_memory_over_data_mb": memory,
         "images": len(images),
+        "images_a_call": len(next(iter(noisy.values()))),
+        "products": products(options.get("compute")),
         "threads": torch.get_num_threads(),
     }
+
+
+def products(compute: torch.dtype | None) -> str:
+    """What the local denoiser's matrix products are made of on this CPU."""
+    if compute is not None or integer.missing():
+        return str(compute or torch.float32).removeprefix("torch.")
+    return "bytes in AMX tiles"
 
 
 def cost(images: Tensor, sigma: float, tau: float) -> list[dict[str, float]]:

@@ -1,0 +1,171 @@
+"""Integer products against the dense float64 oracle, at the query that was rounded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pilotage.guidance.analytic import LocalDenoiser, decode, integer
+
+from .oracles import coordinatewise
+
+needs_processor = pytest.mark.skipif(bool(integer.missing()), reason=integer.missing() or "there")
+EPS = torch.finfo(torch.float32).eps
+
+
+def seeded(number):
+    return torch.Generator().manual_seed(number)
+
+
+def problem(count, shape, share, sigma, seed=0, queries=3):
+    """Stored images, noisy images of some of them, and a mask that includes the diagonal."""
+    g = seeded(seed)
+    images = torch.randint(0, 256, (count, *shape), generator=g, dtype=torch.uint8)
+    y = decode(images[:queries]) + sigma * torch.randn(queries, *shape, generator=g)
+    n = y[0].numel()
+    mask = (torch.rand(n, n, generator=g) < share) | torch.eye(n, dtype=torch.bool)
+    return images, y, mask
+
+
+def rounded(y, sigma):
+    """The noisy images that the digits stand for, float64."""
+    digits, unit = integer.digits_of(y.flatten(1), sigma)
+    places = 256.0 ** torch.arange(digits.shape[1], dtype=torch.float64)
+    units = (digits.double() * places[:, None]).sum(1) * unit[:, None]
+    return (units / 127.5 - 1).view_as(y), digits.shape[1]
+
+
+@pytest.mark.parametrize(("sigma", "planes"), [(0.003, 3), (0.1, 3), (2.0, 2), (60.0, 2)])
+def test_digits_move_the_query_by_less_than_promised(sigma, planes):
+    _, y, _ = problem(3, (1, 9, 9), 0.5, sigma)
+    near, used = rounded(y, sigma)
+    assert used == planes
+    assert (near - y).abs().max() <= integer.ROUNDING * sigma
+
+
+@pytest.mark.parametrize("value", [1e9, float("inf"), float("nan")])
+def test_values_that_three_digits_do_not_hold_are_left_to_floats(value):
+    y = torch.zeros(2, 5)
+    y[1, 3] = value
+    assert integer.digits_of(y, 1.0) is None
+
+
+def test_packing_puts_every_byte_where_the_kernel_looks_for_it():
+    images, _, _ = problem(37, (3, 5, 7), 0.5, 1.0)
+    packed, flat = integer.pack(images), images.flatten(1)
+    assert packed.shape == (3, 2, 16, 16, 4)
+    for candidate, j in ((0, 0), (15, 63), (16, 64), (36, 104), (20, 77)):
+        place = (candidate // 16, j // 64, j % 64 // 4, candidate % 16, j % 4)
+        assert packed[place] == flat[candidate, j]
+    assert packed.long().sum() == flat.long().sum()  # padded with zeros
+
+
+@needs_processor
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.8, 1.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.5, 3.0, 40.0])
+def test_kernel_is_the_posterior_mean_at_the_rounded_query(share, sigma):
+    images, y, mask = problem(203, (3, 5, 7), share, sigma)
+    near, _ = rounded(y, sigma)
+    exact, _, _ = coordinatewise(near, decode(images, torch.float64), sigma, mask)
+    found = integer.masked_posterior(y, sigma, integer.pack(images), mask, (0, len(images)))
+    assert found.dtype == torch.float32
+    # Weights and their sums are float32: a few roundings of numbers up to 2.
+    assert (found - exact).abs().max() <= 16 * EPS
+
+
+@needs_processor
+@pytest.mark.parametrize("candidates", [(0, 1), (5, 6), (16, 32), (7, 150), (33, 203), (200, 203)])
+def test_only_the_candidates_asked_for_count(candidates):
+    images, y, mask = problem(203, (1, 10, 10), 0.3, 0.7)
+    near, _ = rounded(y, 0.7)
+    some = decode(images[slice(*candidates)], torch.float64)
+    exact, _, _ = coordinatewise(near, some, 0.7, mask)
+    found = integer.masked_posterior(y, 0.7, integer.pack(images), mask, candidates)
+    assert (found - exact).abs().max() <= 16 * EPS
+
+
+@needs_processor
+def test_blocks_threads_and_other_queries_change_nothing():
+    """Images of several blocks of candidates, more queries than one walk takes."""
+    images, y, mask = problem(1500, (3, 16, 16), 0.2, 1.0, queries=integer.QUERIES + 2)
+    packed, threads, found = integer.pack(images), torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(integer.masked_posterior(y, 1.0, packed, mask, (0, 1500)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    alone = integer.masked_posterior(y[-1:], 1.0, packed, mask, (0, 1500))
+    assert torch.equal(alone, found[0][-1:])
+
+
+@needs_processor
+def test_logits_that_rise_and_fall_by_hundreds_are_rescaled():
+    """Candidates sorted from far to near and back: every few blocks the reference moves."""
+    images, y, mask = problem(640, (1, 8, 8), 1.0, 0.3, queries=1)
+    far = (decode(images) - y).flatten(1).norm(dim=1)
+    for order in (far.argsort(), far.argsort(descending=True)):
+        stored = images[order]
+        near, _ = rounded(y, 0.3)
+        exact, _, _ = coordinatewise(near, decode(stored, torch.float64), 0.3, mask)
+        found = integer.masked_posterior(y, 0.3, integer.pack(stored), mask, (0, 640))
+        assert (found - exact).abs().max() <= 16 * EPS
+
+
+@needs_processor
+def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot():
+    images, y, _ = problem(400, (1, 8, 8), 1.0, 0.4)
+    labels = torch.arange(400) % 3
+    denoiser = LocalDenoiser(images, labels, tau=0.1)
+    plain = LocalDenoiser(images, labels, tau=0.1, compute=torch.float32)
+    mask = denoiser.weights(0.4)
+    near, _ = rounded(y, 0.4)
+    for label in (-1, 0, 2):
+        pool = images if label == -1 else images[labels == label]
+        exact, _, _ = coordinatewise(near, decode(pool, torch.float64), 0.4, mask)
+        found = denoiser(y, 0.4, torch.full((3,), label))
+        assert (found - exact).abs().max() <= 16 * EPS
+        assert not torch.equal(found, plain(y, 0.4, torch.full((3,), label)))
+    assert torch.equal(denoiser(1e9 + y, 0.4), plain(1e9 + y, 0.4))
+    assert torch.equal(denoiser(y, float("inf")), plain(y, float("inf")))
+    exact, _, _ = coordinatewise(y, decode(images, torch.float64), 0.4, mask)
+    assert (denoiser(y.double(), 0.4) - exact).abs().max() <= 1e-12  # nothing is rounded
+
+
+@needs_processor
+def test_sizes_that_do_not_fit_are_refused():
+    images, y, mask = problem(40, (1, 8, 8), 1.0, 0.4)
+    packed = integer.pack(images)
+    with pytest.raises(ValueError, match="mask of 63"):
+        integer.masked_posterior(y, 0.4, packed, mask[:63, :63], (0, 40))
+    for candidates in ((0, 0), (-1, 3), (5, 49)):
+        with pytest.raises(ValueError, match="candidates"):
+            integer.masked_posterior(y, 0.4, packed, mask, candidates)
+
+
+SCRIPT = """
+import torch
+from pilotage.guidance.analytic import LocalDenoiser, integer
+
+images = torch.randint(0, 256, (50, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+images = images.to(torch.uint8)
+y = torch.zeros(1, 1, 6, 6)
+found = [LocalDenoiser(images, tau=0.1, compute=c)(y, 0.5) for c in (None, torch.float32)]
+assert torch.equal(*found)
+print(integer.missing())
+"""
+
+
+def test_without_a_compiler_floats_are_used_and_nothing_is_left_behind(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env={**os.environ, "CC": "false", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
