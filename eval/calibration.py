@@ -24,6 +24,7 @@ from .images import ssim
 from .trials import Quality, Trials
 
 ROUNDS = 7  # of bisection, towards a quality
+SLACK = 1e-6  # a threshold lies so far below the cosine that is to reach it
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ def agreement(trials: Trials) -> dict[str, Tensor]:
 def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[float, float]]:
     """(threshold, mean network evaluations) for every threshold that makes a difference, ascending.
 
+    A cosine comes out differently in the last digits when other samples share the batch: thresholds
+    lie `SLACK` below the cosines that reach them, or half way to the next lower one.
+
     Args:
         gamma: Cosine at every step of every sample, with shape (T, N).
         lag: Steps after its measurement at which a stop takes effect.
@@ -187,11 +191,13 @@ def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[f
     steps = len(gamma)
     # A sample stops where its running maximum reaches the threshold.
     highest = gamma.cummax(0).values
-    curve = []
-    for threshold in sorted(set(highest.flatten().tolist())):
-        guided = ((highest < threshold).sum(0) + 1 + lag).clamp(max=steps)
+    curve, lower = [], float("-inf")
+    for value in sorted(set(highest.flatten().tolist())):
+        guided = ((highest < value).sum(0) + 1 + lag).clamp(max=steps)
         rest = steps - guided if tail == "cond" else (steps - guided) // 2 * 2
+        threshold = value - min(SLACK, (value - lower) / 2)
         curve.append((threshold, (2 * guided + rest).double().mean().item()))
+        lower = value
     return curve
 
 

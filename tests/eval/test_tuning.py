@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from pilotage.eval.calibration import agreement, calibrate, cost_curve
+from pilotage.eval.calibration import SLACK, agreement, calibrate, cost_curve
 from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.policy_search import Candidate, offered, pareto, search
@@ -50,8 +50,24 @@ def test_costs_are_known_before_any_run(trials, tail):
 
 def test_a_lag_costs_one_more_each():
     gamma = torch.tensor([[0.1, 0.9], [0.5, 0.2], [0.4, 0.95]], dtype=torch.float64)
-    assert cost_curve(gamma) == [(0.1, 4.0), (0.5, 4.5), (0.9, 5.0), (0.95, 6.0)]
-    assert cost_curve(gamma, lag=1) == [(0.1, 5.0), (0.5, 5.5), (0.9, 5.5), (0.95, 6.0)]
+    thresholds = pytest.approx([0.1 - SLACK, 0.5 - SLACK, 0.9 - SLACK, 0.95 - SLACK], rel=1e-12)
+    for lag, costs in ((0, (4.0, 4.5, 5.0, 6.0)), (1, (5.0, 5.5, 5.5, 6.0))):
+        found = tuple(zip(*cost_curve(gamma, lag=lag), strict=True))
+        assert found[0] == thresholds and found[1] == costs
+
+
+@pytest.mark.parametrize("off", [0.4e-9, -0.4e-9, -0.9 * SLACK])
+def test_costs_do_not_hang_on_the_last_digits_of_a_cosine(off):
+    """Adaptive Guidance at every threshold, replayed on cosines that are a little off."""
+    gamma = torch.rand(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    twin = gamma[0, 1].item()
+    gamma[1, 0] = twin + 1e-9  # nearer than the slack: the threshold lies between them
+    for threshold, cost in cost_curve(gamma):
+        if abs(off) > 0.5e-9 and abs(threshold - twin) < 2 * SLACK:
+            continue
+        stopped = (gamma + off >= threshold).double().cummax(0).values
+        guided = (1 - stopped).sum(0).add(1).clamp(max=len(gamma))
+        assert (len(gamma) + guided).mean().item() == pytest.approx(cost, rel=1e-12)
 
 
 def test_calibration_to_a_cost_and_to_a_quality(pipe, trials, tmp_path):
