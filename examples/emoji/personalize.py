@@ -47,8 +47,8 @@ import data as emoji
 from personal_checks import agreement, memory
 
 WORD = "<x>"
-# Held-out concept -> known word of one token. Those that the preset was developed on (tram, pig
-# face, french fries, hot beverage, mountain) are not among them.
+# Held-out concept -> known word of one token. Those that the preset was developed on (see
+# `pipelines/token_recipes.py`) are not among them.
 SUBJECTS = {
     "deer": "horse",
     "tractor": "bus",

@@ -11,11 +11,12 @@ from .estimators import (
     loss_deviation,
 )
 from .perturbations import DISTRIBUTIONS, generator, perturbations
-from .search import EvolutionSearch, GradientSearch, Search
+from .search import EvolutionSearch, FromWords, GradientSearch, Search
 from .sphere import Sphere
 from .steps import AdamStep, ScalarStep
 from .subspace import SubspaceGradient, low_variance_components
 from .timesteps import PartialUniformTimesteps
+from .words import WordSearch, candidate_words
 
 __all__ = [
     "CMAES",
@@ -24,6 +25,7 @@ __all__ = [
     "AdamStep",
     "Estimator",
     "EvolutionSearch",
+    "FromWords",
     "GradientSearch",
     "IterateAverage",
     "PartialUniformTimesteps",
@@ -31,7 +33,9 @@ __all__ = [
     "Search",
     "Sphere",
     "SubspaceGradient",
+    "WordSearch",
     "antithetic_difference",
+    "candidate_words",
     "forward_difference",
     "generator",
     "loss_deviation",

@@ -17,6 +17,7 @@ from .estimators import Estimator
 from .sphere import Sphere
 from .steps import AdamStep, ScalarStep
 from .subspace import SubspaceGradient
+from .words import WordSearch
 
 
 class Search(Protocol):
@@ -80,6 +81,10 @@ class GradientSearch:
             return self._iterate
         return self._constrain(self.average.value[None])[0]
 
+    def begin(self, point: Tensor) -> None:
+        """Begin at another point (d,) than the initial one; before the first step."""
+        self._origin = self._iterate = self._constrain(point.detach().float().cpu()[None])[0]
+
     def _constrain(self, points: Tensor) -> Tensor:
         return points if self.sphere is None else self.sphere.project(points)
 
@@ -123,6 +128,8 @@ class GradientSearch:
     def state_dict(self) -> dict[str, Tensor]:
         """See `Search`."""
         state = {"iterate": self._iterate, "count": torch.tensor(self._count)}
+        if self._basis is not None:
+            state["origin"] = self._origin
         for name, part in self._parts().items():
             state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         return state
@@ -130,7 +137,55 @@ class GradientSearch:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Search`."""
         self._iterate, self._count = state["iterate"], int(state["count"])
+        self._origin = state.get("origin", self._origin)
         for name, part in self._parts().items():
+            mine = f"{name}."
+            part.load_state_dict(
+                {k.removeprefix(mine): v for k, v in state.items() if k.startswith(mine)}
+            )
+
+
+class FromWords:
+    """Known words first, then a descent from the best of them.
+
+    Args:
+        words: Where to begin.
+        descent: What follows.
+    """
+
+    def __init__(self, words: WordSearch, descent: GradientSearch) -> None:
+        self.words, self.descent = words, descent
+
+    @property
+    def value(self) -> Tensor:
+        """The descent's, once it has begun."""
+        return self.descent.value if self.words.done else self.words.value
+
+    def ask(self) -> Tensor:
+        """See `Search`."""
+        return self.descent.ask() if self.words.done else self.words.ask()
+
+    def tell(self, losses: Tensor) -> None:
+        """See `Search`.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        if self.words.done:
+            self.descent.tell(losses)
+            return
+        self.words.tell(losses)
+        if self.words.done:
+            self.descent.begin(self.words.value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Search`."""
+        parts = {"words": self.words, "descent": self.descent}
+        return {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `Search`."""
+        for name, part in (("words", self.words), ("descent", self.descent)):
             mine = f"{name}."
             part.load_state_dict(
                 {k.removeprefix(mine): v for k, v in state.items() if k.startswith(mine)}

@@ -54,13 +54,21 @@ class AdamStep:
         rate: Learning rate (ZOODiP: 5e-3).
         betas: Decays of the first and second moment.
         eps: Added to the root of the second moment.
+        warmup: Steps over which the rate rises to its value. Adam's first steps are as long as its
+            later ones, whatever the estimates are worth.
     """
 
     def __init__(
-        self, rate: float = 5e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        rate: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup: int = 0,
     ) -> None:
         _check_rates(rate, *betas)
-        self.rate, self.betas, self.eps = rate, betas, eps
+        if warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {warmup}")
+        self.rate, self.betas, self.eps, self.warmup = rate, betas, eps, warmup
         self._first: Tensor | None = None
         self._second: Tensor | None = None
         self._count = 0
@@ -76,7 +84,8 @@ class AdamStep:
         self._second = b * self._second + (1 - b) * gradient.square()
         first = self._first / (1 - a**self._count)
         second = self._second / (1 - b**self._count)
-        return -self.rate * first / (second.sqrt() + self.eps)
+        rate = self.rate * min(1.0, self._count / max(1, self.warmup))
+        return -rate * first / (second.sqrt() + self.eps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and count, as tensors."""

@@ -33,6 +33,7 @@ SHORT = {
     "steps": 6,
     "pool": 8,
     "basis": 4,
+    "words": 0,
     "held_out_rows": 4,
     "evaluate_every": 3,
     "progress": False,
@@ -237,6 +238,29 @@ def test_any_closure_will_do():
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_known_words_are_tried_first(family):
+    """The loss is the distance to the mean of three known words: that is where a run begins."""
+    pipe = build(family)
+    personalizer = Personalizer(pipe)
+    tables = [table.weight.detach() for table in personalizer.networks.tables]
+    size = min(len(table) for table in tables)
+    both = torch.cat([table[:size] for table in tables], 1)
+    start = personalizer.initial_embeddings(word(pipe), 1)[0]
+    target = both[(both - start).norm(dim=1).argsort()[5]]
+    nearest = both[(both - target).norm(dim=1).argsort()[:3]]
+
+    def loss(embeddings, _batch):
+        return (embeddings - target).square().sum(2).mean(1)
+
+    groups = -(-(size - 1) // 7)
+    options = SHORT | {"words": size, "steps": groups + 2 * 2 + 6, "basis": None, "vectors": 2}
+    options |= {"evaluate_every": 1000}
+    token = Personalizer(pipe, loss=loss).fit(pictures(), WORD, word(pipe), **options)
+    torch.testing.assert_close(token.vectors, nearest.mean(0).repeat(2, 1))
+    assert token.forwards == (size - 1) + groups + (2 * 2 + 6) * 8
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_learned_word_in_a_stock_pipeline(family, tmp_path):
     """The file in a stock pipeline draws what the personalizer's pipeline draws, bit for bit."""
     pipe, stock = build(family), build(family)
@@ -275,11 +299,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("preset", ["ours", "zoodip"])
-def test_continues_exactly_after_a_kill(preset, tmp_path):
+@pytest.mark.parametrize(("preset", "words"), [("ours", 0), ("ours", 2), ("zoodip", 0)])
+def test_continues_exactly_after_a_kill(preset, words, tmp_path):
     def run(folder, callback=None):
         pipe = build()
-        options = SHORT | {"steps": 9} | ({} if preset == "ours" else {"pool": None, "basis": None})
+        options = SHORT | {"steps": 9, "words": words}
+        if preset == "zoodip":
+            options |= {"pool": None, "basis": None}
         if preset == "zoodip":
             options["subspace_tau"] = 3
         return Personalizer(pipe).fit(

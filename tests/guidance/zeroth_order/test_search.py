@@ -9,12 +9,15 @@ from pilotage.guidance.zeroth_order import (
     AdamStep,
     Estimator,
     EvolutionSearch,
+    FromWords,
     GradientSearch,
     IterateAverage,
     PartialUniformTimesteps,
     ScalarStep,
     Sphere,
     SubspaceGradient,
+    WordSearch,
+    candidate_words,
     generator,
     neighbour_basis,
 )
@@ -53,6 +56,16 @@ def searches():
             subspace=SubspaceGradient(20),
         ),
         "evolution": EvolutionSearch(INITIAL, basis, 0.3, 8, sphere=sphere),
+        "words": FromWords(
+            WordSearch(INITIAL, draw(9, D, seed=5), 3),
+            GradientSearch(
+                INITIAL,
+                Estimator(directions=3),
+                AdamStep(0.05, warmup=5),
+                basis=basis,
+                average=IterateAverage(),
+            ),
+        ),
     }
 
 
@@ -209,3 +222,77 @@ def test_bad_cma_es():
         CMAES(torch.zeros(5), 0.0)
     with pytest.raises(ValueError, match="expected 8 losses"):
         CMAES(torch.zeros(5), 0.5).tell(torch.zeros(3))
+
+
+def noisy_losses(points, batch):
+    """Losses of a batch: all of them are shifted by a lot, each by a little."""
+    shift, own = draw(1, seed=batch).item(), draw(len(points), seed=1000 + batch)
+    return losses(points) + 1000 * shift + 0.5 * own
+
+
+def test_words_are_compared_with_the_class_word_on_the_same_batch():
+    """The few better words are found though batches differ by far more than words do."""
+    words = draw(35, D, seed=5)
+    better = losses(words).argsort()[:3]
+    search, calls = WordSearch(INITIAL, words, group=7), []
+    while not search.done:
+        points = search.ask()
+        assert torch.equal(points[0], INITIAL)
+        search.tell(noisy_losses(points, len(calls)))
+        calls.append(len(points))
+    # 35 words once in fives of seven, 14 twice, 7 six times: always eight points.
+    assert calls == [8] * (5 + 2 * 2 + 6)
+    torch.testing.assert_close(search.value, words[better].mean(0))
+
+
+def test_the_class_word_stays_if_no_word_is_better():
+    search = WordSearch(TARGET, draw(20, D, seed=5), group=4)
+    assert torch.equal(search.value, TARGET)
+    while not search.done:
+        search.tell(losses(search.ask()))
+        assert torch.equal(search.value, TARGET)
+
+
+def test_descent_begins_where_the_words_end():
+    search = searches()["words"]
+    while not search.words.done:
+        assert torch.equal(search.value, search.words.value)
+        search.tell(losses(search.ask()))
+    assert torch.equal(search.ask()[0], search.words.value)
+    assert losses(search.words.value[None]) < losses(INITIAL[None])
+
+
+@pytest.mark.parametrize("stop", [0, 2, 8, 30])
+def test_words_continue_exactly_in_every_round(stop):
+    whole, first, second = (searches()["words"] for _ in range(3))
+    advance(whole, 40)
+    advance(first, stop)
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    advance(second, 40 - stop)
+    assert torch.equal(whole.value, second.value)
+
+
+def test_candidates_are_the_nearest_words_and_others():
+    tables = [draw(60, 4, seed=1), draw(64, 3, seed=2)]
+    both = torch.cat([tables[0], tables[1][:60]], 1)
+    centre = both[17]
+    cosine = torch.nn.functional.cosine_similarity(both, centre[None])
+    nearest = cosine.argsort(descending=True)[1:6]
+    found = candidate_words(tables, centre, 11, seed=0)
+    torch.testing.assert_close(found[:5], both[nearest], rtol=0, atol=0)
+    rows = [(both == word).all(1).nonzero().item() for word in found]
+    assert len(set(rows)) == 11 and 17 not in rows
+    assert torch.equal(found, candidate_words(tables, centre, 11, seed=0))
+    assert not torch.equal(found, candidate_words(tables, centre, 11, seed=1))
+    with pytest.raises(ValueError, match="60"):
+        candidate_words(tables, centre, 60, seed=0)
+
+
+def test_warmup_raises_the_rate_in_equal_parts():
+    plain, warm = AdamStep(0.1), AdamStep(0.1, warmup=4)
+    for i in range(1, 7):
+        gradient = draw(D, seed=i)
+        expected = min(1, i / 4) * plain.update(gradient)
+        torch.testing.assert_close(warm.update(gradient), expected)
+    with pytest.raises(ValueError, match="warmup"):
+        AdamStep(warmup=-1)
