@@ -158,7 +158,7 @@ static inline __attribute__((always_inline)) void fold(
                                                state->reference));
         __m512 high = _mm512_max_ps(x[0], x[1]);
         if (state->fresh || _mm512_cmp_ps_mask(high, limit, _CMP_GT_OQ)) {
-            double reference = (float)(state->reference + _mm512_reduce_max_ps(high));
+            double reference = state->reference + _mm512_reduce_max_ps(high);
             if (reference == -INFINITY) continue; /* no candidate of these counts */
             float shift = (float)(state->reference - reference);
             __m512 scale = _mm512_set1_ps(state->fresh ? 0 : exp2f(shift));
@@ -192,6 +192,51 @@ static inline __attribute__((always_inline)) void fold(
     }
 }
 
+/* Numbers of the chunks in which any of 16 rows of a mask is not zero; how many. */
+static int list_chunks(const uint8_t *rows, long stride, int *list) {
+    int used = 0;
+    for (long c = 0; c < stride / CHUNK; c++) {
+        __m512i any = _mm512_setzero_si512();
+        for (int m = 0; m < SIDE; m++)
+            any = _mm512_or_si512(any, _mm512_loadu_si512(rows + m * stride + c * CHUNK));
+        if (_mm512_test_epi8_mask(any, any)) list[used++] = (int)c;
+    }
+    return used;
+}
+
+/* Left sides (planes, 16, stride): digits (planes, stride) where a row of the mask is not zero. */
+static void select_digits(const uint8_t *rows, const int8_t *digits, int planes, long stride,
+                          const int *chunks, int used, int8_t *left) {
+    for (int p = 0; p < planes; p++)
+        for (int m = 0; m < SIDE; m++)
+            for (int i = 0; i < used; i++) {
+                long at = (long)chunks[i] * CHUNK;
+                __m512i on = _mm512_loadu_si512(rows + m * stride + at);
+                __m512i digit = _mm512_loadu_si512(digits + p * stride + at);
+                _mm512_store_si512(left + (p * SIDE + m) * stride + at,
+                                   _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(on, on), digit));
+            }
+}
+
+/* Which of the 16 candidates of a tile, the first of them `number`, lie in [first, last). */
+static __mmask16 candidates_in(long number, long first, long last) {
+    __mmask16 valid = 0xffff;
+    if (number >= last || number + SIDE <= first) return 0;
+    if (number < first) valid &= 0xffff << (first - number);
+    if (number + SIDE > last) valid &= 0xffff >> (number + SIDE - last);
+    return valid;
+}
+
+/* Weighted mean of one output. */
+static float mean(const struct state *state) {
+    double mass = 0, total = 0;
+    for (int i = 0; i < SIDE; i++) {
+        mass += state->mass[i];
+        total += state->total[i];
+    }
+    return (float)(total / mass);
+}
+
 /* Share `worker` of `workers` of the posterior means of several queries; 0, or 1 without memory.
  *
  * packed:  candidates (tiles, chunks, 16, 16, 4), of which [first, last) count; 64-byte aligned.
@@ -218,19 +263,12 @@ int posterior(const uint8_t *packed, long first, long last, const uint8_t *mask,
     int failed = !states || !lists || !squares || !left || !square_sums || !sums;
     if (!failed) configure();
     for (long g = 0; !failed && g < own; g++) {
-        const uint8_t *rows = mask + (worker + g * workers) * SIDE * stride;
-        int *list = lists + g * (chunks + 1), used = 0;
-        for (long c = 0; c < chunks; c++) {
-            __m512i any = _mm512_setzero_si512();
-            for (int m = 0; m < SIDE; m++)
-                any = _mm512_or_si512(any, _mm512_loadu_si512(rows + m * stride + c * CHUNK));
-            if (_mm512_test_epi8_mask(any, any)) list[1 + used++] = (int)c;
-        }
-        list[0] = used;
-        for (long s = g * queries * SIDE; s < (g + 1) * queries * SIDE; s++) {
-            memset(&states[s], 0, sizeof states[s]);
-            states[s].fresh = 1;
-        }
+        int *list = lists + g * (chunks + 1); /* how many, then which */
+        list[0] = list_chunks(mask + (worker + g * workers) * SIDE * stride, stride, list + 1);
+    }
+    for (long s = 0; !failed && s < own * queries * SIDE; s++) {
+        memset(&states[s], 0, sizeof states[s]);
+        states[s].fresh = 1;
     }
     long end = (last + SIDE - 1) / SIDE;
     for (long start = first / SIDE; !failed && start < end; start += block) {
@@ -250,28 +288,15 @@ int posterior(const uint8_t *packed, long first, long last, const uint8_t *mask,
                     square_sums[t * TILE + i] = 256 * sums[i] + sums[TILE + i];
             }
             for (long q = 0; q < queries; q++) {
-                for (int p = 0; p < planes; p++)
-                    for (int m = 0; m < SIDE; m++)
-                        for (int i = 0; i < used; i++) {
-                            long at = (long)list[i] * CHUNK;
-                            __m512i on = _mm512_loadu_si512(rows + m * stride + at);
-                            __m512i digit =
-                                _mm512_loadu_si512(digits + (q * planes + p) * stride + at);
-                            _mm512_store_si512(
-                                left + (p * SIDE + m) * stride + at,
-                                _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(on, on), digit));
-                        }
+                select_digits(rows, digits + q * planes * stride, planes, stride, list, used,
+                              left);
                 for (long t = 0; t < count; t += 2) {
                     const uint8_t *b0 = here + t * candidate_bytes;
                     const uint8_t *b[2] = {b0, t + 1 < count ? b0 + candidate_bytes : b0};
-                    __mmask16 valid[2];
-                    for (int c = 0; c < 2; c++) {
-                        long number = (start + t + c) * SIDE;
-                        valid[c] = t + c < count ? 0xffff : 0;
-                        if (number < first) valid[c] &= 0xffff << (first - number);
-                        if (number + SIDE > last && number < last)
-                            valid[c] &= 0xffff >> (number + SIDE - last);
-                    }
+                    long number = (start + t) * SIDE;
+                    const __mmask16 valid[2] = {
+                        candidates_in(number, first, last),
+                        t + 1 < count ? candidates_in(number + SIDE, first, last) : 0};
                     multiply(left, planes, stride, b[0], b[1], list, used, sums);
                     const double *f = factors + q * (planes + 1);
                     const int32_t *e = square_sums + t * TILE;
@@ -287,14 +312,9 @@ int posterior(const uint8_t *packed, long first, long last, const uint8_t *mask,
     for (long g = 0; !failed && g < own; g++)
         for (long q = 0; q < queries; q++)
             for (int m = 0; m < SIDE; m++) {
-                const struct state *state = states + (g * queries + q) * SIDE + m;
                 long at = (worker + g * workers) * SIDE + m;
-                double mass = 0, total = 0;
-                for (int i = 0; i < SIDE; i++) {
-                    mass += state->mass[i];
-                    total += state->total[i];
-                }
-                if (at < outputs) out[q * outputs + at] = (float)(total / mass);
+                if (at < outputs)
+                    out[q * outputs + at] = mean(states + (g * queries + q) * SIDE + m);
             }
     if (!failed) _tile_release();
     free(states);

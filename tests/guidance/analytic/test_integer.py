@@ -116,6 +116,15 @@ def test_logits_that_rise_and_fall_by_hundreds_are_rescaled():
 
 
 @needs_processor
+def test_logits_of_billions_are_told_apart():
+    """At a tiny noise level the nearest candidate wins, whatever the magnitude of logits."""
+    images, y, _ = problem(300, (1, 40, 40), 1.0, 0.002, queries=2)
+    mask = torch.ones(1600, 1600, dtype=torch.bool)
+    found = integer.masked_posterior(y, 0.002, integer.pack(images), mask, (0, 300))
+    assert (found - decode(images[:2])).abs().max() <= 16 * EPS
+
+
+@needs_processor
 def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot():
     images, y, _ = problem(400, (1, 8, 8), 1.0, 0.4)
     labels = torch.arange(400) % 3
