@@ -53,13 +53,13 @@ def personalize(
     load_images(images, 8)
 
     import torch
-    from accelerate import PartialState
 
     from ..pipelines.personalization import TOKEN, Personalizer
+    from ..pipelines.processes import processes
     from .embedded import load_embedded, load_pipeline
 
     if device == "auto":
-        device = str(PartialState().device)  # of this process, where there are several
+        device = str(processes().device)  # of this process, where there are several
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
     if quantize is not None:
@@ -85,6 +85,8 @@ def personalize(
         points_per_call=points_per_call,
         seed=seed,
     )
+    if not processes().is_main_process:
+        return
     first, best = result.evaluations[0][2], min(e[2] for e in result.evaluations)
     typer.echo(
         f"{output / TOKEN}  (held-out loss {first:.4f} -> {best:.4f}, "

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..guidance.zeroth_order import Search
+from .processes import processes
 from .token_loss import TokenBatch, TokenLoss
 
 
@@ -54,7 +54,7 @@ class TokenTrainer:
         self.loss, self.search, self.shape = loss, search, shape
         self.batches, self.held_out = batches, held_out
         self.points_per_call, self.settings = points_per_call, settings or {}
-        self.process = PartialState()
+        self.process = processes()
         self.step = 0
         self.forwards = 0
         self.losses: list[float] = []

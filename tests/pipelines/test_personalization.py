@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pilotage.eval.embedded import load_embedded
 from pilotage.pipelines.personalization import Personalizer
+from pilotage.pipelines.processes import processes as processes_that_share
 from pilotage.pipelines.quantization import quantize
 from pilotage.pipelines.token_data import TokenData
 from pilotage.pipelines.token_inputs import extended, load_images, prompt_ids
@@ -460,15 +461,20 @@ def processes(count, folder):
 
 
 def main(folder):
-    """A run with fixed calls: three of them a step."""
+    """A run with fixed calls, two of them a step; each process evaluates its share."""
     torch.set_num_threads(1)
-    pipe = build()
+    pipe, world = build(), int(os.environ.get("WORLD_SIZE", 1))
+    personalizer = Personalizer(pipe)
     options = SHORT | {"output": folder, "directions": 3, "points_per_call": 2}
-    Personalizer(pipe).fit(pictures(), WORD, word(pipe), **options)
+    options |= {"words": 2, "steps": 11}  # nine steps of known words, two of the descent
+    token = personalizer.fit(pictures(), WORD, word(pipe), **options)
+    assert processes_that_share().num_processes == world
+    everything = token.forwards + len(token.evaluations) * SHORT["held_out_rows"]
+    assert (personalizer.networks.forwards < everything) == (world > 1)
 
 
 def test_processes_agree(tmp_path):
-    """Of four processes one has nothing to do: a step has three calls."""
+    """Of four processes two have nothing to do."""
     main(tmp_path / "1")
     one = load_file(tmp_path / "1" / "learned_embeds.safetensors")[WORD]
     for count in (2, 4):
