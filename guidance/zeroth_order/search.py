@@ -40,6 +40,12 @@ class Search(Protocol):
         """Continue from `state_dict`."""
 
 
+def _part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What a state holds of one of its parts."""
+    mine = f"{name}."
+    return {k.removeprefix(mine): v for k, v in state.items() if k.startswith(mine)}
+
+
 class GradientSearch:
     """Descent along random gradient estimates.
 
@@ -139,10 +145,7 @@ class GradientSearch:
         self._iterate, self._count = state["iterate"], int(state["count"])
         self._origin = state.get("origin", self._origin)
         for name, part in self._parts().items():
-            mine = f"{name}."
-            part.load_state_dict(
-                {k.removeprefix(mine): v for k, v in state.items() if k.startswith(mine)}
-            )
+            part.load_state_dict(_part_of(state, name))
 
 
 class FromWords:
@@ -185,11 +188,8 @@ class FromWords:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Search`."""
-        for name, part in (("words", self.words), ("descent", self.descent)):
-            mine = f"{name}."
-            part.load_state_dict(
-                {k.removeprefix(mine): v for k, v in state.items() if k.startswith(mine)}
-            )
+        self.words.load_state_dict(_part_of(state, "words"))
+        self.descent.load_state_dict(_part_of(state, "descent"))
 
 
 class EvolutionSearch:
