@@ -48,8 +48,8 @@ class Recipe:
         pool: Size of the fixed, stratified pool of (image, timestep, noise); 0 draws afresh at
             every step.
         basis: Dimensions of the search basis for each vector and text encoder; 0 is all.
-        words: Known words that are tried as beginnings first (`WordSearch`); 0 begins at the class
-            word. For "gradient".
+        words: Known words that "gradient" tries as beginnings first (`WordSearch`); 0 begins at
+            the class word.
         sphere: Keep the norm of the class word.
         average: eta of `IterateAverage`; negative is off.
         relative: mu and rate are in units of the class word's norm.
@@ -97,8 +97,8 @@ class Recipe:
             )
         if self.search == "evolution" and not self.basis:
             raise ValueError("search='evolution' needs a basis")
-        if self.words < 0 or (self.words and self.search == "evolution"):
-            raise ValueError(f"words must be at least 0, and 0 for 'evolution', got {self.words}")
+        if self.words < 0:
+            raise ValueError(f"words must be at least 0, got {self.words}")
         if not (self.rate > 0 and self.mu > 0):
             raise ValueError(f"rate and mu must be positive, got {self.rate} and {self.mu}")
         self.timesteps(), self.estimator(1.0)

@@ -240,7 +240,7 @@ def test_words_are_compared_with_the_class_word_on_the_same_batch():
         assert torch.equal(points[0], INITIAL)
         search.tell(noisy_losses(points, len(calls)))
         calls.append(len(points))
-    # 35 words once in fives of seven, 14 twice, 7 six times: always eight points.
+    # 35 words once, 14 twice, 7 six times, in groups of seven: always eight points.
     assert calls == [8] * (5 + 2 * 2 + 6)
     torch.testing.assert_close(search.value, words[better].mean(0))
 
