@@ -49,7 +49,7 @@ def generate(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
     settings = pipe.resolve_guidance(guidance)
     result = pipe(

@@ -34,6 +34,10 @@ def personalize(
     quantize: Annotated[
         str | None, typer.Option(help="int8: quantize the networks' weights first.")
     ] = None,
+    max_rows: Annotated[
+        int,
+        typer.Option(min=0, help="Most rows of a network call, to save memory; 0 is no limit."),
+    ] = 0,
     points_per_call: Annotated[
         int, typer.Option(min=0, help="Fix the calls, for bit-equal runs on several processes.")
     ] = 0,
@@ -49,7 +53,8 @@ def personalize(
 
     # What can be wrong without the model is said before it is loaded.
     recipe(preset, steps=steps)
-    check_templates(template or TEMPLATES)
+    for texts in (template or TEMPLATES, [preview_prompt]):
+        check_templates(texts)
     load_images(images, 8)
 
     import torch
@@ -60,14 +65,14 @@ def personalize(
 
     if device == "auto":
         device = str(processes().device)  # of this process, where there are several
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
     if quantize is not None:
         from ..pipelines.quantization import quantize as to_integers
 
         to_integers(pipe, quantize)
     pipe.set_progress_bar_config(disable=True)
-    result = Personalizer(pipe).fit(
+    result = Personalizer(pipe, max_rows=max_rows).fit(
         images,
         token,
         initializer,

@@ -6,11 +6,12 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .noise_levels import UnknownSchedulerError, prediction_type_of
 
@@ -69,9 +70,7 @@ def network_hash(network: nn.Module, name: str = "network") -> str:
         ValueError: weights are not in memory.
     """
     digest = hashlib.sha256(json.dumps(_configuration(network), sort_keys=True).encode())
-    for key, value in sorted(network.state_dict().items()):
-        if not isinstance(value, Tensor):
-            continue
+    for key, value in _plain_tensors(network.state_dict()):
         if value.is_meta:
             raise ValueError(
                 f"{name}.{key} is not in memory (sequential offloading): load the pipeline "
@@ -81,6 +80,16 @@ def network_hash(network: nn.Module, name: str = "network") -> str:
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors in the order of their names; of quantized ones, those they consist of."""
+    for key, value in sorted(state.items()):
+        if is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            yield from _plain_tensors({f"{key}.{name}": getattr(value, name) for name in names})
+        elif isinstance(value, Tensor):
+            yield key, value
 
 
 def _configuration(part: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ graphs; the text encoder takes token *embeddings*, so that a learned vector is a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .identity import network_hash
 from .int8 import Int8Layer
 from .token_loss import DiffusionTokenLoss, TokenBatch, injected
 
@@ -78,6 +80,8 @@ def export_onnx(pipe: Any, folder: str | Path) -> Path:
     """
     _runtime()
     _check(pipe)
+    if getattr(pipe.text_encoder.config, "use_attention_mask", False):
+        raise ValueError("export_onnx: text encoders with an attention mask are not supported")
     for name in GRAPHS:
         network = getattr(pipe, name)
         if any(isinstance(m, Int8Layer) for m in network.modules()) or (
@@ -214,7 +218,7 @@ class OnnxTokenLoss(DiffusionTokenLoss):
 
     Args:
         pipe: The pipeline that was exported: its VAE encodes pictures, its embedding table looks
-            words up; its UNet is not run and may be dropped from memory.
+            words up; its UNet is not run, so `pipe.unet.to("meta")` may free its memory.
         folder: Where `export_onnx` and `quantize_onnx` wrote.
         precision: "fp32" or "int8".
         max_rows: As in `DiffusionTokenLoss`.
@@ -253,6 +257,19 @@ class OnnxTokenLoss(DiffusionTokenLoss):
                 maker = "export_onnx" if precision == "fp32" else "quantize_onnx"
                 raise FileNotFoundError(f"{path} is not there: {maker} writes it")
             self.sessions[name] = runtime.InferenceSession(str(path), options, providers=providers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As of `DiffusionTokenLoss`; the graphs' files stand for the networks."""
+        found = {"vae": network_hash(self.pipe.vae, "vae"), "precision": self.precision}
+        found |= self.process_identity
+        for name in GRAPHS:
+            digest = hashlib.sha256()
+            for file in sorted(graph_path(self.folder, name, self.precision).parent.iterdir()):
+                with file.open("rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+            found[name] = digest.hexdigest()
+        return found
 
     @property
     def device(self) -> torch.device:

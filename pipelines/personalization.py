@@ -81,7 +81,8 @@ class Personalizer:
             Any callable (embeddings (K, m, d), `TokenBatch`) -> losses (K,) does, for instance one
             that calls an exported network.
         max_rows: Most rows of one network call (see `DiffusionTokenLoss`); 0 is no limit. With 2 a
-            step needs the memory of plain inference with guidance.
+            run needs the memory of plain inference with guidance; without a limit all points of a
+            step are one call, and the held-out loss takes 8 rows at a time.
 
     Raises:
         ValueError: the pipeline is of another family, or `max_rows` is given for a `loss` that
@@ -94,7 +95,8 @@ class Personalizer:
                 "max_rows belongs to the pipeline's own loss, and another one is given"
             )
         self.pipe = pipe
-        self.networks = DiffusionTokenLoss(pipe, max_rows)
+        own = isinstance(loss, DiffusionTokenLoss)
+        self.networks = loss if own else DiffusionTokenLoss(pipe, max_rows)
         self.loss = loss or self.networks
         names = ("tokenizer", "tokenizer_2")[: len(self.networks.encoders)]
         self.tokenizers = {name: getattr(pipe, name) for name in names}
@@ -143,7 +145,8 @@ class Personalizer:
             evaluate_every: Steps between held-out losses; None is a twentieth of the run.
             patience: Stop after this many held-out losses without improvement; 0 never does.
             seed: Of everything that is drawn.
-            output: Folder for the token, checkpoint and previews; None writes nothing.
+            output: Folder for the token, checkpoint and previews; None writes nothing. A run that
+                is interrupted or fails leaves the best token so far and a checkpoint in it.
             checkpoint_every: Steps between checkpoints.
             resume: Continue from a checkpoint in `output`.
             preview_every: Steps between pictures of the word; 0 is never.
@@ -168,12 +171,27 @@ class Personalizer:
             raise ValueError("held_out_prompts need held_out images")
         if patience and not held_out_rows:
             raise ValueError("patience needs a held-out loss: held_out_rows is 0")
+        if held_out_rows < 0 or checkpoint_every < 1:
+            raise ValueError(
+                "held_out_rows must be at least 0 and checkpoint_every at least 1, got "
+                f"{held_out_rows} and {checkpoint_every}"
+            )
+        levels = len(self.pipe.scheduler.alphas_cumprod)
+        if plan.timesteps_high > levels:
+            raise ValueError(
+                f"the window of timesteps ends at {plan.timesteps_high}, and "
+                f"{type(self.pipe.scheduler).__name__} has {levels}: pass timesteps_low, "
+                "timesteps_high"
+            )
+        folder = None if output is None else Path(output)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"the output {folder} is not a folder")
         for texts in (templates, prompts, held_out_prompts, (preview_prompt,)):
             if texts is not None:
                 check_templates(texts)
         texts = [*templates, *(prompts or ()), *(held_out_prompts or ())]
         for tokenizer in self.tokenizers.values():
-            check_placeholder(tokenizer, placeholder, texts)
+            check_placeholder(tokenizer, placeholder, texts, vectors)
         initial = self.initial_embeddings(initializer, vectors)
         tokenizers = [extended(t, placeholder, vectors) for t in self.tokenizers.values()]
         pictures = load_images(images, self._side())
@@ -201,9 +219,9 @@ class Personalizer:
                 "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
                 "pipeline": type(self.pipe).__name__,
                 "held_out_rows": held_out_rows,
+                **({} if folder is None else _identity(self.loss)),
             },
         )
-        folder = None if output is None else Path(output)
         checkpoint = None if folder is None else folder / CHECKPOINT
         if checkpoint is not None and resume and checkpoint.is_file():
             trainer.load(checkpoint)
@@ -213,37 +231,51 @@ class Personalizer:
             trainer.held_out = held_out_batch(self.networks, sources[-1], held_out_rows, seed)
 
         every = evaluate_every or max(1, plan.steps // 20)
-        if held_out_rows and trainer.step == 0:
-            trainer.evaluate_held_out()
         main = trainer.process.is_main_process
-        with _bar(plan.steps, trainer.step, progress and main) as bar:
-            while trainer.step < plan.steps and not trainer.stalled(patience):
-                trainer.advance()
-                last = trainer.step == plan.steps
-                if held_out_rows and (trainer.step % every == 0 or last):
-                    trainer.evaluate_held_out()
-                _report(bar, trainer)
-                if checkpoint is not None and (trainer.step % checkpoint_every == 0 or last):
-                    if main:
-                        trainer.save(checkpoint)
-                    trainer.process.wait_for_everyone()
-                if preview_every and trainer.step % preview_every == 0 and main:
-                    self._preview(trainer, placeholder, folder, preview_prompt, preview_options)
-                if callback is not None:
-                    callback(trainer)
-        result = LearnedToken(
-            placeholder,
-            trainer.best if held_out_rows else trainer.vectors,
-            widths,
-            trainer.step,
-            trainer.forwards,
-            trainer.losses,
-            trainer.evaluations,
-            time.monotonic() - began,
-        )
+
+        def evaluate() -> None:
+            due = trainer.step % every == 0 or trainer.step == plan.steps
+            if held_out_rows and due and trainer.step not in [e[0] for e in trainer.evaluations]:
+                trainer.evaluate_held_out()
+
+        def result() -> LearnedToken:
+            return LearnedToken(
+                placeholder,
+                trainer.best if held_out_rows else trainer.vectors,
+                widths,
+                trainer.step,
+                trainer.forwards,
+                trainer.losses,
+                trainer.evaluations,
+                time.monotonic() - began,
+            )
+
+        try:
+            evaluate()
+            with _bar(plan.steps, trainer.step, progress and main) as bar:
+                while trainer.step < plan.steps and not trainer.stalled(patience):
+                    trainer.advance()
+                    evaluate()
+                    _report(bar, trainer)
+                    last = trainer.step == plan.steps
+                    if checkpoint is not None and (trainer.step % checkpoint_every == 0 or last):
+                        if main:
+                            trainer.save(checkpoint)
+                        trainer.process.wait_for_everyone()
+                    if preview_every and trainer.step % preview_every == 0 and main:
+                        self._preview(trainer, placeholder, folder, preview_prompt, preview_options)
+                    if callback is not None:
+                        callback(trainer)
+        except BaseException:
+            if folder is not None and main and trainer.step:
+                if trainer.between_steps:
+                    trainer.save(checkpoint)
+                self._save(result(), folder)
+            raise
+        found = result()
         if folder is not None and main:
-            self._save(result, folder)
-        return result
+            self._save(found, folder)
+        return found
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
@@ -283,7 +315,11 @@ class Personalizer:
 
     def _side(self) -> int:
         blocks = len(self.pipe.vae.config.block_out_channels)
-        return int(self.pipe.unet.config.sample_size) * 2 ** (blocks - 1)
+        sides = self.pipe.unet.config.sample_size
+        sides = set(sides) if isinstance(sides, (list, tuple)) else {sides}
+        if len(sides) != 1:
+            raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
+        return int(sides.pop()) * 2 ** (blocks - 1)
 
     def _preview(
         self,
@@ -318,6 +354,11 @@ class Personalizer:
         partial = folder / "personalization.json.partial"
         partial.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(partial, folder / "personalization.json")
+
+
+def _identity(loss: TokenLoss) -> dict[str, Any]:
+    """What losses depend on, as far as the closure tells."""
+    return getattr(loss, "identity", {"loss": type(loss).__name__})
 
 
 def _digest(*tensors: Tensor) -> str:

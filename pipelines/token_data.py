@@ -63,7 +63,8 @@ def held_out_batch(
     """Fixed rows over all timesteps, their noise unlike that of training."""
     pixels, ids, paired = source
     draw = generator(seed, "held out")
-    times = PartialUniformTimesteps(0, 1000).stratified(rows, draw)
+    levels = len(networks.pipe.scheduler.alphas_cumprod)
+    times = PartialUniformTimesteps(0, levels).stratified(rows, draw)
     return _rows(networks, networks.encode(pixels), ids, paired, times, draw, seed, "held out")
 
 

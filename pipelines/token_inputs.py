@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .tokens import check_name, check_spelling, token_names
 
 TEMPLATES = (
     "a photo of {}",
@@ -52,15 +55,27 @@ def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
     name = f"image {index}" if isinstance(image, Image.Image) else str(image)
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
+        if picture.mode[0] in "IF":
+            # PIL would clip them to 8 bits, not scale them, and F has no range of its own.
+            raise TypeError(f"mode {picture.mode!r}: convert it to 8 bits a channel first")
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, AttributeError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
     white = Image.new("RGBA", picture.size, "white")
     square = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size))
     return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
 
 
-def check_placeholder(tokenizer: Any, placeholder: str, texts: Sequence[str] = ()) -> None:
+def check_placeholder(
+    tokenizer: Any, placeholder: str, texts: Sequence[str] = (), vectors: int = 1
+) -> None:
     """Raise unless `placeholder` is a new word that no other word contains.
 
     Tokenizers look for added tokens inside words: "cat" as a placeholder would also replace a part
@@ -69,8 +84,8 @@ def check_placeholder(tokenizer: Any, placeholder: str, texts: Sequence[str] = (
     Raises:
         ValueError: what is wrong with it.
     """
-    if not placeholder or placeholder.split() != [placeholder]:
-        raise ValueError(f"the placeholder must be one word without spaces, got {placeholder!r}")
+    check_name(placeholder)
+    check_spelling(tokenizer, placeholder, vectors)
     words = {word.removesuffix("</w>") for word in tokenizer.get_vocab()}
     hint = f"choose another, for instance '<my-{placeholder.strip('<>')}>'"
     written = placeholder.lower()
@@ -114,13 +129,15 @@ def check_templates(templates: Sequence[str]) -> None:
     if not templates:
         raise ValueError("no prompt templates")
     for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"a prompt template needs exactly one {{}}, got {template!r}")
-
-
-def token_names(placeholder: str, vectors: int) -> list[str]:
-    """Names of the vectors, as diffusers gives them: <x>, <x>_1, <x>_2, ..."""
-    return [placeholder, *(f"{placeholder}_{i}" for i in range(1, vectors))]
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError:
+            parts = []
+        fields = [part[1:] for part in parts if part[1] is not None]
+        if fields != [("", "", None)]:
+            raise ValueError(
+                f"a prompt template needs exactly one {{}} and no other braces, got {template!r}"
+            )
 
 
 def extended(tokenizer: Any, placeholder: str, vectors: int) -> Any:

@@ -8,6 +8,7 @@ noise of the batch (common random numbers) and go through each network in one ca
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guidance.zeroth_order import generator
+from .identity import network_hash
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class DiffusionTokenLoss:
 
     Args:
         pipe: A pipeline of the Stable Diffusion 1, 2 or XL family, quantized or not.
-        max_rows: Most rows (tokens times pictures) of one network call; 0 is no limit. A step with
-            more is evaluated in several calls.
+        max_rows: Most rows (tokens times pictures) of one network call; 0 is no limit. What has
+            more is evaluated in several calls, also the pictures of one token.
 
     `forwards` counts the rows that went through the denoiser. What does not depend on the token
     (the timestep embedding, the layers before the first cross-attention) is computed for every row
@@ -129,15 +131,35 @@ class DiffusionTokenLoss:
         self.pipe, self.max_rows = pipe, max_rows
         self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
         self.widths = tuple(table.weight.shape[1] for table in self.tables)
-        self.vocabularies = tuple(
-            len(t) for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None
-        )
+        tokenizers = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
+        self.vocabularies = tuple(len(t) for t in tokenizers if t is not None)
         self.prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"the prediction type {self.prediction!r} is not known")
         if not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
         self.forwards = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What losses depend on beside token and batch, ready for JSON: hashes of the networks.
+
+        Raises:
+            ValueError: weights are not in memory.
+        """
+        parts = {"unet": self.pipe.unet, "vae": self.pipe.vae}
+        names = ("text_encoder", "text_encoder_2")
+        parts |= dict(zip(names, self.encoders, strict=False))
+        found = {name: network_hash(part, name) for name, part in parts.items()}
+        found["dtype"] = str(self.pipe.unet.dtype).removeprefix("torch.")
+        return found | self.process_identity
+
+    @property
+    def process_identity(self) -> dict[str, str]:
+        """What the noised latents and their targets depend on."""
+        levels = self.pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes()
+        noise = hashlib.sha256(levels).hexdigest()
+        return {"prediction_type": self.prediction, "noise levels": noise}
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +173,7 @@ class DiffusionTokenLoss:
         Each picture is encoded once, alone; the mean of the autoencoder's distribution is taken.
         """
         vae, rows = self.pipe.vae, []
+        mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
         # Some autoencoders (SDXL's) overflow in half precision.
         upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
         if upcast:
@@ -161,6 +184,9 @@ class DiffusionTokenLoss:
         if upcast:
             vae.to(torch.float16)
         latents = torch.cat(rows)
+        if self.xl and mean is not None and std is not None:  # as StableDiffusionXLPipeline decodes
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (mean, std))
+            return (latents - mean) * vae.config.scaling_factor / std
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     def batch(
@@ -193,8 +219,10 @@ class DiffusionTokenLoss:
         ):
             rows = one.repeat(count, 1)
             mask = None
-            if getattr(encoder.config, "use_attention_mask", False):
-                mask = torch.ones_like(rows)
+            if not self.xl and getattr(encoder.config, "use_attention_mask", False):
+                # The tokenizer's: everything behind the first end of the text is padding.
+                ends = rows == self.pipe.tokenizer.eos_token_id
+                mask = (ends.cumsum(1) - ends.long() == 0).long()
             with injected(table, size, vectors):
                 out = encoder(rows, attention_mask=mask, output_hidden_states=self.xl)
             hidden.append(out.hidden_states[-2] if self.xl else out[0])
@@ -213,8 +241,16 @@ class DiffusionTokenLoss:
             raise ValueError(
                 f"expected embeddings (K, m, {sum(self.widths)}), got {tuple(embeddings.shape)}"
             )
-        limit = max(1, self.max_rows // len(batch)) if self.max_rows else len(embeddings)
-        return torch.cat([self._losses(part, batch) for part in embeddings.split(limit)])
+        if not self.max_rows:
+            return self._losses(embeddings, batch)
+        pictures = min(self.max_rows, len(batch))
+        losses = torch.zeros(len(embeddings), device=self.device)
+        for start in range(0, len(batch), pictures):
+            rows = batch.part(start, start + pictures)
+            tokens = embeddings.split(self.max_rows // len(rows))
+            parts = [self._losses(part, rows) for part in tokens]
+            losses = losses + torch.cat(parts) * (len(rows) / len(batch))
+        return losses
 
     def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
         unet, count = self.pipe.unet, len(embeddings)

@@ -26,10 +26,18 @@ from ..guidance.zeroth_order import (
     neighbour_basis,
 )
 
+# What only a descent has.
+DESCENT = (
+    *("difference", "directions", "mu", "distribution", "normalise", "step", "betas", "warmup"),
+    *("decay_steps", "subspace_tau", "subspace_nu", "words", "average"),
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Settings of a run; the defaults are ZOODiP's.
+
+    Of a preset, "evolution" takes what is not of the descent alone (the settings in `DESCENT`).
 
     Args:
         steps: Steps of the search.
@@ -44,7 +52,8 @@ class Recipe:
         population: Points of a step of "evolution"; 0 is Hansen's default.
         subspace_tau: Tokens that SG keeps; 0 switches SG off.
         subspace_nu: Share of the variance that SG takes for noise.
-        timesteps_low, timesteps_high: Window of the timesteps (PUTS), of 1000.
+        timesteps_low, timesteps_high: Window of the timesteps (PUTS), of the 1000 that
+            models are usually trained with.
         pool: Size of the fixed, stratified pool of (image, timestep, noise); 0 draws afresh at
             every step.
         basis: Dimensions of the search basis for each vector and text encoder; 0 is all.
@@ -95,6 +104,8 @@ class Recipe:
             raise ValueError(
                 f"the pool ({self.pool}) must be a multiple of the batch ({self.batch})"
             )
+        if self.pool < 0:
+            raise ValueError(f"pool must be at least 0, got {self.pool}")
         if self.search == "evolution" and not self.basis:
             raise ValueError("search='evolution' needs a basis")
         if self.words < 0:
@@ -102,6 +113,13 @@ class Recipe:
         if not (self.rate > 0 and self.mu > 0):
             raise ValueError(f"rate and mu must be positive, got {self.rate} and {self.mu}")
         self.timesteps(), self.estimator(1.0)
+
+    def unused(self) -> tuple[str, ...]:
+        """Settings that have no effect beside the others."""
+        if self.search == "evolution":
+            return DESCENT
+        names = ["population", "decay_steps" if self.step == "adam" else "warmup"]
+        return (*names, *(() if self.subspace_tau else ("subspace_nu",)))
 
     def timesteps(self) -> PartialUniformTimesteps:
         """The window of timesteps."""
@@ -197,7 +215,8 @@ def recipe(preset: str | Recipe, **changes: Any) -> Recipe:
     """The recipe of a preset with some settings changed; None means unchanged.
 
     Raises:
-        ValueError: unknown preset or setting (the message lists the known ones).
+        ValueError: unknown preset or setting (the message lists the known ones), a setting out of
+            range or one that would have no effect beside the others.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -208,4 +227,11 @@ def recipe(preset: str | Recipe, **changes: Any) -> Recipe:
     unknown = [name for name in changes if name not in known]
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}: known are {', '.join(known)}")
-    return dataclasses.replace(preset, **changes)
+    result = dataclasses.replace(preset, **changes)
+    for name in result.unused():
+        if changes.get(name, 0) not in (0, getattr(Recipe(), name)):
+            raise ValueError(
+                f"{name} has no effect with search={result.search!r}, step={result.step!r}, "
+                f"subspace_tau={result.subspace_tau}"
+            )
+    return result

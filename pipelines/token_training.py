@@ -55,6 +55,7 @@ class TokenTrainer:
         self.batches, self.held_out = batches, held_out
         self.points_per_call, self.settings = points_per_call, settings or {}
         self.process = processes()
+        self.between_steps = True  # else an exception has cut an update in two
         self.step = 0
         self.forwards = 0
         self.losses: list[float] = []
@@ -92,10 +93,12 @@ class TokenTrainer:
         """One step; the mean loss of its points."""
         batch, points = self.batches(self.step), self.search.ask()
         losses = self.evaluate(points, batch)
+        self.between_steps = False
         self.search.tell(losses)
         self.step += 1
         self.forwards += len(points) * len(batch)
         self.losses.append(losses.double().mean().item())
+        self.between_steps = True
         return self.losses[-1]
 
     @torch.no_grad()

@@ -36,6 +36,41 @@ class Token:
     vectors: tuple[Tensor, ...]
 
 
+def check_name(token: str) -> None:
+    """Raise unless readers take the name for a token's.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not token or token.split() != [token] or token in TAKEN:
+        raise ValueError(
+            f"a token is one word without spaces and none of {', '.join(TAKEN)}, got {token!r}"
+        )
+
+
+def token_names(token: str, vectors: int) -> list[str]:
+    """Names of the vectors, as diffusers gives them: <x>, <x>_1, <x>_2, ..."""
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
+
+
+def check_spelling(tokenizer: Any, token: str, vectors: int) -> None:
+    """Raise unless prompts with the token bring in all its vectors.
+
+    diffusers finds the further vectors by the name that the tokenizer makes of the token, and
+    CLIP's tokenizers make everything lower case.
+
+    Raises:
+        ValueError: the tokenizer spells a token of several vectors in another way.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    spelt = token.lower() if normalizer is None else normalizer.normalize_str(token)
+    if vectors > 1 and spelt != token:
+        raise ValueError(
+            f"{type(tokenizer).__name__} reads {token!r} as {spelt!r}, so diffusers would find "
+            f"only the first of its {vectors} vectors: call it {spelt!r}"
+        )
+
+
 def _checked(vectors: Sequence[Tensor], origin: str) -> tuple[Tensor, ...]:
     """Vectors as (k, d), the same k for every encoder.
 
@@ -73,10 +108,7 @@ def save_token(
     """
     if family not in ("sd", "sdxl"):
         raise ValueError(f"save_token: family is 'sd' or 'sdxl', got {family!r}")
-    if not token or token.split() != [token] or token in TAKEN:
-        raise ValueError(
-            f"save_token: a token is one word and none of {', '.join(TAKEN)}, got {token!r}"
-        )
+    check_name(token)
     keys = SDXL_KEYS if family == "sdxl" else (token,)
     vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
     if len(vectors) != len(keys):
@@ -129,8 +161,9 @@ def add_token(
         The names of its vectors: ``["<x>", "<x>_1", ...]``.
 
     Raises:
-        ValueError: no name, a name that is in a vocabulary, vectors of another width or number
-            than the pipeline's encoders. Nothing is changed then.
+        ValueError: no name, a name that is in a vocabulary or spelt otherwise by a tokenizer,
+            vectors of another width or number than the pipeline's encoders. Nothing is changed
+            then.
     """
     if not isinstance(pipe, TextualInversionLoaderMixin):
         raise ValueError(f"add_token: {type(pipe).__name__} takes no textual inversions")
@@ -157,8 +190,9 @@ def add_token(
             f"add_token: vectors of width {given} do not fit {type(pipe).__name__}, "
             f"whose text encoders have {widths}"
         )
-    names = [name, *(f"{name}_{i}" for i in range(1, len(known.vectors[0])))]
+    names = token_names(name, len(known.vectors[0]))
     for _, tokenizer in pairs:
+        check_spelling(tokenizer, name, len(names))
         if taken := [n for n in names if n in tokenizer.get_vocab()]:
             raise ValueError(f"add_token: already in the vocabulary: {', '.join(taken)}")
     for (encoder, tokenizer), vectors in zip(pairs, known.vectors, strict=True):

@@ -20,6 +20,7 @@ from pilotage.eval.sampling import (
 from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Gram, LinearAG, fit_coefficients
 from pilotage.pipelines import guided
 from pilotage.pipelines.identity import pipeline_identity
+from pilotage.pipelines.quantization import quantize
 
 from ..families import FAMILIES, flow
 
@@ -238,6 +239,20 @@ def test_identity_is_of_weights_and_settings_not_of_the_dtype():
     assert rounded == pipeline_identity(two.to(torch.float32)) | {"dtype": "bfloat16"}
     assert rounded["model"] != a["model"]
     json.dumps(a, allow_nan=False)
+
+
+@pytest.mark.parametrize("backend", ["torchao", "pilotage"])
+def test_quantized_networks_have_an_identity(backend):
+    one, two, full = (FAMILIES["sd"].build() for _ in range(3))
+    for pipe in (one, two):
+        quantize(pipe, backend=backend)
+    assert pipeline_identity(one) == pipeline_identity(two)
+    changed = {
+        k
+        for k, v in pipeline_identity(full)["networks"].items()
+        if v != pipeline_identity(one)["networks"][k]
+    }
+    assert changed == {"unet", "vae", "text_encoder"}
 
 
 def test_steps_at_equal_cost(pipe):

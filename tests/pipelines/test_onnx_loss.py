@@ -5,6 +5,7 @@ import torch
 
 from pilotage.guidance.zeroth_order import Estimator, GradientSearch, ScalarStep
 from pilotage.pipelines.onnx_loss import OnnxTokenLoss, export_onnx, quantize_onnx
+from pilotage.pipelines.personalization import Personalizer
 from pilotage.pipelines.quantization import quantize
 from pilotage.pipelines.token_inputs import extended, prompt_ids
 from pilotage.pipelines.token_loss import DiffusionTokenLoss
@@ -111,3 +112,18 @@ def test_bad_input(pipe, reference, folder, tmp_path):
     with pytest.raises(ValueError, match="must be float32 on the CPU, got torch.bfloat16"):
         export_onnx(FAMILIES["sd"].build().to(torch.bfloat16), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_unet_may_be_dropped(reference, folder):
+    pipe = FAMILIES["sd"].build()
+    pipe.unet.to("meta")
+    personalizer = Personalizer(pipe, loss=OnnxTokenLoss(pipe, folder, "fp32"))
+    data, vectors = batch(pipe, reference, 2, 0), tokens(3, 0)
+    torch.testing.assert_close(
+        personalizer.loss(vectors, data), reference(vectors, data), rtol=1e-4, atol=0
+    )
+    assert personalizer.networks.encode(torch.rand(1, 3, 16, 16)).isfinite().all()
+    assert set(personalizer.loss.identity) >= {"unet", "text_encoder", "vae", "precision"}
+    with pytest.raises(ValueError, match="attention mask"):
+        pipe.text_encoder.config.use_attention_mask = True
+        export_onnx(pipe, folder)

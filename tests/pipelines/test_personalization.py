@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,16 +84,30 @@ def test_all_tokens_in_one_call_are_as_one_by_one(family):
         calls.clear()
         parts = loss(points, batch)
         assert calls == [6, 6, 3]
+        loss.max_rows = 2
+        calls.clear()
+        torch.testing.assert_close(loss(points, batch), together, rtol=1e-5, atol=1e-7)
+        assert calls == [2] * 5 + [2, 2, 1]
     handle.remove()
     assert together.std() > 1e-5
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(together, parts, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_conditions_are_those_of_the_stock_pipeline(family):
+def test_no_call_of_a_run_has_more_rows_than_allowed():
+    pipe, calls = build(), []
+    pipe.unet.register_forward_pre_hook(lambda _m, args: calls.append(len(args[0])))
+    options = SHORT | {"batch": 4, "held_out_rows": 9}
+    Personalizer(pipe, max_rows=3).fit(pictures(), WORD, word(pipe), **options)
+    assert max(calls) == 3
+
+
+@pytest.mark.parametrize(("family", "masked"), [("sd", False), ("sd", True), ("sdxl", False)])
+def test_conditions_are_those_of_the_stock_pipeline(family, masked):
     """The injection against the word in tokenizer and table, as diffusers puts it there."""
     personalizer, stock = Personalizer(build(family)), build(family)
+    for pipe in (personalizer.pipe, stock):
+        pipe.text_encoder.config.use_attention_mask = masked
     widths = personalizer.networks.widths
     vectors = 0.3 * torch.randn(2, sum(widths), generator=torch.Generator().manual_seed(1))
     copies = [extended(t, WORD, 2) for t in personalizer.tokenizers.values()]
@@ -296,12 +311,28 @@ def test_early_stop():
     assert token.steps == 6
 
 
+def test_latents_are_what_the_stock_pipeline_decodes():
+    pipe = build("sdxl")
+    pipe.vae.register_to_config(
+        latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[2.0, 1.0, 0.5, 3.0]
+    )
+    decoded = []
+    pipe.vae.decode = lambda latents, **_: decoded.append(latents) or (torch.zeros(1, 3, 16, 16),)
+    pixels = load_images(pictures(1), 16)
+    latents = Personalizer(pipe).networks.encode(pixels)
+    stop = {"num_inference_steps": 1, "callback_on_step_end": lambda *_: {"latents": latents}}
+    pipe("a cat", height=16, width=16, **stop)
+    with torch.no_grad():
+        raw = pipe.vae.encode(2 * pixels - 1).latent_dist.mean
+    torch.testing.assert_close(decoded[0], raw, rtol=1e-5, atol=1e-5)
+
+
 class Killed(Exception):
     pass
 
 
 @pytest.mark.parametrize(("preset", "words"), [("ours", 0), ("ours", 2), ("zoodip", 0)])
-def test_continues_exactly_after_a_kill(preset, words, tmp_path):
+def test_continues_exactly_after_an_error_and_after_a_kill(preset, words, tmp_path):
     def run(folder, callback=None):
         pipe = build()
         options = SHORT | {"steps": 9, "words": words}
@@ -320,21 +351,40 @@ def test_continues_exactly_after_a_kill(preset, words, tmp_path):
             **options,
         )
 
-    def kill(trainer):
-        if trainer.step == 5:
+    def fail(trainer):
+        if trainer.step == 5:  # what a killed process leaves is what lies there now
+            shutil.copytree(tmp_path / "failed", tmp_path / "killed")
             raise Killed
 
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
-        run(tmp_path / "parts", kill)
-    steps = []
-    parts = run(tmp_path / "parts", lambda trainer: steps.append(trainer.step))
-    assert steps == [5, 6, 7, 8, 9]
-    assert torch.equal(whole.vectors, parts.vectors)
-    assert (whole.losses, whole.evaluations) == (parts.losses, parts.evaluations)
-    assert whole.forwards == parts.forwards
+        run(tmp_path / "failed", fail)
     name = "learned_embeds.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    best = load_file(tmp_path / "failed" / name)[WORD]
+    assert torch.equal(best, load_file(tmp_path / "failed" / "checkpoint.safetensors")["best"])
+    for folder, left in (("failed", [6, 7, 8, 9]), ("killed", [5, 6, 7, 8, 9])):
+        steps = []
+        parts = run(tmp_path / folder, lambda trainer, seen=steps: seen.append(trainer.step))
+        assert steps == left
+        assert torch.equal(whole.vectors, parts.vectors)
+        assert (whole.losses, whole.evaluations) == (parts.losses, parts.evaluations)
+        assert whole.forwards == parts.forwards
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / folder / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_loses_nothing(tmp_path):
+    pipe = build()
+    own, count = DiffusionTokenLoss(pipe), 0
+
+    def loss(embeddings, batch):
+        nonlocal count
+        count += 1
+        return own(embeddings, batch) * (float("nan") if count > 8 else 1)
+
+    options = SHORT | {"held_out_rows": 8, "evaluate_every": 1, "output": tmp_path}
+    with pytest.raises(FloatingPointError, match="step 4"):
+        Personalizer(pipe, loss=loss).fit(pictures(), WORD, word(pipe), **options)
+    assert load_file(tmp_path / "learned_embeds.safetensors")[WORD].isfinite().all()
 
 
 def test_a_checkpoint_of_other_settings_or_damaged(tmp_path):
@@ -348,6 +398,14 @@ def test_a_checkpoint_of_other_settings_or_damaged(tmp_path):
     with pytest.raises(CheckpointError, match=r"other settings \(recipe, seed\)"):
         run(seed=1, mu=0.2)
     assert run(steps=7).steps == 7
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.add_(0.1)
+    with pytest.raises(CheckpointError, match=r"other settings \(unet\)"):
+        run(steps=8)
+    quantize(pipe, backend="pilotage")
+    with pytest.raises(CheckpointError, match=r"other settings \(text_encoder, unet, vae\)"):
+        run(steps=8)
+    pipe = build()
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -364,6 +422,12 @@ def forbidden(*_args, **_kwargs):
     raise AssertionError("work began before the inputs were checked")
 
 
+def deep_image(folder, mode):
+    path = folder / f"{mode[0]}.tiff"
+    Image.new(mode, (16, 16)).save(path)
+    return [path]
+
+
 def broken_image(folder):
     path = folder / "broken.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -377,6 +441,8 @@ def broken_image(folder):
         (lambda p, f: {"images": f}, "no images"),
         (lambda p, f: {"images": broken_image(f)}, "broken.png cannot be read"),
         (lambda p, f: {"images": [f / "gone.png"]}, "gone.png cannot be read"),
+        (lambda p, f: {"images": deep_image(f, "I;16")}, "I.tiff cannot be read.*mode 'I;16'"),
+        (lambda p, f: {"images": deep_image(f, "F")}, "F.tiff cannot be read.*mode 'F'"),
         (lambda p, f: {"placeholder": word(p)}, "already in the vocabulary"),
         (lambda p, f: {"placeholder": "<|endoftext|>"}, "already in the vocabulary"),
         (lambda p, f: {"placeholder": "endof"}, r"inside another word, '<\|endoftext\|>'"),
@@ -386,9 +452,14 @@ def broken_image(folder):
         ),
         (lambda p, f: {"placeholder": "two words"}, "one word"),
         (lambda p, f: {"placeholder": ""}, "one word"),
+        (lambda p, f: {"placeholder": "clip_l"}, "none of clip_l"),
+        (lambda p, f: {"placeholder": "<My-Cat>", "vectors": 2}, "call it '<my-cat>'"),
         (lambda p, f: {"initializer": "lighthouse"}, r"is \d+ tokens"),
         (lambda p, f: {"initializer": torch.zeros(1, 24)}, r"shape \(1, 16\).*got \(1, 24\)"),
         (lambda p, f: {"templates": ["a cat"]}, "exactly one {}"),
+        (lambda p, f: {"templates": ["a {x} of {}"]}, "no other braces"),
+        (lambda p, f: {"templates": ["a } of {}"]}, "no other braces"),
+        (lambda p, f: {"preview_prompt": "a {style} of {}"}, "no other braces"),
         (lambda p, f: {"templates": []}, "no prompt templates"),
         (lambda p, f: {"templates": ["a " * 80 + "{}"]}, "does not fit into 77 tokens"),
         (lambda p, f: {"prompts": ["a {}"]}, "3 images and 1 prompts"),
@@ -398,6 +469,13 @@ def broken_image(folder):
         (lambda p, f: {"vectors": 0}, "vectors must be at least 1"),
         (lambda p, f: {"mu": -1.0}, "must be positive"),
         (lambda p, f: {"batch": 3}, "multiple of the batch"),
+        (lambda p, f: {"pool": -4}, "pool must be at least 0"),
+        (lambda p, f: {"held_out_rows": -1}, "at least 0"),
+        (lambda p, f: {"checkpoint_every": 0}, "at least 1"),
+        (lambda p, f: {"output": Path(__file__)}, "is not a folder"),
+        (lambda p, f: {"decay_steps": 5}, "decay_steps has no effect"),
+        (lambda p, f: {"population": 5}, "population has no effect"),
+        (lambda p, f: {"search": "evolution", "words": 5}, "words has no effect"),
         (lambda p, f: {"preview_every": 2}, "previews need an output folder"),
         (lambda p, f: {"held_out_prompts": ["a {}"]}, "need held_out images"),
         (lambda p, f: {"patience": 2, "held_out_rows": 0}, "patience needs a held-out loss"),
@@ -411,6 +489,16 @@ def test_bad_input_before_any_work(change, message, tmp_path, monkeypatch, share
     monkeypatch.setattr(pipe.unet, "forward", forbidden)
     with pytest.raises(ValueError, match=message):
         personalizer.fit(**(options | change(pipe, tmp_path)))
+
+
+def test_a_scheduler_with_fewer_noise_levels():
+    pipe = build()
+    pipe.scheduler = type(pipe.scheduler)(num_train_timesteps=100)
+    with pytest.raises(ValueError, match="ends at 900, and PNDMScheduler has 100"):
+        Personalizer(pipe).fit(pictures(), WORD, word(pipe), **SHORT)
+    window = {"timesteps_low": 50, "timesteps_high": 90}
+    token = Personalizer(pipe).fit(pictures(), WORD, word(pipe), **(SHORT | window))
+    assert token.vectors.isfinite().all()
 
 
 def test_an_option_that_would_be_ignored(shared):

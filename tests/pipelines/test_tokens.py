@@ -141,6 +141,7 @@ def test_add_token_refuses_before_it_changes_anything():
         ((rows, NAME), r"width \[16\]"),
         (((rows, rows),), "pass token="),
         (((rows, rows), "cat</w>"), "already in the vocabulary"),
+        (((rows, rows), "<My-Cat>"), "call it '<my-cat>'"),
     ]:
         with pytest.raises(ValueError, match=message):
             add_token(pipe, *arguments)
