@@ -114,14 +114,18 @@ class _RestingLatch(_Latch):
     def __init__(self, batch: int, threshold: float, lag: int) -> None:
         super().__init__(batch, threshold, lag)
         self.since = [0] * batch  # steps since a sample left
+        self.planned = -1  # the step that this is of
         self.held: Tensor | None = None
 
     def wanted(self, step: Step) -> list[bool]:
         guided = super().wanted(step)
+        self.planned = step.index
         self.since = [0 if g else n + 1 for g, n in zip(guided, self.since, strict=True)]
         return [n % 2 == 0 for n in self.since]
 
     def resting(self, step: Step) -> list[int]:
+        if step.index != self.planned:
+            return []
         return [row for row, n in enumerate(self.since) if n % 2]
 
     def forecast(self, step: Step) -> Tensor:

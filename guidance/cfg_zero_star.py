@@ -66,10 +66,10 @@ class CFGZeroStar(Rule):
     """CFG-Zero*, for flow models.
 
     Args:
-        zero_steps: How many first steps of a sample return a zero velocity; network evaluations
-            with guidance, so that a second-order scheduler has about two per step. The authors'
-            code zeroes one step by default and recommends about 4 % of all steps (2 of 50 for
-            Wan 2.1 text to video).
+        zero_steps: How many first steps of a run return a zero velocity where they are guided;
+            network evaluations, so that a second-order scheduler has about two per step. The
+            authors' code zeroes one step by default and recommends about 4 % of all steps (2 of 50
+            for Wan 2.1 text to video).
         optimized_scale: Whether the unconditional velocity is scaled; False leaves zero-init alone.
 
     A zero prediction means "stay here" only for a velocity: pipelines whose network predicts noise
@@ -80,6 +80,7 @@ class CFGZeroStar(Rule):
     """
 
     name: ClassVar[str] = "cfg-zero*"
+    counts_steps: ClassVar[bool] = True
 
     zero_steps: int = 1
     optimized_scale: bool = True

@@ -128,6 +128,18 @@ class Policy:
         """Whether in a run of `total` steps any sample may evaluate nothing at a step."""
         return False
 
+    def replaces_combination(self, total: int) -> bool:
+        """Whether a run of `total` steps gets predictions from it that are not to be combined.
+
+        Even with `CFG`, whose combination is otherwise the pipeline's own.
+        """
+        return self.may_forecast(total)
+
+    @property
+    def identities(self) -> tuple[Mapping[str, Any], ...]:
+        """What the policy and what it is made of were fitted on."""
+        return () if self.identity is None else (self.identity,)
+
     def __ror__(self, rule) -> Guidance:
         from .composition import Guidance
 

@@ -13,9 +13,11 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow", "sample"]
@@ -77,8 +79,12 @@ class NoiseLevel:
         return a_x * accumulate(x_t) + a_p * accumulate(pred)
 
     def from_x0(self, denoised: Tensor, x_t: Tensor) -> Tensor:
-        """The prediction whose denoised image is `denoised`; inverse of `to_x0`."""
+        """The prediction whose denoised image is `denoised`; inverse of `to_x0`.
+
+        0 where a denoised image says nothing of a prediction (at the end of the noise, sigma = 0).
+        """
         a_x, a_p = self.coefficients()
+        a_p = torch.where(a_p == 0, torch.inf, a_p) if isinstance(a_p, Tensor) else a_p or math.inf
         return (denoised - a_x * accumulate(x_t)) / a_p
 
 

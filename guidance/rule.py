@@ -23,11 +23,14 @@ class Rule:
         name: The name by which `pipe(..., guidance=name)` finds the rule.
         space: Where the rule acts: on denoised images ("x0") or on raw network outputs ("native").
         needs_flow: Whether the rule makes sense for networks that predict a flow velocity only.
+        counts_steps: Whether the state is the number of the run's steps before this one, guided or
+            not, with shape (B, 1), int32, rather than what the rule returned last.
     """
 
     name: ClassVar[str]
     space: Space = "native"
     needs_flow: bool = False
+    counts_steps: ClassVar[bool] = False
 
     def combine(
         self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: Tensor | None

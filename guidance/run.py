@@ -54,11 +54,15 @@ class Run:
         Args:
             noise: sigma / alpha of the network's input; None where unknown.
         """
-        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
-        self.step = Step(self.step.index + 1, self.total, noise)
+        self.begin_step(noise)
         wanted = self.policy_state.wanted(self.step)
         self.resting = self.policy_state.resting(self.step)
         return [row for row in range(self.batch) if wanted[row]]
+
+    def begin_step(self, noise: float | None = None) -> None:
+        """Begin a step without a plan: the pipeline does not guide it."""
+        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+        self.step, self.resting = Step(self.step.index + 1, self.total, noise), []
 
     @property
     def all_rest(self) -> bool:
@@ -163,7 +167,7 @@ class Run:
             rule,
             x_t=views.x_t,
             level=views.level,
-            state=self._state_of(index),
+            state=self._state_of(index, views.native[0]),
             gamma_space=self._gamma_space(views.level),
             want_prediction=wanted,
             want_norms=self.detailed,
@@ -193,7 +197,7 @@ class Run:
             record.gamma = cosine(*views.pair(space))
         rule = self.guidance.rule
         cond, uncond = views.pair(rule.space)
-        guided, state = rule.combine(cond, uncond, scale, self._state_of(index))
+        guided, state = rule.combine(cond, uncond, scale, self._state_of(index, cond))
         self._keep_state(state, index)
         if self.detailed:
             difference, update = accumulate(cond) - accumulate(uncond), guided - cond
@@ -211,24 +215,18 @@ class Run:
             return None
         return "x0" if level is not None else "native"
 
-    def skip(self, prediction: Tensor) -> None:
-        """A step that is not to be guided, whatever the policy says.
+    def leave(self, prediction: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+        """End a step without guidance: whatever was planned, the unconditional branch never came.
 
         Args:
-            prediction: Network output of the one branch evaluated, with shape (B, \\*).
-        """
-        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
-        self.step = Step(self.step.index + 1, self.total, None)
-        self.leave(prediction)
-
-    def leave(self, prediction: Tensor) -> None:
-        """End a planned step without guidance: its unconditional branch never came.
-
-        Args:
-            prediction: Network output of the conditional branch, with shape (B, \\*).
+            prediction: Network output of the conditional branch, with shape (B, \\*); later
+                forecasts take it for the guided one.
+            x_t: Network input, with shape (B, \\*).
+            level: As of `combine`.
         """
         self.trace.steps.append(StepRecord(self.step.index, self.step.noise, []))
         self._check_finite(prediction)
+        self._keep_guided(prediction, x_t, level)
 
     def finish(self) -> None:
         """Raise what was still on its way from the device."""
@@ -254,7 +252,10 @@ class Run:
             kept = guided if native else level.to_x0(guided, x_t)
             self.policy_state.keep_guided(self.step, kept)
 
-    def _state_of(self, index: Tensor | None) -> Tensor | None:
+    def _state_of(self, index: Tensor | None, pred_cond: Tensor) -> Tensor | None:
+        if self.guidance.rule.counts_steps:
+            shape, device = (len(pred_cond), 1), pred_cond.device
+            return torch.full(shape, self.step.index, dtype=torch.int32, device=device)
         if index is None or self.rule_state is None:
             return self.rule_state
         return self.rule_state[index]

@@ -48,6 +48,16 @@ class Stepwise(Policy):
         """Whether any step is forecast."""
         return "forecast" in self.choices_for(total)
 
+    def replaces_combination(self, total: int) -> bool:
+        """Whether any step is forecast, or guided at another scale."""
+        return self.may_forecast(total) or any(self.factor(i) != 1 for i in range(total))
+
+    @property
+    def identities(self) -> tuple[Mapping[str, Any], ...]:
+        """The policy's own and its stand-in's."""
+        own, parts = super().identities, getattr(self.stands_in, "identity", None)
+        return own if parts is None or parts in own else (*own, parts)
+
     @property
     def needs_history(self) -> bool:
         """Whether any step may be estimated or forecast."""
@@ -71,10 +81,13 @@ class _Planned(PolicyState):
         self.choices: tuple[Choice, ...] = ()
         self.history: History | None = None
 
+    def begin(self, step: Step) -> None:
+        self.choices = self.policy.choices_for(step.total)
+        self.history = History(HistoryPlan(sums(self.choices, self.policy.stands_in)))
+
     def wanted(self, step: Step) -> list[bool]:
         if self.history is None:
-            self.choices = self.policy.choices_for(step.total)
-            self.history = History(HistoryPlan(sums(self.choices, self.policy.stands_in)))
+            self.begin(step)
         return [self.choices[step.index] == "both"] * self.batch
 
     def scale(self, step: Step, guidance_scale: float) -> float:
@@ -102,6 +115,8 @@ class _Planned(PolicyState):
         return self.history.estimate(step.index)
 
     def wants_guided(self, step: Step) -> bool:
+        if self.history is None:  # the pipeline did not guide its first step
+            self.begin(step)
         return ("guided", step.index) in self.history.plan.place_of
 
     def keep_guided(self, step: Step, guided: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..guidance.transfer import row_index
 
@@ -89,10 +89,27 @@ class _Selection:
 
 
 def _parameter_names(network: Any) -> list[str]:
-    """Names of the forward's parameters, also behind torch.compile and wrappers."""
-    network = getattr(network, "_orig_mod", network)
-    forward = inspect.unwrap(getattr(network, "forward", network))
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
+    """Names of the forward's parameters, also behind torch.compile, PEFT and other wrappers.
+
+    A forward that takes anything (``*args, **kwargs``) passes it on to what it replaced, that of
+    its class, or to the only module inside.
+    """
+    while True:
+        own = getattr(network, "forward", network)
+        if names := _named(own) or _named(getattr(type(network), "forward", None)):
+            return names
+        inner = list(network.children()) if isinstance(network, nn.Module) else []
+        if len(inner) != 1:
+            raise TypeError(f"the forward of {type(network).__name__} names none of its inputs")
+        network = inner[0]
+
+
+def _named(forward: Any) -> list[str]:
+    if forward is None:
+        return []
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
 
 
 def prediction_of(output: Any, listed: bool = False) -> Tensor:

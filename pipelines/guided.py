@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from ..guidance import CFG, Guidance, Policy, Rule, Trace, load_guidance, resolve
+from ..guidance import CFG, Guidance, Interval, Policy, Rule, Trace, load_guidance, resolve
 from .families import model_family
 from .fitted import check_identity
 from .layouts import Layout, LayoutError
@@ -51,7 +51,9 @@ class GuidedMixin:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> DiffusionPipeline:
         """See the stock pipeline; a ``custom_pipeline`` comes back guided, too."""
-        pipe = super().from_pretrained(*args, **kwargs)
+        # diffusers finds the class that a folder names in the package of the one called.
+        loader = DiffusionPipeline if cls.stock_class is DiffusionPipeline else super()
+        pipe = loader.from_pretrained(*args, **kwargs)
         return pipe if isinstance(pipe, GuidedMixin) else guided(pipe)
 
     @classmethod
@@ -82,7 +84,13 @@ class GuidedMixin:
             own = guidance_folder(self)
             if own is not None and (own / f"{guidance}.json").is_file():
                 return load_guidance(own / f"{guidance}.json")
-        return resolve(guidance, model_family(self))
+        found = resolve(guidance, model_family(self))
+        if isinstance(guidance, str) and found.policy == Interval():
+            raise ValueError(
+                "'interval' has no known window for this model: pass Interval(start_step, "
+                "stop_step) or Interval(noise_low=..., noise_high=...)"
+            )
+        return found
 
     def __call__(
         self,
@@ -122,9 +130,9 @@ class GuidedMixin:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         scales = _checked_scales(type(self), settings, layout, bound.arguments)
-        if settings.policy.identity is not None:
+        for identity in settings.policy.identities:
             scale = scales[layout.denoisers[0]] + layout.scale_offset
-            check_identity(self, settings.policy.identity, bound.arguments, scale)
+            check_identity(self, identity, bound.arguments, scale)
         if settings.needs_noise_level or detailed_trace:
             check_scheduler(self.scheduler)
         if settings.rule.needs_flow and prediction_type_of(self.scheduler) != "flow":
@@ -175,7 +183,7 @@ def _checked_scales(
             the call conflicts with the guidance.
     """
     name = scale_argument(pipeline_class)
-    scale = _positive(name, arguments[name])
+    scale = _positive(name, arguments[name], layout.scale_offset)
     nothing = f"so that '{guidance}' has nothing to act on: use"
     if not guidance.is_plain and scale + layout.scale_offset <= 1:
         raise ValueError(
@@ -186,21 +194,23 @@ def _checked_scales(
             f"without a negative prompt {pipeline_class.__name__} evaluates one branch, {nothing} "
             "negative_prompt='', or guidance=None"
         )
-    for option in layout.conflicts:
-        if arguments.get(option) and not isinstance(guidance.rule, CFG):
-            raise ValueError(f"{option} cannot be combined with '{guidance}': leave it out")
+    if not isinstance(guidance.rule, CFG):
+        layout.check_options(arguments, guidance)
     scales = dict.fromkeys(layout.denoisers, scale)
     second = arguments.get("guidance_scale_2")
     if second is not None:
-        return scales | {layout.denoisers[-1]: _positive("guidance_scale_2", second)}
+        second = _positive("guidance_scale_2", second, layout.scale_offset)
+        return scales | {layout.denoisers[-1]: second}
     return scales | {name: scale}
 
 
-def _positive(name: str, scale: Any) -> float:
+def _positive(name: str, scale: Any, offset: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise ValueError(f"{name} must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{name} must be finite and > 0 (1 is no guidance), got {scale}")
+    if not (math.isfinite(scale) and scale + offset > 0):
+        raise ValueError(
+            f"{name} must be finite and > {0 - offset:g} ({1 - offset:g} is no guidance), got {scale}"
+        )
     return float(scale)
 
 

@@ -233,7 +233,7 @@ class Guider(BaseGuidance):
             kept = pred_uncond[row_index(rows, pred_uncond.device)]
         scale = self.guidance_scale
         if self.num_conditions == 1:
-            run.leave(pred_cond)
+            run.leave(pred_cond, x_t, self._level)
             cond = uncond = pred_cond
         else:
             cond, uncond = run.combine(rows, pred_cond, kept, x_t, scale, self._level)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..guidance import NoiseLevel
+from ..guidance import Guidance, NoiseLevel
 from .calls import Call, prediction_of, with_prediction
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ class Layout:
         sign: -1 if the pipeline negates what the network returns.
         channels: Number of leading channels that the pipeline guides; None: all that it denoises.
         scale_offset: What the pipeline's scale lacks to w (1 for ``c + s * (c - u)``).
-        conflicts: Options of the call by which the pipeline goes on from its own combination; with
-            any rule but `CFG` they are refused.
+        conflicts: Options of the call by which the pipeline goes on from its own combination; they
+            are refused where guided predictions take its place.
     """
+
+    joins_branches: ClassVar[bool] = False  # in one call of the denoiser
 
     denoisers: tuple[str, ...] = ("unet", "transformer")
     listed: bool = False
@@ -54,6 +56,16 @@ class Layout:
         """Whether a call gives its guided prediction the norm of the conditional one."""
         return False
 
+    def check_options(self, options: dict[str, Any], guidance: Guidance) -> None:
+        """Raise if the pipeline goes on from a combination that `guidance` takes the place of.
+
+        Raises:
+            ValueError: an option among `conflicts` is set.
+        """
+        for option in self.conflicts:
+            if options.get(option):
+                raise ValueError(f"{option} cannot be combined with '{guidance}': leave it out")
+
     def finish(self, seam: Seam) -> None:
         """The pipeline has made its last call."""
 
@@ -66,6 +78,8 @@ class Batched(Layout):
         cond_first: [cond, uncond] rather than [uncond, cond].
     """
 
+    joins_branches: ClassVar[bool] = True
+
     cond_first: bool = False
 
     def run(self, seam: Seam, call: Call) -> Any:
@@ -75,7 +89,8 @@ class Batched(Layout):
         batch = seam.run.batch
         if call.rows == batch:  # the pipeline itself has switched guidance off
             output = call()
-            seam.run.skip(prediction_of(output, self.listed))
+            seam.run.begin_step()
+            seam.leave(prediction_of(output, self.listed), call.sample, seam.noise_level(call))
             return output
         level = seam.noise_level(call)
         rows = seam.plan(level)
@@ -202,7 +217,7 @@ class TwoCalls(Layout):
         if seam.pending is not None:
             pending, seam.pending = seam.pending, None
             if pending.returned is not None:
-                seam.run.leave(pending.cond)
+                seam.leave(pending.cond, pending.sample, pending.level)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

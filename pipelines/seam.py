@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import Guidance, NoiseLevel, Run
+from ..guidance import Always, Guidance, NoiseLevel, Run
 from ..guidance.transfer import row_index
 from .calls import Call, prediction_of, with_prediction
 from .layouts import Layout, LayoutError, Pending
@@ -58,10 +58,29 @@ class Seam:
 
     def start(self, batch: int, call: Call) -> None:
         """Begin the run at the first call."""
-        scheduler = self.pipe.scheduler
-        total = getattr(self.pipe, "num_timesteps", None) or len(scheduler.timesteps)
+        if not (self.guided or self.guidance.is_plain):
+            raise LayoutError(
+                f"{type(self.pipe).__name__} evaluates one branch, so that '{self.guidance}' has "
+                "nothing to act on: its guidance is off at this scale, or built into the network "
+                "(a distilled model)"
+            )
+        total = getattr(self.pipe, "num_timesteps", None)
+        total = total or run_length(self.pipe.scheduler, call.timestep, self.options)
         on_cpu = call.sample.device.type == "cpu"
-        self.may_forecast = self.guidance.policy.may_forecast(total)
+        policy = self.guidance.policy
+        self.may_forecast = policy.may_forecast(total)
+        if policy.replaces_combination(total):
+            self.layout.check_options(self.options, self.guidance)
+        drops_rows = self.layout.joins_branches or (batch > 1 and policy.needs_gamma)
+        if (
+            getattr(call.network, "is_cache_enabled", False)
+            and drops_rows
+            and not isinstance(policy, Always)
+        ):
+            raise LayoutError(
+                f"a cache is enabled in the denoiser of {type(self.pipe).__name__}, which needs "
+                f"every row at every step: disable it, or leave out '{policy}'"
+            )
         if self.may_forecast and self.layout.norm_matched(self.options):
             raise LayoutError(
                 f"{type(self.pipe).__name__} gives its guided prediction the norm of the "
@@ -69,6 +88,11 @@ class Seam:
                 "guide it"
             )
         self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
+
+    def leave(self, prediction: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+        """End a step that the pipeline does not guide."""
+        channels = min(x_t.shape[1], prediction.shape[1], self.layout.channels or x_t.shape[1])
+        self.run.leave(prediction[:, :channels], x_t[:, :channels], level)
 
     def finish(self) -> None:
         """Close the last step and raise what was still on its way from the device."""
@@ -155,6 +179,17 @@ class Seam:
         guided = self.run.forecast(x_t[:, : self.channels], level)
         parts = [guided] if self.rest is None else [guided, self.rest]
         return torch.cat(parts, 1).to(prediction_of(self.seen, self.layout.listed).dtype)
+
+
+def run_length(scheduler: Any, timestep: Tensor, options: dict[str, Any]) -> int:
+    """Number of network calls from the first one, at `timestep`, where a pipeline does not tell."""
+    timesteps = scheduler.timesteps
+    places = (timesteps == timestep.flatten()[0].to(timesteps)).nonzero()
+    left = timesteps[int(places[0]) :] if len(places) else timesteps
+    if options.get("denoising_end"):
+        steps = scheduler.config.num_train_timesteps
+        left = left[left >= round(steps - options["denoising_end"] * steps)]
+    return len(left)
 
 
 class GuidedDenoiser:

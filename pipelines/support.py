@@ -79,7 +79,9 @@ LAYOUTS: dict[str, Layout] = {
     "StableUnCLIPImg2ImgPipeline": UNCOND_COND,
     "StableUnCLIPPipeline": UNCOND_COND,
     "WanPipeline": TwoCalls(denoisers=("transformer", "transformer_2")),
-    "ZImagePipeline": Batched(cond_first=True, listed=True, scale_offset=1.0, sign=-1),
+    "ZImagePipeline": Batched(
+        cond_first=True, listed=True, scale_offset=1.0, sign=-1, conflicts=("cfg_normalization",)
+    ),
 }
 
 THREE_BRANCHES = "it evaluates a third branch, which two-branch rules have no place for"

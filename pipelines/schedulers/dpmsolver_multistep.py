@@ -73,7 +73,7 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         h = -shrink.log()
         k_x, k_n = sigma_next / sigma, torch.zeros_like(sigma)
         if self.config.algorithm_type == "sde-dpmsolver++":
-            k_x, k_n = k_x * shrink, sigma_next * (1 - shrink**2).sqrt()
+            k_x, k_n = k_x * shrink, sigma_next * (1 - shrink**2).clamp(min=0).sqrt()
             phi, slope = alpha_next * (1 - shrink**2), -2 * h
         else:
             phi, slope = alpha_next * (1 - shrink), -h

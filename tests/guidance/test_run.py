@@ -160,9 +160,10 @@ def test_interval_by_step_and_by_noise():
         Interval(noise_low=3, noise_high=1)
 
 
-def test_skipped_steps_ask_no_policy():
+def test_steps_that_the_pipeline_does_not_guide_ask_no_policy():
     run = Run(Guidance(CFG(), Interval(noise_low=1.0)), 2, 3, on_cpu=True)
-    run.skip(torch.ones(2, 4, 6, 6))
+    run.begin_step()
+    run.leave(*torch.ones(2, 2, 4, 6, 6), None)
     assert run.plan(noise=2.0) == [0, 1]
     assert run.trace.nfe == [1, 1]
     assert run.step.index == 1

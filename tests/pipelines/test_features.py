@@ -1,16 +1,29 @@
 """Guidance beside the other features of diffusers: each as it is without."""
 
 import copy
+import itertools
 
 import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 
 import pilotage.pipelines
-from pilotage.guidance import APG, CFGZeroStar
+from pilotage.eval.embedded import embedded_folder
+from pilotage.guidance import (
+    APG,
+    AdaptiveGuidance,
+    CFGZeroStar,
+    Forecast,
+    Hold,
+    Interval,
+    Schedule,
+    load_guidance,
+)
 from pilotage.pipelines import LayoutError, guided
 
+from .. import components
 from ..families import FAMILIES
 from .checks import Rows, equal, latents
 
@@ -152,14 +165,100 @@ def test_three_branches_are_refused(name):
         ("sd", "guidance_rescale", 0.7),
         ("sd3", "skip_guidance_layers", [0]),
         ("cogvideox", "use_dynamic_cfg", True),
+        ("z_image", "cfg_normalization", True),
     ],
 )
 def test_options_that_need_the_pipelines_own_combination(name, option, value):
     pipe = guided(FAMILIES[name].build())
-    with pytest.raises(ValueError, match=f"{option} cannot be combined"):
-        latents(pipe, name, guidance="apg", **{option: value})
-    stock = latents(pipe, name, **{option: value})
-    assert equal(stock, latents(pipe, name, guidance="cfg", **{option: value}))
+    half = AdaptiveGuidance(0.9, space="native", tail="forecast")
+    total = 4 if name == "sd" else 3  # PNDM evaluates once more
+    scaled = Schedule(("both",) * total, (1.5,) * total)
+    for guidance in ("apg", Forecast(space="native"), half, scaled):
+        with pytest.raises(ValueError, match=f"{option} cannot be combined"):
+            latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
+    stock = latents(pipe, name, num_inference_steps=3, **{option: value})
+    for guidance in ("cfg", Schedule(("both",) * total)):
+        found = latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
+        assert equal(stock, found)
+
+
+def test_steps_after_the_pipeline_has_switched_guidance_off():
+    """A forecast takes the last output that the pipeline went on with, guided or not."""
+    off = {"cfg_trunc_ratio": 0.5, "cfg_normalization": False}
+    for guidance in (
+        AdaptiveGuidance(-1.0, space="native", tail="forecast"),
+        Forecast(space="native"),
+    ):
+        pipe, outputs = guided(FAMILIES["lumina2"].build()), []
+        step = pipe.scheduler.step
+        pipe.scheduler.step = lambda out, *a, step=step, seen=outputs, **k: (
+            seen.append(out.clone()) or step(out, *a, **k)
+        )
+        latents(pipe, "lumina2", batch=1, num_inference_steps=12, guidance=guidance, **off)
+        rests = [bool(record.resting) for record in pipe.guidance_trace.steps]
+        assert sum(rests[6:]) >= 2
+        for i, (before, output) in enumerate(itertools.pairwise(outputs), 1):
+            assert torch.allclose(before, output, rtol=1e-4, atol=1e-5) == rests[i]
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_wrapped_denoisers(name):
+    """Forwards that take anything: PEFT's wrapper, a function put in the place of another."""
+    expected = latents(guided(FAMILIES[name].build()), name, guidance="apg")
+    pipe = guided(FAMILIES[name].build())
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert equal(latents(pipe, name, guidance="apg"), expected)
+    pipe = guided(FAMILIES[name].build())
+    adapter = peft.LoraConfig(r=2, target_modules=["to_q"])  # its first product is zero
+    pipe.transformer = peft.get_peft_model(pipe.transformer, adapter)
+    assert equal(latents(pipe, name, guidance="apg"), expected)
+
+
+def test_caches_in_the_denoiser():
+    pipe = guided(FAMILIES["cogvideox"].build())
+    expected = latents(pipe, "cogvideox", guidance="cfg")
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    assert equal(latents(pipe, "cogvideox", guidance="cfg"), expected)
+    with pytest.raises(LayoutError, match="cache is enabled"):
+        latents(pipe, "cogvideox", guidance="hold")
+    pipe.transformer.disable_cache()
+    assert torch.isfinite(torch.as_tensor(latents(pipe, "cogvideox", guidance="hold"))).all()
+
+
+def test_one_branch_cannot_be_guided():
+    distilled = FAMILIES["sd"].build()
+    distilled.unet = components.unet(in_channels=4, time_cond_proj_dim=8)
+    for pipe, name, scale in (
+        (distilled, "sd", 7.5),  # the scale is an input of the network
+        (FAMILIES["kandinsky3"].build(), "kandinsky3", 0.9),
+    ):
+        with pytest.raises(LayoutError, match="evaluates one branch"):
+            latents(guided(pipe), name, guidance="apg", guidance_scale=scale)
+        assert pipe.guidance_trace is None
+    pipe = guided(FAMILIES["z_image"].build())  # its scale is w - 1
+    stock = latents(pipe, "z_image", guidance_scale=0.0)
+    assert equal(stock, latents(pipe, "z_image", guidance="cfg", guidance_scale=0.0))
+
+
+def test_runs_of_pipelines_that_do_not_tell_their_length():
+    base = FAMILIES["sdxl"].build()
+    adapter = diffusers.T2IAdapter(
+        in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2
+    )
+    adapter.forward = lambda x: [torch.zeros(len(x), 8, 4, 4), torch.zeros(len(x), 16, 4, 4)]
+    pipe = guided(diffusers.StableDiffusionXLAdapterPipeline(**base.components, adapter=adapter))
+    pipe.set_progress_bar_config(disable=True)
+    call = FAMILIES["sdxl"].call(1, False) | {"image": torch.rand(1, 3, 16, 16)}
+    pipe(**call | {"num_inference_steps": 20, "denoising_end": 0.5, "guidance": "hold"})
+    assert pipe.guidance_trace.nfe == [Hold().nfe(10)]
+
+
+def test_what_a_schedule_is_made_of_belongs_to_its_model():
+    path = embedded_folder() / "guidance" / "linear-ag.json"
+    schedule = Schedule(("both", "estimate") * 10, stand_in=load_guidance(path).policy.coefficients)
+    with pytest.raises(ValueError, match="fitted on something else"):
+        latents(guided(FAMILIES["sd"].build()), "sd", guidance=schedule, num_inference_steps=20)
 
 
 def test_true_cfg_needs_a_negative_prompt():
@@ -173,6 +272,15 @@ def test_zero_init_is_for_flow_models():
         latents(guided(FAMILIES["sd"].build()), "sd", guidance="cfg-zero*")
     pipe = guided(FAMILIES["sd3"].build())
     assert latents(pipe, "sd3", guidance=CFGZeroStar()).isfinite().all()
+    late = Interval(start_step=2)  # the first steps of the run are over by then
+    found = latents(pipe, "sd3", guidance=CFGZeroStar(2) | late, num_inference_steps=4)
+    assert equal(found, latents(pipe, "sd3", guidance=CFGZeroStar(0) | late, num_inference_steps=4))
+
+
+def test_no_noise_left():
+    pipe = guided(FAMILIES["sd3"].build())
+    sigmas = {"sigmas": [1.0, 0.7, 0.3, 0.0], "num_inference_steps": 4}
+    assert latents(pipe, "sd3", guidance="forecast", **sigmas).isfinite().all()
 
 
 def test_second_scale_of_wan():

@@ -146,6 +146,18 @@ def test_trajectory_is_the_stock_schedulers(case):
             assert relative(a, b) <= 1e-5
 
 
+def test_a_last_step_that_goes_nowhere():
+    """Its noise levels are equal but for rounding: no root of what is below zero."""
+    settings = {
+        "algorithm_type": "sde-dpmsolver++",
+        "beta_schedule": "squaredcos_cap_v2",
+        "use_lu_lambdas": True,
+        "final_sigmas_type": "sigma_min",
+    }
+    for scheduler in build(DPM, settings):
+        assert all(x.isfinite().all() for x in trajectory(scheduler, {}, {})[0])
+
+
 def test_zero_snr_euler_is_nearer_to_the_exact_result_than_stock():
     """At sigma = 4096 the stock step cancels in float32, which costs it about 1e-5 by itself."""
     stock, ours = build(EULER, ZERO_SNR)

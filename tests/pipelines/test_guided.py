@@ -80,6 +80,12 @@ def test_saves_as_the_stock_class(pipe, tmp_path):
     assert torch.equal(again(**call(2, False), guidance="apg")[0], expected)
 
 
+def test_loads_whatever_class_a_folder_names(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = pilotage.pipelines.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is pilotage.pipelines.StableDiffusionPipeline
+
+
 def test_configuration_is_untouched_by_a_call(pipe):
     before = dict(pipe.config)
     pipe(**FAMILIES["sd"].call(1, False), guidance="apg+ag")
