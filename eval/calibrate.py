@@ -42,7 +42,7 @@ def command(
     output: Output = Path("outputs/ag.json"),
     scale: Scale = 7.5,
     steps: Steps = 20,
-    negative: Negative = "",
+    negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     model: Model = None,
@@ -58,7 +58,7 @@ def command(
         raise ValueError(f"--tail is 'cond' or 'forecast', got {tail!r}")
     if not isinstance(resolve(rule).policy, Always):
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
-    texts, pipe = load(prompts, model, device)
+    texts, pipe = load(prompts, output, model, device)
 
     from .calibration import calibrate
 

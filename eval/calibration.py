@@ -35,7 +35,8 @@ class Calibration:
         guidance: Rule and policy, ready for ``pipe(..., guidance=...)``.
         nfe: Mean network evaluations a picture.
         quality: Mean quality against plain guidance.
-        proofs: Space -> (threshold, nfe, quality) of its best threshold.
+        proofs: Space -> (threshold, nfe, quality) of its best threshold; a wanted quality may be
+            out of reach in one of them.
         costs: Space -> (threshold, nfe) pairs, the cost of every threshold that makes a difference.
     """
 
@@ -72,7 +73,7 @@ def calibrate(
     target_ssim: float | None = None,
     guidance_scale: float = 7.5,
     num_inference_steps: int = 20,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
     rule: Rule | None = None,
@@ -139,7 +140,7 @@ def calibrate(
     if target_nfe is not None:
         space = max(proofs, key=lambda s: proofs[s][2])
     else:
-        space = min(proofs, key=lambda s: proofs[s][1])
+        space = _cheapest_space(proofs, target_ssim)
     threshold, nfe, judged = proofs[space]
     guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, tail=tail)))
     return Calibration(guidance, nfe, judged, proofs, costs)
@@ -211,21 +212,31 @@ def _check_reachable(target: float, costs: dict[str, list[tuple[float, float]]])
         )
 
 
+def _cheapest_space(proofs: dict[str, tuple[float, float, float]], target: float) -> str:
+    """The space that reaches a quality with the fewest evaluations."""
+    reaching = [space for space in proofs if proofs[space][2] >= target]
+    if not reaching:
+        _, nfe, quality = max(proofs.values(), key=lambda proof: proof[2])
+        raise ValueError(
+            f"no threshold reaches a quality of {target:g}: the highest gives {quality:.4f} at "
+            f"{nfe:.1f} evaluations"
+        )
+    return min(reaching, key=lambda space: proofs[space][1])
+
+
 def _cheapest(
     curve: list[tuple[float, float]],
     target: float,
     prove: Callable[[float], tuple[float, float, float]],
 ) -> tuple[float, float, float]:
-    """The lowest threshold whose quality reaches the target, by bisection over the curve."""
+    """The lowest threshold whose quality reaches the target, by bisection over the curve.
+
+    Where none reaches it, the highest.
+    """
     low, high = -1, len(curve) - 1
     best = prove(curve[high][0])
-    if best[2] < target:
-        raise ValueError(
-            f"no threshold reaches a quality of {target:g}: the highest gives {best[2]:.4f} at "
-            f"{best[1]:.1f} evaluations"
-        )
     for _ in range(ROUNDS):
-        if high - low <= 1:
+        if high - low <= 1 or best[2] < target:
             break
         middle = (low + high) // 2
         tried = prove(curve[middle][0])

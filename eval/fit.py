@@ -40,7 +40,10 @@ def command(
     tail: Annotated[
         str, typer.Option(help="Second half: 'linear', 'cond' or (with --steered) 'forecast'.")
     ] = "linear",
-    target: Annotated[str, typer.Option(help="Regress 'difference' or 'uncond'.")] = "difference",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Regress 'difference' (default) or 'uncond'; not with --steered."),
+    ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(help="Relative to the regressors' square; default: 1e-3, --steered 1e-4."),
@@ -50,18 +53,23 @@ def command(
         typer.Option("--steered", help="Fit on runs of LinearAG itself, back to plain guidance."),
     ] = False,
     steps: Steps = 20,
-    negative: Negative = "",
+    negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder for finished batches; default: OUTPUT.batches.")
+        Path | None,
+        typer.Option(
+            help="Folder for finished batches; default: OUTPUT.batches. Not with --steered."
+        ),
     ] = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
     """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
 
-    With --steered, on runs of LinearAG itself: each estimate then makes up for earlier ones.
+    With --steered, on runs of LinearAG itself: each estimate then makes up for earlier ones. These
+    are made all at once, so that memory grows with the prompts and nothing is resumed, and hold for
+    this pattern and tail only.
     """
     if tail not in ("linear", "cond", "forecast"):
         raise ValueError(f"--tail is 'linear', 'cond' or 'forecast', got {tail!r}")
@@ -69,7 +77,9 @@ def command(
         raise ValueError("--tail forecast is fitted with --steered")
     if steered and len(scale) > 1:
         raise ValueError("--steered fits one guidance scale")
-    texts, pipe = load(prompts, model, device)
+    if steered and (target is not None or checkpoint is not None):
+        raise ValueError("--steered regresses no target and is not resumed: leave both out")
+    texts, pipe = load(prompts, output, model, device)
 
     from ..guidance import CFG, Guidance, LinearAG
     from ..guidance.saved import save_guidance
@@ -107,7 +117,7 @@ def command(
         negative_prompt=negative,
         seed=seed,
         batch_size=batch_size,
-        target=target,
+        target=target or "difference",
         ridge=1e-3 if ridge is None else ridge,
         checkpoint=checkpoint or output.with_name(f"{output.name}.batches"),
     )

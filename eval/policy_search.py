@@ -25,8 +25,8 @@ from typing import Any, Literal, get_args
 from ..guidance import Guidance, HoldDifference, Schedule, StandIn, resolve
 from ..guidance.linear_ag import Coefficients
 from ..guidance.saved import save_guidance
-from ..guidance.schedule import NFE, Choice
-from ..pipelines.fitted import run_identity
+from ..guidance.schedule import CHOICES, NFE, Choice
+from ..pipelines.fitted import check_identity, run_identity
 from ..pipelines.steering import Steering
 from .images import to_tensor
 from .record import write_json
@@ -89,6 +89,9 @@ def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 class Trier:
     """Tries schedules, each once; with a file, across interruptions.
 
+    A search that goes on runs from its beginning: it asks for the same schedules again, up to those
+    not yet known.
+
     Args:
         trials: What they are tried on.
         stand_in: What their estimates are made with; None: fitted to each.
@@ -96,6 +99,10 @@ class Trier:
         path: JSON file of what was tried.
         between: What the steps are that do not evaluate both branches; None: any choice.
         measure: Schedule -> its candidate; default: `trials` judge it as it is.
+
+    Attributes:
+        known: All that was ever measured.
+        asked: What this search has asked for, the only thing that its course depends on.
 
     Raises:
         ValueError: the file is damaged, or of another search.
@@ -113,7 +120,7 @@ class Trier:
         self.trials, self.stand_in, self.bar, self.path = trials, stand_in, bar, path
         self.measure = measure or self._judged
         self.known: dict[tuple, Candidate] = {}
-        self.rounds = 0  # of evolution
+        self.asked: dict[tuple, Candidate] = {}
         self.plan = {
             "identity": identity_of(trials),
             "prompts": trials.prompts,
@@ -129,7 +136,7 @@ class Trier:
         damaged = ValueError(f"{path} is damaged: remove it and run again")
         try:
             content = json.loads(path.read_text())
-            plan, tried, self.rounds = content["plan"], content["tried"], content["rounds"]
+            plan, tried = content["plan"], content["tried"]
         except (ValueError, KeyError, TypeError) as error:
             raise damaged from error
         for name, value in json.loads(json.dumps(self.plan)).items():
@@ -155,7 +162,7 @@ class Trier:
                 fitted = c.schedule.stand_in
                 entry += [fitted.cond, fitted.uncond, fitted.guided]
             tried.append(entry)
-        write_json(self.path, {"plan": self.plan, "rounds": self.rounds, "tried": tried})
+        write_json(self.path, {"plan": self.plan, "tried": tried})
 
     def __call__(self, schedule: Schedule) -> Candidate:
         """The schedule with its figures; measured only the first time."""
@@ -165,7 +172,8 @@ class Trier:
             if self.path is not None:
                 self._write()
             self.bar.update()
-        return self.known[key]
+        self.asked[key] = self.known[key]
+        return self.asked[key]
 
     def _judged(self, schedule: Schedule) -> Candidate:
         quality, nfe = self.trials.judge(self.trials.compose(schedule))
@@ -188,9 +196,10 @@ def search(
     """Look for the cheapest schedule whose quality reaches a floor.
 
     Every step but the first may evaluate both branches, estimate the unconditional one, let the
-    conditional one stand alone or (if the stand-in can) forecast the guided prediction. Before the
-    evolution about 6 T runs of the prompts are made; with `fitted`, in which a step evaluates both
-    branches or does what `between` says, at most T before the rounds.
+    conditional one stand alone or forecast the guided prediction, as far as the stand-in can.
+    Before the evolution about 6 T runs of the prompts are made; with `fitted`, in which a step
+    evaluates both branches or does what `between` says, at most 2 T before the rounds. The full run
+    is among those tried, so that any floor can be reached.
 
     Args:
         pipe: A guided pipeline.
@@ -204,13 +213,16 @@ def search(
         between: With `fitted`, what the steps between full evaluations are: "forecast" evaluates
             nothing, "estimate" the conditional branch.
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
-        checkpoint: JSON file for what was tried; an interrupted search goes on from there.
+        checkpoint: JSON file for what was tried; an interrupted search goes on from there, one for
+            another floor makes use of it.
         progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
         ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
-            another search, `fitted` together with a stand-in or a rule, or unknown `between`.
+            another search, `fitted` together with a stand-in or a rule, unknown `between`, a
+            stand-in fitted on something else, a run of a single evaluation, or (with a `quality`
+            that is below the floor even for the full run) no schedule that reaches the floor.
     """
     from tqdm import tqdm
 
@@ -227,26 +239,20 @@ def search(
             _move(trier, evaluations(trials), quality_floor, rounds, between)
         return conclude(trials, trier, quality_floor)
     stand_in = stand_in or HoldDifference()
-    total = evaluations(trials)
-    kinds = offered(stand_in, total)
+    if stand_in.identity is not None:
+        check_identity(pipe, stand_in.identity, trials.batches()[0], trials.guidance_scale)
+    full = Schedule(("both",) * evaluations(trials), stand_in=stand_in)
     with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
         trier = Trier(trials, stand_in, bar, path)
-        full = Schedule(("both",) * total, stand_in=stand_in)
-        _remove_greedily(trier, full, kinds)
+        trier(full)
+        _remove_greedily(trier, full)
+        total = len(full.choices)
         for kind in get_args(Between):
-            for choices in spread(total, kind) if kind in kinds else ():
-                trier(replace(full, choices=choices))
-        _evolve(trier, quality_floor, rounds, kinds)
+            for choices in spread(total, kind, total // 2):
+                if schedule := _altered(full, choices):
+                    trier(schedule)
+        _evolve(trier, quality_floor, rounds)
     return conclude(trials, trier, quality_floor)
-
-
-def offered(stand_in: StandIn, total: int) -> tuple[Choice, ...]:
-    """What a step may be that does not evaluate both branches, for runs of `total` steps."""
-    try:
-        stand_in.forecast(total - 1, range(total - 1))
-    except ValueError:
-        return ("estimate", "cond")
-    return ("estimate", "cond", "forecast")
 
 
 def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
@@ -287,30 +293,29 @@ def _move(trier: Trier, total: int, floor: float, rounds: int, between: Between)
         return trier(Schedule(choices))
 
     best: dict[int, Candidate] = {}
-    enough, made = total, 0
-    for choices in spread(total, between):
+    enough = total
+    for choices in spread(total, between, total):
         count = choices.count("both")
         if count > enough + 1:
             break
-        candidate, made = trier(Schedule(choices)), made + 1
+        candidate = trier(Schedule(choices))
         if count not in best or candidate.quality > best[count].quality:
             best[count] = candidate
         if candidate.quality >= floor:
             enough = min(enough, count)
-    enough = min(enough, max(best))
     order = [*range(enough, 1, -1), *(n for n in sorted(best) if n > enough)]
-    limit = made + rounds  # counted from there, so that an interrupted search goes on as it would
+    limit = len(trier.asked) + rounds
     for count in order:
         if best[count].quality < floor and count < enough - 1 and best[count + 1].quality < floor:
             continue
-        own = min(limit, len(trier.known) + max(1, rounds // 3))
+        own = min(limit, len(trier.asked) + max(1, rounds // 3))
         improved = True
-        while improved and len(trier.known) < own:
+        while improved and len(trier.asked) < own:
             improved = False
             real = [i for i, c in enumerate(best[count].schedule.choices) if c == "both"]
             for k in range(1, count):
                 for place in (real[k] - 1, real[k] + 1):
-                    if place in real or not 0 < place < total or len(trier.known) >= own:
+                    if place in real or not 0 < place < total or len(trier.asked) >= own:
                         continue
                     candidate = tried([*real[:k], place, *real[k + 1 :]])
                     if candidate.quality > best[count].quality:
@@ -325,21 +330,40 @@ def check_floor(floor: float) -> None:
 
 
 def evaluations(trials: Trials) -> int:
-    """Network evaluations of one branch in a run (second-order schedulers make two a step)."""
+    """Network evaluations of one branch in a run (second-order schedulers make two a step).
+
+    Raises:
+        ValueError: it is a single one, of which nothing can be left out.
+    """
     call = trials.batches()[0]
     call = {k: v[:1] if isinstance(v, list) else v for k, v in call.items()}
     trials.pipe(guidance="cfg", output_type="latent", **call)
-    return len(trials.pipe.guidance_trace.steps)
+    total = len(trials.pipe.guidance_trace.steps)
+    if total < 2:
+        raise ValueError(
+            f"a search needs runs of at least 2 evaluations of each branch, {total} is what "
+            f"num_inference_steps={trials.num_inference_steps} makes"
+        )
+    return total
 
 
 def conclude(trials: Trials, trier: Trier, floor: float) -> Search:
-    """The front of everything tried; its schedules know what they were found for."""
+    """The front of everything tried; its schedules know what they were found for.
+
+    Raises:
+        ValueError: nothing reaches the floor.
+    """
     identity = identity_of(trials)
     front = tuple(
         replace(c, schedule=replace(c.schedule, identity=identity))
         for c in pareto(trier.known.values())
     )
-    best = next((c for c in front if c.quality >= floor), front[-1])
+    best = next((c for c in front if c.quality >= floor), None)
+    if best is None:
+        raise ValueError(
+            f"no schedule reaches a quality of {floor:g}: the highest gives "
+            f"{front[-1].quality:.6g} at {front[-1].nfe:g} evaluations"
+        )
     return Search(front, len(trier.known), resolve(trials.compose(best.schedule)), best)
 
 
@@ -357,55 +381,65 @@ def identity_of(trials: Trials) -> dict[str, Any]:
     return run_identity(trials.pipe, steps, (w, w), negative)
 
 
-def _changed(schedule: Schedule, index: int, choice: str) -> Schedule:
+def _altered(
+    schedule: Schedule, choices: Sequence[Choice], factors: Sequence[float] = ()
+) -> Schedule | None:
+    """The schedule with other choices and factors; None where its stand-in cannot follow them."""
+    try:
+        return replace(schedule, choices=tuple(choices), factors=tuple(factors))
+    except ValueError:
+        return None
+
+
+def _changed(schedule: Schedule, index: int, choice: Choice) -> Schedule | None:
     choices = list(schedule.choices)
     choices[index] = choice
-    return replace(schedule, choices=tuple(choices))
+    return _altered(schedule, choices)
 
 
-def _remove_greedily(trier: Trier, full: Schedule, kinds: Sequence[Choice]) -> None:
+def _remove_greedily(trier: Trier, full: Schedule) -> None:
     """Take evaluations away, always where the loss alone for each saved was least."""
     alone: list[tuple[float, int, str]] = []
     for index in range(1, len(full.choices)):
-        for choice in kinds:
-            loss = 1 - trier(_changed(full, index, choice)).quality
-            alone.append((loss / (NFE["both"] - NFE[choice]), index, choice))
+        for choice in CHOICES[1:]:
+            if changed := _changed(full, index, choice):
+                loss = 1 - trier(changed).quality
+                alone.append((loss / (NFE["both"] - NFE[choice]), index, choice))
     schedule, taken = full, set()
     for _, index, choice in sorted(alone):
-        if index not in taken:
+        if index not in taken and (changed := _changed(schedule, index, choice)):
             taken.add(index)
-            schedule = trier(_changed(schedule, index, choice)).schedule
+            schedule = trier(changed).schedule
 
 
-def spread(total: int, between: Between) -> list[tuple[str, ...]]:
-    """Choices with 2 to T / 2 full evaluations, evenly spread or denser early.
+def spread(total: int, between: Between, most: int) -> list[tuple[str, ...]]:
+    """Choices with 2 to `most` full evaluations, evenly spread or denser early.
 
     Taking away one by one does not find them: what a step is worth depends on its neighbours.
     """
     found: dict[tuple[str, ...], None] = {}
-    for count in range(2, total // 2 + 1):
-        for power in (1.0, 1.5):
-            real = {int(total * (i / count) ** power) for i in range(count)}
+    for count in range(2, most + 1):
+        evenly = {i * total // count for i in range(count)}
+        for real in (evenly, {int(total * (i / count) ** 1.5) for i in range(count)}):
             found[tuple("both" if i in real else between for i in range(total))] = None
     return list(found)
 
 
-def _evolve(trier: Trier, floor: float, rounds: int, kinds: Sequence[Choice]) -> None:
-    """Vary members of the front, most often those near the floor.
-
-    Every round has random numbers of its own, so that an interrupted search goes on as it would.
-    """
-    while trier.rounds < rounds:
-        chance = random.Random(f"{trier.trials.seed} {trier.rounds}")
-        trier.rounds += 1
-        front = pareto(trier.known.values())
+def _evolve(trier: Trier, floor: float, rounds: int) -> None:
+    """Vary members of the front, most often those near the floor."""
+    for number in range(rounds):
+        chance = random.Random(f"{trier.trials.seed} {number}")
+        front = pareto(trier.asked.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule
-        trier(_mutated(parent, chance, kinds))
+        child = None
+        while child is None:
+            child = _mutated(parent, chance)
+        trier(child)
 
 
-def _mutated(schedule: Schedule, chance: random.Random, kinds: Sequence[Choice]) -> Schedule:
-    """Swap two steps, change one, or scale one."""
+def _mutated(schedule: Schedule, chance: random.Random) -> Schedule | None:
+    """Swap two steps, change one, or scale one or all; None if the stand-in cannot follow that."""
     choices = list(schedule.choices)
     factors = list(schedule.factors or (1.0,) * len(choices))
     kind = chance.choice(("swap", "change", "scale", "scale all"))
@@ -416,11 +450,11 @@ def _mutated(schedule: Schedule, chance: random.Random, kinds: Sequence[Choice])
         choices[i], choices[j] = choices[j], choices[i]
     elif kind == "change":
         i = chance.randrange(1, len(choices))
-        choices[i] = chance.choice([c for c in ("both", *kinds) if c != choices[i]])
+        choices[i] = chance.choice([c for c in CHOICES if c != choices[i]])
     elif kind == "scale":
         i = chance.choice([i for i, c in enumerate(choices) if c in ("both", "estimate")])
         factors[i] = chance.choice(FACTORS)
     else:
         times = chance.choice((0.9, 0.95, 1.05, 1.1))
         factors = [round(factor * times, 4) for factor in factors]
-    return replace(schedule, choices=tuple(choices), factors=tuple(factors))
+    return _altered(schedule, choices, factors)

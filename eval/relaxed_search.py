@@ -88,7 +88,7 @@ def relaxed_search(
         settings: As of `Trials`.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or no schedule reaches the floor.
     """
     from tqdm import tqdm
 
@@ -119,6 +119,7 @@ def relaxed_search(
             bar.update()
     with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
         trier = Trier(trials, HoldDifference(), bar)
+        trier(Schedule(("both",) * total))
         for schedule in schedules(logits.detach().softmax(1).cpu(), scales.cpu(), w):
             trier(schedule)
     return conclude(trials, trier, quality_floor)
@@ -150,7 +151,7 @@ def _latents(trials: Trials, batch: int, policy: Policy | None) -> Tensor:
     """Final latents of one batch; under a policy, a differentiable function of its scales."""
     call = trials.batches()[batch] | {"output_type": "latent"}
     if policy is None:
-        return trials.pipe(guidance="cfg", **call).images.float()
+        return trials.pipe(guidance=trials.plain, **call).images.float()
     # The stock call without its torch.no_grad.
     stock_call = type(trials.pipe).stock_class.__call__.__wrapped__
     output = trials.pipe.call_guided(stock_call, guidance=trials.compose(policy), **call)

@@ -55,7 +55,7 @@ def command(
     output: Output = Path("outputs/schedule.json"),
     scale: Scale = 7.5,
     steps: Steps = 20,
-    negative: Negative = "",
+    negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     model: Model = None,
@@ -82,7 +82,7 @@ def command(
                 else f"{coefficients} holds no coefficients: make them with 'pilotage fit'"
             )
         stand_in = policy.coefficients
-    texts, pipe = load(prompts, model, device)
+    texts, pipe = load(prompts, output, model, device)
 
     from .policy_search import search
     from .relaxed_search import relaxed_search

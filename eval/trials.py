@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..guidance import Policy, Rule
+from ..pipelines.fitted import negative_argument
 from ..pipelines.guided import GuidanceLike, scale_argument
+from ..pipelines.support import layout_of
 from .images import ssim, to_tensor
 
 Quality = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +26,7 @@ class Trials:
         prompts: Prompts, one picture each.
         guidance_scale: w.
         num_inference_steps: Sampling steps.
-        negative_prompt: Prompt of the unconditional branch.
+        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
         seed: Seed of the first picture; the others follow.
         batch_size: Pictures at a time.
         rule: How predictions combine, in the reference as well; None: classifier-free guidance.
@@ -42,7 +44,7 @@ class Trials:
         *,
         guidance_scale: float = 7.5,
         num_inference_steps: int = 20,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch_size: int = 8,
         rule: Rule | None = None,
@@ -65,8 +67,14 @@ class Trials:
         """The rule of these trials with a policy."""
         return policy if self.rule is None else self.rule | policy
 
+    @property
+    def plain(self) -> GuidanceLike:
+        """What they are judged against: the rule at every step."""
+        return "cfg" if self.rule is None else self.rule
+
     def batches(self) -> list[dict[str, Any]]:
         """The arguments of every call but its guidance."""
+        scale = self.guidance_scale - layout_of(type(self.pipe)).scale_offset
         calls = []
         for start in range(0, len(self.prompts), self.batch_size):
             part = self.prompts[start : start + self.batch_size]
@@ -74,11 +82,11 @@ class Trials:
             calls.append(
                 {
                     "prompt": part,
-                    "negative_prompt": [self.negative_prompt] * len(part),
                     "num_inference_steps": self.num_inference_steps,
                     "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-                    scale_argument(type(self.pipe)): self.guidance_scale,
+                    scale_argument(type(self.pipe)): scale,
                 }
+                | negative_argument(self.pipe, self.negative_prompt, len(part))
             )
         return calls
 
@@ -93,6 +101,6 @@ class Trials:
     def judge(self, guidance: GuidanceLike) -> tuple[float, float]:
         """(quality against plain guidance, network evaluations), means over the pictures."""
         if self.reference is None:
-            self.reference, _ = self.run("cfg" if self.rule is None else self.rule)
+            self.reference, _ = self.run(self.plain)
         images, nfe = self.run(guidance)
         return self.quality(images, self.reference).mean().item(), sum(nfe) / len(nfe)

@@ -33,7 +33,8 @@ class Coefficients(StandIn):
 
     Args:
         cond: Row t holds the weights of the conditional predictions 0 .. t.
-        uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1.
+        uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1. Fitted to one
+            schedule (`guided` is given), the estimate of any other step is left at c_t: none.
         intercept: b_t, added to every element of an estimate; empty: none.
         guided: Row t holds the weights of the guided predictions 0 .. t - 1 in the forecast of
             step t, all 0 where none was fitted; empty: no step can be forecast.
@@ -75,6 +76,11 @@ class Coefficients(StandIn):
     def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
         """See `StandIn`."""
         self._last(step, evaluated)
+        if self.guided and self.cond[step] == (0,) * step + (1,) and not any(self.uncond[step]):
+            raise ValueError(
+                f"linear: these coefficients hold no estimate of step {step}: fit them to the "
+                "schedule (pilotage fit --steered, pilotage search --fitted --between estimate)"
+            )
         return Weights(
             dict(enumerate(self.cond[step])),
             dict(enumerate(self.uncond[step])),

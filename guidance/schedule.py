@@ -55,7 +55,7 @@ class Stepwise(Policy):
     @property
     def identities(self) -> tuple[Mapping[str, Any], ...]:
         """The policy's own and its stand-in's."""
-        own, parts = super().identities, getattr(self.stands_in, "identity", None)
+        own, parts = super().identities, self.stands_in.identity
         return own if parts is None or parts in own else (*own, parts)
 
     @property

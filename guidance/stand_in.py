@@ -18,9 +18,9 @@ their own, https://arxiv.org/abs/2211.01095; fitted, the weights know the networ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .prediction import Space
 
@@ -48,10 +48,12 @@ class StandIn:
     Attributes:
         name: The name in saved settings.
         space: The space of the predictions that are summed.
+        identity: What it was fitted on; None: it holds anywhere.
     """
 
     name: ClassVar[str]
     space: Space = "native"
+    identity: Mapping[str, Any] | None = None
 
     def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
         """The sum that estimates the unconditional prediction of `step`.

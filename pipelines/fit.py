@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +19,10 @@ from ..guidance import CFG, Gram, Guidance, LinearAG, Space, fit_coefficients, r
 from ..guidance.gather import Gather
 from ..guidance.linear_ag import Coefficients, Target
 from ..guidance.saved import save_guidance
-from .fitted import run_identity
+from .fitted import negative_argument, run_identity
 from .guided import scale_argument
 from .processes import processes
+from .support import layout_of
 
 HELD_OUT_EVERY = 5
 MIN_PROMPTS = 2
@@ -75,7 +76,7 @@ def fit(
     *,
     guidance_scale: float | Sequence[float] = 7.5,
     num_inference_steps: int = 20,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
     target: Target = "difference",
@@ -97,7 +98,7 @@ def fit(
         prompts: Prompts, at least 2.
         guidance_scale: w, or several, which take turns: the coefficients then hold in between.
         num_inference_steps: Steps of the runs that are to be guided.
-        negative_prompt: Prompt of the unconditional branch.
+        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
         seed: Seed of the first trajectory; the others follow.
         batch_size: Trajectories at a time.
         target: What is regressed, see `fit_coefficients`. By default the difference, so that the
@@ -117,7 +118,7 @@ def fit(
     from tqdm import tqdm
 
     scales = [float(w) for w in _listed(guidance_scale)]
-    _check(prompts, scales, batch_size, ridge)
+    _check(prompts, scales, batch_size, ridge, target)
     identity = run_identity(pipe, num_inference_steps, (min(scales), max(scales)), negative_prompt)
     plan = {"prompts": list(prompts), "scales": scales, "seed": seed, "batch_size": batch_size}
     digest = hashlib.sha256(
@@ -166,7 +167,9 @@ def fit(
     )
 
 
-def _check(prompts: Sequence[str], scales: list[float], batch_size: int, ridge: float) -> None:
+def _check(
+    prompts: Sequence[str], scales: list[float], batch_size: int, ridge: float, target: str
+) -> None:
     if isinstance(prompts, str) or len(prompts) < MIN_PROMPTS:
         raise ValueError(f"a fit needs a list of at least {MIN_PROMPTS} prompts, got {prompts!r}")
     if not scales or not all(math.isfinite(w) and w > 1 for w in scales):
@@ -175,6 +178,8 @@ def _check(prompts: Sequence[str], scales: list[float], batch_size: int, ridge: 
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be finite and >= 0, got {ridge}")
+    if target not in get_args(Target):
+        raise ValueError(f"target is {' or '.join(get_args(Target))}, got {target!r}")
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ def _trajectories(
     seeds: list[int],
     scale: float,
     steps: int,
-    negative_prompt: str,
+    negative_prompt: str | None,
     space: Space,
 ) -> Gram:
     """Inner products of one batch of trajectories."""
@@ -213,12 +218,12 @@ def _trajectories(
     pipe.set_progress_bar_config(disable=True)
     pipe(
         prompt=prompts,
-        negative_prompt=[negative_prompt] * len(prompts),
         guidance=Gather(lambda cond, uncond: grams.append(Gram.of(cond, uncond)), space),
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
-        **{scale_argument(type(pipe)): scale},
+        **negative_argument(pipe, negative_prompt, len(prompts)),
+        **{scale_argument(type(pipe)): scale - layout_of(type(pipe)).scale_offset},
     )
     (gram,) = grams
     return gram

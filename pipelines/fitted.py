@@ -12,13 +12,30 @@ from .identity import network_hash, pipeline_identity
 
 # What neither branch's prediction depends on.
 WITHOUT_EFFECT = ("vae", "safety_checker", "feature_extractor")
+OTHER_ENCODERS = ("negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
 OWN_COURSE = ("timesteps", "sigmas", "negative_prompt_embeds", "strength", "denoising_end")
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 
 
+def unconditional_text(pipe: Any, negative_prompt: str | None) -> str | None:
+    """What the unconditional branch is made of: no negative prompt is an empty one for most.
+
+    Returns:
+        A text; None: pipelines such as SDXL put zeros in the place of no negative prompt.
+    """
+    zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+    return "" if negative_prompt is None and not zeros else negative_prompt
+
+
+def negative_argument(pipe: Any, negative_prompt: str | None, count: int) -> dict[str, Any]:
+    """The argument with which a call of `count` prompts evaluates both branches."""
+    text = unconditional_text(pipe, negative_prompt)
+    return {} if text is None else {"negative_prompt": [text] * count}
+
+
 def run_identity(
-    pipe: Any, num_inference_steps: int, scales: tuple[float, float], negative_prompt: str
+    pipe: Any, num_inference_steps: int, scales: tuple[float, float], negative_prompt: str | None
 ) -> dict[str, Any]:
     """What a run is, as far as its predictions depend on it; ready for JSON.
 
@@ -26,12 +43,13 @@ def run_identity(
         pipe: The pipeline.
         num_inference_steps: Steps asked for.
         scales: Lowest and highest guidance scale.
-        negative_prompt: Prompt of the unconditional branch.
+        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
 
     Returns:
         ``networks`` (SHA-256 of configuration and weights of each), ``scheduler``,
         ``scheduler_config``, ``prediction_type``, ``num_inference_steps``, ``guidance_scale``
-        (range), ``negative_prompt``, ``pilotage`` (version, without its last part).
+        (range), ``negative_prompt`` (see `unconditional_text`), ``pilotage`` (version, without
+        its last part).
 
     Raises:
         ValueError: weights are not in memory (sequential offloading).
@@ -46,7 +64,7 @@ def run_identity(
         "prediction_type": whole["prediction_type"],
         "num_inference_steps": num_inference_steps,
         "guidance_scale": list(scales),
-        "negative_prompt": negative_prompt,
+        "negative_prompt": unconditional_text(pipe, negative_prompt),
         "pilotage": ".".join(version.split(".")[:2]),
     }
 
@@ -69,11 +87,16 @@ def check_identity(
         if arguments.get(name) is not None:
             raise ValueError(f"fitted settings cannot be used together with {name}=")
     asked = arguments.get("negative_prompt")
-    negatives = {"" if text is None else text for text in _listed(asked)}
+    negatives = {unconditional_text(pipe, text) for text in _listed(asked)}
     if len(negatives) != 1:
-        raise ValueError(f"fitted settings are for one negative prompt, got {sorted(negatives)}")
+        raise ValueError(f"fitted settings are for one negative prompt, got {asked}")
+    negative = negatives.pop()
+    for name in OTHER_ENCODERS:
+        for text in _listed(arguments.get(name) or negative):
+            if text != negative:
+                raise _differs(name, repr(identity["negative_prompt"]), repr(text))
     steps = arguments.get("num_inference_steps")
-    here = run_identity(pipe, steps, (scale, scale), negatives.pop())
+    here = run_identity(pipe, steps, (scale, scale), negative)
     low, high = identity["guidance_scale"]
     if not low <= scale <= high:
         raise _differs("guidance_scale", f"{low:g} to {high:g}", f"{scale:g}")
@@ -86,7 +109,7 @@ def check_identity(
                 if value.get(key) != fitted.get(key):
                     raise _differs(f"{name}.{key}", fitted.get(key), value.get(key))
         elif value != fitted:
-            raise _differs(name, fitted, value)
+            raise _differs(name, repr(fitted), repr(value))
 
 
 def _differs(name: str, fitted: Any, here: Any) -> ValueError:

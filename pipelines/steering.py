@@ -22,7 +22,7 @@ from ..guidance.linear_ag import Coefficients
 from ..guidance.schedule import Choice
 from ..guidance.steering import Steer
 from .calls import Call, prediction_of, with_prediction
-from .fitted import run_identity
+from .fitted import negative_argument, run_identity
 from .guided import scale_argument
 from .layouts import Layout
 from .seam import attached
@@ -81,7 +81,7 @@ class Steering:
             by.
         guidance_scale: w.
         num_inference_steps: Steps of the runs that are to be guided.
-        negative_prompt: Prompt of the unconditional branch.
+        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
         seed: Seed of the first run; the others follow.
         batch_size: Rows that the denoiser sees at once.
         ridge: See `Steer`.
@@ -103,7 +103,7 @@ class Steering:
         *,
         guidance_scale: float = 7.5,
         num_inference_steps: int = 20,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch_size: int = 16,
         ridge: float = 1e-4,
@@ -127,7 +127,7 @@ class Steering:
             raise ValueError(
                 f"{type(pipe).__name__} changes the guided prediction before its scheduler sees it"
             )
-        self.chunks = _Chunks(layout, batch_size)
+        self.chunks, self.scale_offset = _Chunks(layout, batch_size), layout.scale_offset
         pipe.set_progress_bar_config(disable=True)
         self.states: list[Tensor] = []
         self.pictures = self._call("cfg", self.states, output_type)
@@ -182,14 +182,14 @@ class Steering:
         with attached(self.pipe, self.chunks):
             return self.pipe(
                 prompt=self.prompts,
-                negative_prompt=[self.negative_prompt] * len(self.prompts),
                 guidance=guidance,
                 num_inference_steps=self.num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type=output_type,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["latents"],
-                **{scale_argument(type(self.pipe)): self.guidance_scale},
+                **negative_argument(self.pipe, self.negative_prompt, len(self.prompts)),
+                **{scale_argument(type(self.pipe)): self.guidance_scale - self.scale_offset},
             ).images
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +11,17 @@ import torch
 from pilotage.eval.calibration import SLACK, agreement, calibrate, cost_curve
 from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.policy_search import Candidate, offered, pareto, search
+from pilotage.eval.policy_search import Candidate, pareto, search
 from pilotage.eval.relaxed_search import ScaledSteps, relaxed_search, schedules
 from pilotage.eval.trials import Trials
+from pilotage.eval.tuning_options import name_it
 from pilotage.guidance import (
     AdaptiveGuidance,
-    Coefficients,
     HoldDifference,
     Schedule,
     load_guidance,
 )
+from pilotage.pipelines.guided import guidance_folder
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 4
@@ -161,7 +164,7 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
 
 def test_relaxed_search_ranks_steps_and_tries_them(pipe):
     found = relaxed_search(pipe, PROMPTS[:2], quality_floor=0.7, iterations=3, **SETTINGS)
-    assert found.tried == STEPS
+    assert found.tried == STEPS + 1, "and the full run"
     assert {c.nfe for c in found.front} <= set(range(STEPS + 1, 2 * STEPS + 1))
     assert found.best.quality >= 0.7
 
@@ -206,12 +209,6 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
         search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
     with pytest.raises(ValueError, match="between is forecast or estimate"):
         search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
-
-
-def test_only_stand_ins_that_forecast_are_asked_to():
-    assert offered(HoldDifference(), 4) == ("estimate", "cond", "forecast")
-    zeros = [[[0.0] * (t + more) for t in range(4)] for more in (1, 0)]
-    assert offered(Coefficients(*zeros), 4) == ("estimate", "cond")
 
 
 def run(monkeypatch, *arguments):
@@ -259,6 +256,38 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     assert "--nfe or --ssim" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
     assert "holds no coefficients" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "search", ["calibrate", "--nfe", 6]])
+def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
+    monkeypatch, tmp_path, capsys, command
+):
+    def no(*_arguments):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("pilotage.eval.embedded.load_embedded", no)
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "folder.json"
+    prompts.write_text("\n".join(PROMPTS))
+    folder.mkdir()
+    command = command if isinstance(command, list) else [command]
+    for output in (folder, tmp_path, tmp_path / "quick", tmp_path / "quick.v2"):
+        assert run(monkeypatch, *command, prompts, "-o", output) == 2
+        assert "--output is a file NAME.json, got" in capsys.readouterr().err
+    assert run(monkeypatch, *command, prompts, "-o", prompts / "below.json") == 2
+    assert run(monkeypatch, *command, tmp_path, "-o", tmp_path / "x.json") == 2
+    assert "Is a directory" in capsys.readouterr().err
+    if command == ["fit"]:
+        for option in (["--target", "uncond"], ["--checkpoint", tmp_path / "kept"]):
+            assert run(monkeypatch, *command, prompts, "--steered", *option) == 2
+            assert "--steered regresses no target" in capsys.readouterr().err
+
+
+def test_only_a_file_in_the_models_folder_is_a_name(pipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert 'use it as guidance="quick.v2"' in name_it(guidance_folder(pipe) / "quick.v2.json", pipe)
+    hub = SimpleNamespace(config=SimpleNamespace(_name_or_path="some/model"))
+    for path in (Path("guidance/quick.json"), tmp_path / "guidance" / "quick.json"):
+        assert name_it(path, hub) == f'{path}: use it as guidance=load_guidance("{path}")'
 
 
 def test_the_trace_plots_what_was_measured(pipe, tmp_path):

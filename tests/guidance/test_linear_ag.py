@@ -9,6 +9,7 @@ import torch
 from pilotage.guidance import (
     APG,
     CFG,
+    AdaptiveGuidance,
     Always,
     Coefficients,
     Extrapolate,
@@ -306,17 +307,28 @@ def test_a_step_without_guidance_leaves_a_hole_that_is_named():
     cond, uncond = torch.randn(2, T, 2, 9)
     run = Run(Guidance(CFG(), Hold()), 2, T, on_cpu=True)
     run.plan()
-    run.leave(cond[0])
+    run.leave(cond[0], cond[0], LEVEL)
     assert run.plan() == []
     with pytest.raises(ValueError, match="step 0, at which the pipeline did not guide"):
         run.combine([], cond[1], None, cond[1], W, LEVEL)
-    run = Run(Guidance(CFG(), Forecast(head=0)), 2, T, on_cpu=True)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("policy", [Forecast(head=0), AdaptiveGuidance(-1.0, tail="forecast")])
+def test_forecasts_take_what_the_pipeline_did_not_guide_for_guided(policy, planned):
+    cond, x_t = torch.randn(2, T, 2, 9, dtype=torch.float64)
+    run = Run(Guidance(CFG(), policy), 2, T, on_cpu=True)
     run.plan()
-    run.leave(cond[0])
+    run.combine([0, 1], 5 * cond[2], cond[2], x_t[2], W, LEVEL)
     run.plan()
+    run.forecast(x_t[3], LEVEL)
+    (run.plan if planned else run.begin_step)()
+    run.leave(cond[0], x_t[0], LEVEL)
+    while run.plan():
+        run.leave(cond[0], x_t[0], LEVEL)
     assert run.all_rest
-    with pytest.raises(ValueError, match="guided prediction of step 0, at which"):
-        run.forecast(cond[1], LEVEL)
+    held = LEVEL.to_x0(cond[0], x_t[0])
+    torch.testing.assert_close(LEVEL.to_x0(run.forecast(x_t[1], LEVEL), x_t[1]), held)
 
 
 @pytest.mark.parametrize(

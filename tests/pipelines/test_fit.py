@@ -1,5 +1,6 @@
 """Fitting LinearAG's coefficients on the embedded model, and refusing them elsewhere."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,9 +12,23 @@ import torch
 from diffusers import DDIMScheduler
 
 from pilotage.eval.embedded import embedded_folder, load_embedded, load_pipeline
-from pilotage.guidance import CFG, Gram, Guidance, LinearAG, fit_coefficients, load_guidance
+from pilotage.eval.trials import Trials
+from pilotage.guidance import (
+    CFG,
+    Gram,
+    Guidance,
+    LinearAG,
+    Schedule,
+    fit_coefficients,
+    load_guidance,
+)
 from pilotage.guidance.gather import Gather
+from pilotage.pipelines import guided
 from pilotage.pipelines.fit import fit
+from pilotage.pipelines.fitted import run_identity
+from pilotage.pipelines.steering import Steering
+
+from ..families import FAMILIES
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus", "blob style penguin"]
 PROMPTS += ["flat style rose", "emojione style key"]
@@ -114,7 +129,7 @@ def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
     for changed, field in (
         ({"num_inference_steps": STEPS + 1}, "num_inference_steps was 4, here it is 5"),
         ({"guidance_scale": 3.0}, "guidance_scale was 7.5 to 7.5, here it is 3"),
-        ({"negative_prompt": "blurry"}, "negative_prompt was , here it is blurry"),
+        ({"negative_prompt": "blurry"}, "negative_prompt was '', here it is 'blurry'"),
         ({"timesteps": [900, 100]}, "together with timesteps="),
     ):
         with pytest.raises(ValueError, match=field):
@@ -122,7 +137,7 @@ def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
     scheduler = pipe.scheduler
     try:
         pipe.scheduler = DDIMScheduler.from_config(scheduler.config)
-        with pytest.raises(ValueError, match="scheduler was DPMSolverMultistepScheduler"):
+        with pytest.raises(ValueError, match="scheduler was 'DPMSolverMultistepScheduler'"):
             pipe(**call)
         pipe.scheduler = type(scheduler).from_config(scheduler.config, solver_order=1)
         with pytest.raises(ValueError, match="scheduler_config.solver_order was 2, here it is 1"):
@@ -139,6 +154,78 @@ def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
         with torch.no_grad():
             weight.mul_(0.5)
     pipe(**call)
+
+
+@pytest.mark.parametrize("how", ["regressed", "steered"])
+def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
+    """SDXL: settings fitted with either belong to calls with that one."""
+    pipe = guided(FAMILIES["sdxl"].build())
+    assert pipe.config.force_zeros_for_empty_prompt
+
+    def made(**negative):
+        if how == "regressed":
+            return fit(pipe, PROMPTS[:2], **OPTIONS, **negative).coefficients
+        steering = Steering(pipe, PROMPTS[:2], num_inference_steps=STEPS, **negative)
+        return steering.fit(("both", "both", "estimate", "estimate"))[0].coefficients
+
+    def run(guidance, **negative):
+        generator = torch.Generator().manual_seed(0)
+        call = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
+        return pipe(PROMPTS[0], guidance=guidance, generator=generator, **call, **negative).images
+
+    default, empty = made(), made(negative_prompt="")
+    assert default.uncond != empty.uncond
+    choices = ("both", "both", "estimate", "estimate")
+    default, empty = (Schedule(choices, stand_in=c, identity=c.identity) for c in (default, empty))
+    run(default)
+    run(default, negative_prompt=None)
+    run(empty, negative_prompt="", negative_prompt_2="")
+    for guidance, negative, message in (
+        (default, {"negative_prompt": ""}, "negative_prompt was None, here it is ''"),
+        (empty, {}, "negative_prompt was '', here it is None"),
+        (
+            empty,
+            {"negative_prompt": "", "negative_prompt_2": "ugly"},
+            "negative_prompt_2 was '', here it is 'ugly'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(guidance, **negative)
+
+
+def test_trials_run_what_a_call_without_a_negative_prompt_does(pipe):
+    """On SDXL they name none, elsewhere an empty one, which two-branched calls may need."""
+    sdxl = guided(FAMILIES["sdxl"].build())
+    assert "negative_prompt" not in Trials(sdxl, PROMPTS[:2]).batches()[0]
+    latents = {}
+    for name, negative in (("none", {}), ("empty", {"negative_prompt": [""] * 2})):
+        call = Trials(sdxl, PROMPTS[:2], num_inference_steps=2).batches()[0]
+        latents[name] = sdxl(guidance="cfg", output_type="latent", **call | negative).images
+    steering = Steering(sdxl, PROMPTS[:2], num_inference_steps=2)
+    torch.testing.assert_close(steering.pictures, latents["none"])
+    assert not torch.allclose(latents["none"], latents["empty"])
+    assert Trials(pipe, PROMPTS[:2]).batches()[0]["negative_prompt"] == ["", ""]
+    assert run_identity(pipe, 4, (7.5, 7.5), None)["negative_prompt"] == ""
+    assert run_identity(sdxl, 4, (7.5, 7.5), None)["negative_prompt"] is None
+
+
+def test_w_is_the_same_where_a_pipeline_counts_from_0(monkeypatch):
+    """Kandinsky 3 guides by c + s (c - u): w is s + 1."""
+    pipe = guided(FAMILIES["kandinsky3"].build())
+    options = {"guidance_scale": 5.0, "num_inference_steps": STEPS}
+    assert Trials(pipe, PROMPTS[:2], **options).batches()[0]["guidance_scale"] == 4.0
+
+    class Called(Exception):
+        pass
+
+    @functools.wraps(type(pipe).__call__)
+    def call(_pipe, **arguments):
+        raise Called(arguments["guidance_scale"])
+
+    monkeypatch.setattr(type(pipe), "__call__", call)
+    for run in (fit, Steering):
+        with pytest.raises(Called, match="^4.0$"):
+            run(pipe, PROMPTS[:2], **options)
 
 
 def test_a_model_folder_may_hold_named_settings(found, tmp_path):
@@ -162,6 +249,7 @@ def test_a_model_folder_may_hold_named_settings(found, tmp_path):
         ({"guidance_scale": [7.5, float("nan")]}, "finite and > 1"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"target": "guided"}, "target is uncond or difference"),
     ],
 )
 def test_bad_settings_fail_before_anything_runs(pipe, changed, message):

@@ -100,6 +100,23 @@ def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, steering, tail, ch
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
 
 
+def test_steps_that_were_not_fitted_are_not_estimated(steering):
+    """Coefficients of one schedule hold estimates and forecasts of its own steps only."""
+    found = steering.fit(("both", "both", "estimate", "forecast", "both"))[0].coefficients
+    Schedule(("both", "both", "estimate", "forecast", "cond"), stand_in=found)
+    for index, choice, message in (
+        (4, "estimate", "hold no estimate of step 4"),
+        (1, "estimate", "hold no estimate of step 1"),
+        (4, "forecast", "hold no forecast of step 4"),
+    ):
+        choices = ["both"] * STEPS
+        choices[index] = choice
+        with pytest.raises(ValueError, match=message):
+            Schedule(choices, stand_in=found)
+    with pytest.raises(ValueError, match="hold no estimate of step 4"):
+        LinearAG(tail="linear", head=0.6, coefficients=found)
+
+
 def test_other_schedulers(pipe):
     """A first-order one works alike; one that clips or adds noise is refused."""
     stock = pipe.scheduler
