@@ -141,7 +141,9 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
             ValueError: unknown method, or images that no denoiser can be made of.
         """
         _check_method(method)
-        images, found = load_images(images, value_range=value_range)
+        images, found = load_images(
+            images, value_range=value_range, accept=DENOISERS[method].accept
+        )
         labels = found if labels is None else torch.as_tensor(labels)
         statistics = statistics or DatasetStatistics.from_images(images, value_range=None)
         if statistics.shape != tuple(images.shape[1:]):
@@ -226,7 +228,10 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
             if label is None:
                 made = cls(self.images, self.labels, statistics=self.statistics, **options)
             else:
-                made = cls(self.images[self.labels == label], **options)
+                try:
+                    made = cls(self.images[self.labels == label], **options)
+                except ValueError as error:
+                    raise ValueError(f"method {method!r}, class {label}: {error}") from None
             if label is None:  # earlier methods hold a sorted copy of the images each
                 self._denoisers.clear()
             self._denoisers[key] = made
@@ -246,13 +251,25 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
                 raise ValueError("class labels were given, but the images came without")
             return self.denoiser()(y, sigma, return_info=return_info)
         labels = labels.where(labels != self.config.num_class_embeds, -1)
-        if not isinstance(self.denoiser(), WienerDenoiser):
+        if return_info or not isinstance(self.denoiser(), WienerDenoiser):
             return self.denoiser()(y, sigma, labels, return_info=return_info)
         out = torch.empty_like(y)
         for label in labels.unique().tolist():
             one = self.denoiser(None if label == -1 else label)
             out[labels == label] = one(y[labels == label], sigma)
         return out
+
+    def check_classes(self, labels: Tensor) -> None:
+        """Refuse classes (B,) that the method has too few images of; K for any passes.
+
+        Raises:
+            ValueError: no image of a class, or for the Wiener filter none that differ.
+        """
+        for label in sorted(set(labels.tolist()) - {self.config.num_class_embeds}):
+            if not bool((self.labels == label).any()):
+                raise ValueError(f"method {self.config.method!r}: no images of class {label}")
+            if self.config.method == "wiener":
+                self.denoiser(label)
 
     def levels(self, timestep: Tensor) -> tuple[float, float]:
         """(alpha, sigma) of the network's input at one timestep, whole or fractional."""
@@ -460,6 +477,7 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
             raise ValueError(
                 f"expected one or {count} class labels of 0 to {classes - 1}, got {labels.tolist()}"
             )
+        self.unet.check_classes(labels)
         if scale > 1:
             labels = torch.cat([torch.full_like(labels, classes), labels])
         return labels.to(self._execution_device)

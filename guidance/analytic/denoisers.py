@@ -6,6 +6,7 @@ source for `posterior`. Every one keeps the data as it was stored (uint8) and is
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -36,11 +37,12 @@ class Denoiser(ABC):
         wiener_above: Noise level from which `statistics`' Wiener filter answers instead, where all
             denoisers agree; None (default) never; "auto" from where the Gaussian explains at least
             99.95 % of the score. It approximates; calls with labels or return_info do not use it.
-        statistics: Of the same images; computed when first needed if None.
+        statistics: Of the same images (mirror images are added here); computed when first needed
+            if None.
 
     Raises:
         ValueError: fewer than two images, images that are all the same, labels that do not fit,
-            or what `images.stream` refuses.
+            or what `images.stream` or `accept` refuses.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Denoiser(ABC):
     ) -> None:
         if isinstance(images, Tensor):
             images = checked(images, value_range)
+            self.accept(tuple(images.shape[1:]))
         else:
-            images, found = load_images(images, value_range=value_range)
+            images, found = load_images(images, value_range=value_range, accept=self.accept)
             labels = found if labels is None else labels
         if len(images) < 2:
             raise ValueError(f"a denoiser needs at least two images, got {len(images)}")
@@ -68,20 +71,24 @@ class Denoiser(ABC):
         if isinstance(wiener_above, str) and wiener_above != "auto":
             raise ValueError(f"wiener_above must be a number, None or 'auto', got {wiener_above!r}")
         self.images, self.order, self.pools = images, None, {}
+        self.flips, self.chunk, self.value_range = flips, chunk, value_range
         if labels is not None:
             self._sort_into_pools(torch.as_tensor(labels))
-        self.flips, self.chunk, self.value_range = flips, chunk, value_range
+        self._all = Source(self.images, 0, flips)
         self.wiener_above = wiener_above
-        self._statistics = statistics
+        self._given = statistics
 
-    @property
+    @classmethod  # noqa: B027
+    def accept(cls, shape: tuple[int, int, int]) -> None:
+        """Refuse images (C, H, W) that are too large for the method, with a ValueError."""
+
+    @functools.cached_property
     def statistics(self) -> DatasetStatistics:
-        """Mean and covariance of the images."""
-        if self._statistics is None:
-            self._statistics = DatasetStatistics.from_images(
-                self.images, value_range=None if self.value_range is None else (-1.0, 1.0)
-            )
-        return self._statistics
+        """Mean and covariance of the images and, with flips, their mirror images."""
+        found = self._given or DatasetStatistics.from_images(
+            self.images, value_range=None if self.value_range is None else (-1.0, 1.0)
+        )
+        return found.mirrored() if self.flips else found
 
     def __call__(
         self,
@@ -141,12 +148,11 @@ class Denoiser(ABC):
 
     def _source(self, label: int) -> Source:
         if label == -1:
-            return Source(self.images, 0, self.flips)
+            return self._all
         if label not in self.pools:
             known = sorted(self.pools) or "none: the images came without labels"
             raise ValueError(f"no images of class {label}; classes: {known}")
-        start, stop = self.pools[label]
-        return Source(self.images[start:stop], start, self.flips)
+        return self.pools[label]
 
     def _sort_into_pools(self, labels: Tensor) -> None:
         """Sort the images by class, so that a class is a slice of them and costs no copy."""
@@ -159,7 +165,8 @@ class Denoiser(ABC):
         values, counts = labels.unique(return_counts=True)
         stops = counts.cumsum(0).tolist()
         for label, stop, count in zip(values.tolist(), stops, counts.tolist(), strict=True):
-            self.pools[label] = (stop - count, stop)
+            start = stop - count
+            self.pools[label] = Source(self.images[start:stop], start, self.flips)
 
     def _leave_to_wiener(self, sigma: float) -> bool:
         if self.wiener_above == "auto":

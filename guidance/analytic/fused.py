@@ -1,9 +1,9 @@
 r"""Fused masked posterior on CUDA: distances and online softmax in one Triton kernel.
 
-For every query and block of outputs the kernel walks over the candidates once. Differences scaled
-by :math:`1 / \sqrt{2}\sigma` are squared in registers from the stored uint8, multiplied with the
-mask by tensor cores (float16 factors, float32 sums), and folded into running maximum, sum and
-weighted sum (float32). Nothing of size [B, N, n] or [n, N] is ever written.
+For every query and block of outputs the kernel walks over the candidates once. Differences are
+squared in registers from the stored uint8, multiplied with the mask by tensor cores (each square as
+the sum of two float16 factors, float32 sums), divided by :math:`2\sigma^2` and folded into running
+maximum, sum and weighted sum (float32). Nothing of size [B, N, n] or [n, N] is ever written.
 The reference is `posterior.posterior` with `posterior.Rows`.
 """
 
@@ -18,17 +18,19 @@ try:
 except ImportError:
     triton = None
 
-FAR = 6e4  # largest scaled square float16 holds; a candidate this far has no weight in any case
+LARGEST = 181.0  # of a query's differences as they are squared: float16 holds 181^2
 
 if triton is not None:
 
     @triton.jit
     def _kernel(
-        y, x, mask, out, n, count, scale,
-        OUTPUTS: tl.constexpr, CANDIDATES: tl.constexpr, INNER: tl.constexpr, FAR: tl.constexpr,
+        y, x, mask, out, stretch, n, count, scale,
+        OUTPUTS: tl.constexpr, CANDIDATES: tl.constexpr, INNER: tl.constexpr,
     ):  # fmt: skip
         query = tl.program_id(0)
         m = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+        stretched = tl.load(stretch + query)
+        unit = (scale / stretched) * (scale / stretched)
         peak = tl.full((OUTPUTS,), float("-inf"), tl.float32)
         mass = tl.zeros((OUTPUTS,), tl.float32)
         total = tl.zeros((OUTPUTS,), tl.float32)
@@ -41,18 +43,22 @@ if triton is not None:
                 # Images are stored (N, n): candidates along rows.
                 raw = tl.load(x + i[None, :].to(tl.int64) * n + j[:, None], mask=inside, other=0)
                 noisy = tl.load(y + query * n + j, mask=j < n, other=0.0)
-                square = (noisy[:, None] - (raw.to(tl.float32) / 127.5 - 1.0)) * scale
-                square = tl.minimum(square * square, FAR)
+                square = (noisy[:, None] - (raw.to(tl.float32) / 127.5 - 1.0)) * stretched
+                square = square * square
+                high = square.to(tl.float16)
+                low = (square - high.to(tl.float32)).to(tl.float16)
                 used = tl.load(
                     mask + m[:, None] * n + j[None, :],
                     mask=(m[:, None] < n) & (j[None, :] < n),
                     other=0,
                 )
-                distances += tl.dot(used.to(tl.float16), square.to(tl.float16))
-            logits = tl.where(i[None, :] < count, -distances, float("-inf"))
-            high = tl.maximum(peak, tl.max(logits, 1))
-            weights = tl.exp(logits - high[:, None])
-            rescale = tl.exp(peak - high)
+                used = used.to(tl.float16)
+                distances += tl.dot(used, high)
+                distances += tl.dot(used, low)
+            logits = tl.where(i[None, :] < count, -distances * unit, float("-inf"))
+            risen = tl.maximum(peak, tl.max(logits, 1))
+            weights = tl.exp(logits - risen[:, None])
+            rescale = tl.exp(peak - risen)
             value = tl.load(
                 x + i[None, :].to(tl.int64) * n + m[:, None],
                 mask=(m[:, None] < n) & (i[None, :] < count),
@@ -61,7 +67,7 @@ if triton is not None:
             value = value.to(tl.float32) / 127.5 - 1.0
             mass = mass * rescale + tl.sum(weights, 1)
             total = total * rescale + tl.sum(weights * value, 1)
-            peak = high
+            peak = risen
         tl.store(out + query * n + m, total / mass, mask=m < n)
 
 
@@ -93,10 +99,11 @@ def masked_posterior(y: Tensor, sigma: float, images: Tensor, mask: Tensor) -> T
     if kinds != (torch.float32, torch.uint8, torch.bool):
         raise ValueError(f"expected y float32, images uint8, mask bool, got {kinds}")
     n, out = y[0].numel(), torch.empty_like(y, memory_format=torch.contiguous_format)
+    stretch = LARGEST / (y.flatten(1).abs().amax(1) + 1)  # pixels reach from -1 to 1
     grid = (len(y), triton.cdiv(n, 64))
     _kernel[grid](
         y.contiguous(), images.contiguous(), mask.contiguous().view(torch.uint8), out,
-        n, len(images), (1 / (2 * sigma**2)) ** 0.5,
-        OUTPUTS=64, CANDIDATES=64, INNER=32, FAR=FAR,
+        stretch, n, len(images), (1 / (2 * sigma**2)) ** 0.5,
+        OUTPUTS=64, CANDIDATES=64, INNER=32,
     )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ meaning [-1, 1] (x / 127.5 - 1), or floats.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def from_pil(image: Any) -> Tensor:
-    """A PIL image of mode L or RGB as uint8 (C, H, W).
+    """A PIL image of mode L or RGB as uint8 (C, H, W), turned as its EXIF orientation says.
 
     Raises:
         ValueError: any other mode; alpha channels and palettes are not guessed at.
     """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
     if image.mode not in ("L", "RGB"):
         advice = "paste it on a background" if "A" in image.mode else "convert it"
         raise ValueError(f"expected images of mode L or RGB, got {image.mode}: {advice} first")
@@ -58,17 +61,16 @@ def folder_files(folder: Path) -> tuple[list[Path], list[int] | None]:
     return files, [names.index(top) for top in tops]
 
 
-def _folder_items(folder: Path, skip: int) -> Iterator[tuple[Tensor, int | None]]:
+def _folder_items(files: list[Path], labels: list[int] | None) -> Iterator[tuple[Tensor, Any]]:
     from PIL import Image
 
-    files, labels = folder_files(folder)
-    for index in range(skip, len(files)):
-        with Image.open(files[index]) as image:
-            try:
+    for file, label in zip(files, labels or [None] * len(files), strict=True):
+        try:
+            with Image.open(file) as image:
                 pixels = from_pil(image)
-            except ValueError as error:
-                raise ValueError(f"{files[index]}: {error}") from None
-        yield pixels, None if labels is None else labels[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        yield pixels, label
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
@@ -102,7 +104,7 @@ def stream(
     *,
     chunk: int = 256,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
-    skip: int = 0,
+    accept: Callable[[tuple[int, ...]], None] | None = None,
 ) -> Iterator[Block]:
     """Blocks of images and labels from any source, in its order.
 
@@ -113,55 +115,73 @@ def stream(
         chunk: Largest number of images in a block.
         value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
             floats as they are (latents). uint8 always means [-1, 1].
-        skip: Images to leave out at the beginning.
+        accept: Called with the shape of the first image before others are read, to refuse it.
 
     Yields:
         Images (b, C, H, W), uint8, float32 or float64, and int64 labels (b,) or None.
 
     Raises:
         ValueError: mixed shapes, modes or kinds of number, alpha channels, values that are not
-            finite or outside the range, labels for some images only, no images.
+            finite or outside the range, labels for some images only, broken files, no images.
     """
+    files = None
     if isinstance(source, (str, Path)):
-        items = _folder_items(Path(source), skip)
+        files, classes = folder_files(Path(source))
+        items = _folder_items(files, classes)
     elif isinstance(source, Tensor) or _is_pair(source):
         images, labels = source if _is_pair(source) else (source, None)
-        yield from _tensor_blocks(images, labels, chunk, value_range, skip)
+        if accept is not None:
+            accept(tuple(images.shape[1:]))
+        yield from _tensor_blocks(images, labels, chunk, value_range)
         return
     else:
         entries = source
         if not isinstance(source, Iterator) and hasattr(source, "__getitem__"):
             # Data sets of the old protocol have __getitem__ and a length, no __iter__.
             entries = (source[index] for index in range(len(source)))
-        items = itertools.islice(_items(entries), skip, None)
-    first: tuple[tuple[int, ...], torch.dtype, bool] | None = None
-    seen = skip
+        items = _items(entries)
+    items, seen = _alike(items, files, accept), 0
     while block := list(itertools.islice(items, chunk)):
-        for offset, (image, label) in enumerate(block):
-            found = (tuple(image.shape), image.dtype, label is not None)
-            first = first or found
-            if found != first:
-                names = ("shape", "dtype", "with a label")
-                what = next(n for n, a, b in zip(names, found, first, strict=True) if a != b)
-                raise ValueError(
-                    f"mixed images: {what} is {found[names.index(what)]} at image "
-                    f"{seen + offset}, {first[names.index(what)]} before"
-                )
         labels = [label for _, label in block]
         yield (
             checked(torch.stack([image for image, _ in block]), value_range, seen),
             None if labels[0] is None else torch.as_tensor([int(label) for label in labels]),
         )
         seen += len(block)
-    if first is None and skip == 0:
+    if not seen:
         raise ValueError("no images")
 
 
+def _alike(
+    items: Iterator[tuple[Tensor, Any]],
+    files: list[Path] | None,
+    accept: Callable[[tuple[int, ...]], None] | None,
+) -> Iterator[tuple[Tensor, Any]]:
+    """The items, all of one shape and kind; files are what they are called if they have names."""
+    names, first = ("shape", "dtype", "with a label"), None
+    for number, (image, label) in enumerate(items):
+        found = (tuple(image.shape), image.dtype, label is not None)
+        if first is None:
+            first = found
+            if accept is not None:
+                accept(found[0])
+        if found != first:
+            what = next(i for i in range(3) if found[i] != first[i])
+            place = f"image {number}" if files is None else files[number]
+            raise ValueError(
+                f"mixed images: {names[what]} is {found[what]} at {place}, {first[what]} before"
+            )
+        yield image, label
+
+
 def load_images(
-    source: Any, *, value_range: tuple[float, float] | None = (-1.0, 1.0)
+    source: Any,
+    *,
+    value_range: tuple[float, float] | None = (-1.0, 1.0),
+    accept: Callable[[tuple[int, ...]], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
-    blocks = list(stream(source, value_range=value_range))
+    blocks = list(stream(source, value_range=value_range, accept=accept))
     labels = None if blocks[0][1] is None else torch.cat([label for _, label in blocks])
     return torch.cat([images for images, _ in blocks]), labels
 
@@ -210,12 +230,11 @@ def _tensor_blocks(
     labels: Tensor | None,
     chunk: int,
     value_range: tuple[float, float] | None,
-    skip: int,
 ) -> Iterator[Block]:
     if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    for start in range(skip, len(images), chunk):
+    for start in range(0, len(images), chunk):
         block = checked(images[start : start + chunk], value_range, start)
         yield block, None if labels is None else labels[start : start + chunk].long()

@@ -116,25 +116,42 @@ static __m512 power(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-/* Sixteen logits less a reference, which cancels in double precision. Sums of digit p lie at
- * sums + p * 2 * TILE. */
+/* Eight logits less a reference. Sums of digit p lie at sums + p * 2 * TILE. */
+static inline __attribute__((always_inline)) __m512d exactly(
+    const int32_t *sums, int planes, const int32_t *squares, const double *factors,
+    double reference) {
+    __m512d l = _mm512_fmadd_pd(_mm512_set1_pd(factors[planes]),
+                                _mm512_cvtepi32_pd(_mm256_load_si256((const __m256i *)squares)),
+                                _mm512_set1_pd(-reference));
+    for (int p = planes - 1; p >= 0; p--) {
+        const __m256i *at = (const __m256i *)(sums + p * 2 * TILE);
+        l = _mm512_fmadd_pd(_mm512_set1_pd(factors[p]),
+                            _mm512_cvtepi32_pd(_mm256_load_si256(at)), l);
+    }
+    return l;
+}
+
+/* Sixteen logits less a reference, which cancels in double precision. */
 static inline __attribute__((always_inline)) __m512 relative(
     const int32_t *sums, int planes, const int32_t *squares, const double *factors,
     double reference) {
-    __m256 part[2];
-    for (int h = 0; h < 2; h++) {
-        const __m256i *at = (const __m256i *)(squares + 8 * h);
-        __m512d l = _mm512_fmadd_pd(_mm512_set1_pd(factors[planes]),
-                                    _mm512_cvtepi32_pd(_mm256_load_si256(at)),
-                                    _mm512_set1_pd(-reference));
-        for (int p = planes - 1; p >= 0; p--) {
-            at = (const __m256i *)(sums + p * 2 * TILE + 8 * h);
-            l = _mm512_fmadd_pd(_mm512_set1_pd(factors[p]),
-                                _mm512_cvtepi32_pd(_mm256_load_si256(at)), l);
-        }
-        part[h] = _mm512_cvtpd_ps(l);
-    }
-    return _mm512_insertf32x8(_mm512_castps256_ps512(part[0]), part[1], 1);
+    __m512d low = exactly(sums, planes, squares, factors, reference);
+    __m512d high = exactly(sums + 8, planes, squares + 8, factors, reference);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)),
+                              _mm512_cvtpd_ps(high), 1);
+}
+
+/* The largest of sixteen logits, those that count: float32 would be off by more than NOTHING where
+ * logits are billions. */
+static inline __attribute__((always_inline)) double largest(
+    const int32_t *sums, int planes, const int32_t *squares, const double *factors,
+    __mmask16 valid) {
+    const __m512d never = _mm512_set1_pd(-INFINITY);
+    __m512d low = exactly(sums, planes, squares, factors, 0);
+    __m512d high = exactly(sums + 8, planes, squares + 8, factors, 0);
+    low = _mm512_mask_mov_pd(never, (__mmask8)valid, low);
+    high = _mm512_mask_mov_pd(never, (__mmask8)(valid >> 8), high);
+    return _mm512_reduce_max_pd(_mm512_max_pd(low, high));
 }
 
 /* Fold two tiles of candidates into the softmax of their outputs.
@@ -158,7 +175,11 @@ static inline __attribute__((always_inline)) void fold(
                                                state->reference));
         __m512 high = _mm512_max_ps(x[0], x[1]);
         if (state->fresh || _mm512_cmp_ps_mask(high, limit, _CMP_GT_OQ)) {
-            double reference = state->reference + _mm512_reduce_max_ps(high);
+            double reference = -INFINITY;
+            for (int c = 0; c < 2; c++)
+                reference = fmax(reference, largest(sums + c * TILE + m * SIDE, planes,
+                                                    squares + c * TILE + m * SIDE, factors,
+                                                    valid[c]));
             if (reference == -INFINITY) continue; /* no candidate of these counts */
             float shift = (float)(state->reference - reference);
             __m512 scale = _mm512_set1_ps(state->fresh ? 0 : exp2f(shift));

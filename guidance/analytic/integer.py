@@ -54,34 +54,47 @@ def processor_flags() -> set[str]:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pilotage"
+    """Where compiled code is kept.
+
+    Raises:
+        Unavailable: the user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pilotage"
+    except RuntimeError as error:
+        raise Unavailable(f"nowhere to keep compiled code, set XDG_CACHE_HOME: {error}") from None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def compile_library() -> Path:
     """Compile ``integer.c`` unless that is done already; the file.
 
+    It is named after what it is made of and after what it holds: a damaged one is not loaded.
+
     Raises:
-        Unavailable: no C compiler, or one that does not know the instructions.
+        Unavailable: no C compiler, one that does not know the instructions, or nowhere to write.
     """
     text = SOURCE.read_bytes()
-    name = hashlib.sha256(text + " ".join(FLAGS).encode()).hexdigest()[:16]
-    path = cache_folder() / f"integer-{name}.so"
-    if path.is_file():
-        return path
+    folder, name = cache_folder(), f"integer-{_digest(text + ' '.join(FLAGS).encode())}"
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_digest(path.read_bytes())}":
+            return path
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise Unavailable("no C compiler (cc, gcc or clang) on the path")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            made = Path(build) / "integer.so"
             command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            path = folder / f"{name}-{_digest(made.read_bytes())}.so"
             os.replace(made, path)
     except OSError as error:
-        raise Unavailable(f"cannot compile into {path.parent}: {error}") from None
+        raise Unavailable(f"cannot compile into {folder}: {error}") from None
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} cannot compile {SOURCE.name}: {error.stderr}") from None
     return path

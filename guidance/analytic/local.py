@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ TAU = {
     "mnist": 0.005,
     "fashion_mnist": 0.005,
 }
+# Bytes of the n x n weights at one noise level. With copies made on the way, four times as many are
+# needed; beyond, a picture takes hours on a CPU.
+LARGEST = 2**30
 KEPT = 2**27  # bytes of masks kept from one call to the next, as bool and as float32
 STEP = 512  # rows of the Wiener matrix made at once
 
@@ -88,6 +92,8 @@ class LocalDenoiser(Denoiser):
             copy of the images and moves the query by up to 1e-4 sigma; torch.float32 rules it out.
     """
 
+    weight_bytes = 1  # of what `weights` gives
+
     def __init__(
         self,
         images: Any,
@@ -113,6 +119,19 @@ class LocalDenoiser(Denoiser):
         self.compute = compute
         self._kept: dict[float, Rows] = {}
         self._packed: Tensor | None = None
+
+    @classmethod
+    def accept(cls, shape: tuple[int, int, int]) -> None:
+        """Refuse images (C, H, W) whose weights would take more than `LARGEST` bytes."""
+        n, most = math.prod(shape), math.isqrt(LARGEST // cls.weight_bytes)
+        if n > most:
+            side = math.isqrt(most // shape[0])
+            raise ValueError(
+                f"{shape[1]} x {shape[2]} pixels of {shape[0]} channels are n = {n} coordinates, "
+                f"and their n x n weights take {n**2 * cls.weight_bytes / 2**30:,.2f} GiB (at most "
+                f"{LARGEST / 2**30:g}): make the pictures smaller ({side} x {side} pixels) or take "
+                "another method (wiener, pspc, optimal)"
+            )
 
     def weights(self, sigma: float) -> Tensor:
         """What each coordinate is compared on, (n, n)."""
@@ -154,6 +173,8 @@ class SoftLocalDenoiser(LocalDenoiser):
         power: p > 0; 0 compares whole images, large p approaches the coordinate alone.
         tau: Weights below it count as 0.
     """
+
+    weight_bytes = 4
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ WORK = 3 * 2**21  # bytes of intermediates at once on a CPU: small blocks stay i
 WORK_CUDA = 2**30
 SPARSE = 0.15  # density of a mask below which gathering beats a dense product (measured)
 ROWS = 1024  # rows of a mask that are multiplied at once
+HALF = 2.0**15  # what the largest square becomes in float16
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ class Source:
                 x, index = torch.cat([x, x.flip(2)], -1), index.repeat(2)
             yield x, index
 
+    def reach(self, d: int) -> float:
+        """At least the norm of any d coordinates of a candidate."""
+        norm, largest = self._sizes
+        return min(norm, d**0.5 * largest)
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[float, float]:
+        """Largest norm of an image and largest size of a coordinate."""
+        norm = largest = 0.0
+        for part in self.images.split(64):
+            flat = decode(part).flatten(1)
+            norm = max(norm, float(flat.norm(dim=1).max()))
+            largest = max(largest, float(flat.abs().max()))
+        return norm, largest
+
 
 class Precision(Protocol):
     """Which coordinates a group of outputs is compared on."""
@@ -82,19 +99,28 @@ class Whole:
     response = "image"
 
 
-def whole_distances(y: Tensor, x: Tensor, sigma: float) -> Tensor:
+def by_product(y: Tensor, source: Source, sigma: float) -> bool:
+    """Whether `whole_distances` of y (q, n) may be a matrix product.
+
+    It may where the rounding of x^2 - 2 <y, x> stays below 1e-3 in the result, which is a logarithm
+    of a probability, for every candidate of the source: the two forms differ by y^2, so that all
+    blocks of candidates must take the same one.
+    """
+    reach = source.reach(y.shape[1])
+    largest = reach * max(reach, float(y.norm(dim=1).max()))
+    return torch.finfo(y.dtype).eps * largest < 1e-3 * sigma**2
+
+
+def whole_distances(y: Tensor, x: Tensor, sigma: float, product: bool) -> Tensor:
     """Squared distances over 2 sigma^2 of y (q, n) to x (n, c), up to a constant per query.
 
-    As a matrix product (x^2 - 2 <y, x>) where its rounding stays below 1e-3 of the result, which is
-    a logarithm of a probability; from differences elsewhere.
+    As a matrix product, x^2 - 2 <y, x>, or from differences; see `by_product`.
 
     Returns:
         Shape (q, c).
     """
-    square = x.square().sum(0)
-    largest = float(torch.maximum(square.max(), square.max().sqrt() * y.norm(dim=1).max()))
-    if torch.finfo(x.dtype).eps * largest < 1e-3 * sigma**2:
-        return torch.addmm(square[None] / 2, y, x, alpha=-1).div_(sigma**2)
+    if product:
+        return torch.addmm(x.square().sum(0)[None] / 2, y, x, alpha=-1).div_(sigma**2)
     return torch.stack([(row[:, None] - x).square_().sum(0) for row in y]).div_(2 * sigma**2)
 
 
@@ -104,8 +130,9 @@ class Rows:
 
     Args:
         weights: (n, n), at least 0, bool or float; row m says what coordinate m is compared on.
-        compute: Precision of the matrix product: None for float16 on CUDA (with float32
-            accumulation) and that of the query elsewhere.
+        compute: Precision of the factors of the matrix product: None for float16 with a mask on
+            CUDA and that of the query elsewhere. Below float32 the squares are the sum of two such
+            numbers (twice the digits), and the product is float32.
     """
 
     weights: Tensor
@@ -115,19 +142,16 @@ class Rows:
 
     def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
         """See `Precision`; differences first, so that nothing cancels."""
-        # Scaled before the product, which lets float16 hold it at any noise level.
         scale = (1 / (2 * sigma**2)) ** 0.5
         squares = (y.flatten()[:, None] - x.flatten(0, 2)).mul_(scale).square_()
-        kind = self.compute or (torch.float16 if x.is_cuda else x.dtype)
-        if kind == torch.float16:
-            squares = squares.clamp_(max=6e4)  # a candidate this far has no weight in any case
-        squares = squares.to(kind)
         if self._sparse(x):
-            yield slice(0, len(squares)), self._csr(kind) @ squares
+            yield slice(0, len(squares)), self._csr(x.dtype) @ squares
             return
+        exact = self.weights.dtype == torch.bool  # in float16
+        kind = self.compute or (torch.float16 if x.is_cuda and exact else x.dtype)
         for start in range(0, len(squares), ROWS):
             rows = slice(start, min(start + ROWS, len(squares)))
-            yield rows, (self._dense(rows, kind) @ squares).to(x.dtype)
+            yield rows, product(self._dense(rows, kind), squares).to(x.dtype)
 
     def _sparse(self, x: Tensor) -> bool:
         if "density" not in self._cast:
@@ -147,6 +171,25 @@ class Rows:
         if dtype not in self._cast:
             self._cast[dtype] = self.weights.to(dtype)
         return self._cast[dtype][rows]
+
+
+def product(weights: Tensor, squares: Tensor) -> Tensor:
+    """Matrix product in float32 at least; weights of less meet squares in two parts of the same."""
+    kind = weights.dtype
+    if kind.itemsize >= 4:
+        return weights @ squares.to(kind)
+    unit = squares.amax().clamp(min=1e-30) / HALF  # so that float16 holds all of them
+    squares = squares / unit
+    high = squares.to(kind)
+    low = (squares - high).to(kind)
+    return (_wide(weights, high) + _wide(weights, low)) * unit
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """Product of factors of less than float32, summed and returned in float32."""
+    if a.is_cuda and torch.__version__ >= (2, 8):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 @dataclass(frozen=True)
@@ -209,10 +252,11 @@ def posterior(
         Softmax(y.new_zeros(groups, width), minibatch=minibatch is not None, info=info)
         for _ in range(1 if whole else len(y))
     ]
+    as_product = whole and by_product(y.flatten(1), source, sigma)
     for x, index in source.blocks(minibatch or chunk or block_size(y), y):
         if whole:
             flat = x.flatten(0, 2)
-            found = whole_distances(y.flatten(1), flat, sigma)
+            found = whole_distances(y.flatten(1), flat, sigma, as_product)
             states[0].update(slice(0, len(y)), found, flat.T, index)
             continue
         values = x.flatten(1, 2) if pixel else x.flatten(0, 2)[None]

@@ -20,18 +20,19 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .accumulate import Accumulator, read
+from .accumulate import Accumulator, fingerprint, read
 from .images import stream
 
 KINDS = ("full", "low_rank", "stationary")
 LARGEST_DENSE = 4096  # coordinates: a covariance of 128 MB, about a minute of eigh on one core
+LARGEST_FULL = 16384  # coordinates of a covariance that is asked for: 2 GiB
 LARGEST_SKETCH = 65536  # coordinates: above, even the leading directions are too many numbers
 RANK = 256  # directions of a low-rank covariance when nothing else is asked for
 Sigma = float | Tensor
@@ -52,7 +53,8 @@ class DatasetStatistics:
         basis: Orthonormal directions, float64 (n, r); stationary: complex128 (H, W // 2 + 1, C, C).
         residual: Variance of every direction outside the basis.
         identity: What the numbers come from: "pixels" ("[-1, 1]" or "as given"), "data" (a hash of
-            the images, whatever their order) and "version" (of this package).
+            the images, whatever their order) and "version" (of this package); "mirrored" if mirror
+            images were added.
     """
 
     shape: tuple[int, int, int]
@@ -91,23 +93,39 @@ class DatasetStatistics:
                 beyond.
             rank: Directions of a low-rank covariance; None for min(256, n / 2, N / 2).
             state: A file to continue from if it exists, and to save the accumulator to after every
-                `save_every` images. The source must give its images in the same order again.
+                `save_every` images. The source must begin with the images that it counted (in any
+                order): they are read again and compared by their hash.
             save_every: Images between two saves.
 
         Raises:
-            ValueError: what the images or the kind make impossible, see `from_accumulator`.
+            ValueError: what the images or the kind make impossible, see `from_accumulator`; a state
+                of other images.
         """
-        total, saved = None, 0
+        total, saved, seen, hashed = None, 0, 0, 0
         if state is not None and Path(state).is_file():
             total = Accumulator.load(state)
             saved = total.count
-        skip = 0 if total is None else total.count
-        for images, _ in stream(source, chunk=chunk, value_range=value_range, skip=skip):
+        counted = saved
+        for images, _ in stream(source, chunk=chunk, value_range=value_range):
+            known, images = images[: counted - seen], images[counted - seen :]
+            if seen < counted:
+                seen, hashed = seen + len(known), hashed + fingerprint(known)
+                if seen == counted and hashed % 2**128 != total.hash:
+                    raise ValueError(
+                        f"{state} counted {counted} other images than the first of the source (or "
+                        "in another value_range): delete it or name another"
+                    )
+            if not len(images):
+                continue
             total = total or accumulator(tuple(images.shape[1:]), kind, rank)
             total.add(images)
             if state is not None and total.count - saved >= save_every:
                 total.save(state)
                 saved = total.count
+        if seen < counted:
+            raise ValueError(
+                f"{state} counted {counted} images, the source has {seen}: it is of another source"
+            )
         pixels = "as given" if value_range is None else "[-1, 1]"
         return cls.from_accumulator(total, kind=kind, rank=rank, pixels=pixels)
 
@@ -206,6 +224,44 @@ class DatasetStatistics:
         a, b = _column(sigma_from, x) ** 2, _column(sigma_to, x) ** 2
         return self._around(x, lambda v: ((v + b) / (v + a)).sqrt())
 
+    def mirrored(self) -> DatasetStatistics:
+        r"""Statistics of the images and their left-right mirror images together.
+
+        With J the mirror: mean :math:`(\mu + J \mu) / 2` and covariance
+        :math:`(\Sigma + J \Sigma J) / 2 + d d^\top`, :math:`d = (\mu - J \mu) / 2`.
+        """
+        mean, values, residual = self.mean.double(), self.eigenvalues.double(), self.residual
+        basis = self.basis.to(torch.complex128 if self.basis.is_complex() else torch.float64)
+        step = (mean - mean.flip(-1)) / 2
+        if self.kind == "stationary":
+            # The mirror of a real image: frequencies (h, w) become conjugates of those at (-h, w).
+            second = (basis * values[..., None, :]) @ basis.mH
+            second = (second + second.flip(0).roll(1, 0).conj()) / 2
+            wave = torch.fft.rfft2(step, norm="ortho").permute(1, 2, 0)[..., None]
+            values, vectors = torch.linalg.eigh(second + wave @ wave.mH)
+            values, basis = values.flip(-1).clamp(min=0), vectors.flip(-1)
+        else:
+            # Beside the residual, the sum of b b^T over the columns of one matrix.
+            beside = basis * ((values - residual).clamp(min=0) / 2).sqrt()
+            mirror = beside.view(*self.shape, -1).flip(2).flatten(0, 2)
+            columns = torch.cat([beside, mirror, step.view(-1, 1)], 1)
+            if self.kind == "full":
+                values, basis = torch.linalg.eigh(columns @ columns.T)
+                values, basis = values.flip(0).clamp(min=0), basis.flip(1).contiguous()
+            else:
+                basis, values, _ = torch.linalg.svd(columns, full_matrices=False)
+                keep = values > 1e-7 * values[0]
+                values, basis = values[keep] ** 2 + residual, basis[:, keep].contiguous()
+        return replace(
+            self,
+            count=2 * self.count,
+            mean=mean - step,
+            eigenvalues=values,
+            basis=basis,
+            identity=self.identity | {"mirrored": "yes"},
+            _casts={},
+        )
+
     def explained(self, sigma: float) -> float:
         r"""Share of the true score's energy that the Gaussian score explains, at least.
 
@@ -286,8 +342,17 @@ class DatasetStatistics:
 
 
 def accumulator(shape: tuple[int, int, int], kind: str, rank: int | None) -> Accumulator:
-    """The accumulator that `DatasetStatistics.from_accumulator` needs for a kind."""
+    """The accumulator that `DatasetStatistics.from_accumulator` needs for a kind.
+
+    Raises:
+        ValueError: a full covariance of more than `LARGEST_FULL` coordinates.
+    """
     n = shape[0] * shape[1] * shape[2]
+    if kind == "full" and n > LARGEST_FULL:
+        raise ValueError(
+            f"a full covariance of images {shape}, {n} coordinates, takes {8 * n**2 / 2**30:.0f} "
+            f'GiB (at most {LARGEST_FULL} coordinates): use kind="auto" or smaller images'
+        )
     if kind == "stationary" or (kind == "auto" and n > LARGEST_SKETCH):
         return Accumulator(shape, "stationary")
     if kind != "full" and n > LARGEST_DENSE:

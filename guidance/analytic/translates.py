@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .denoisers import Denoiser
-from .posterior import block_size, whole_distances
+from .posterior import block_size, by_product, whole_distances
 from .schedules import CROPS, WINDOWS, schedule
 from .softmax import Info, Softmax
 
@@ -72,6 +72,7 @@ class ELSDenoiser(Denoiser):
         # Blocks of queries and of images such that neither patches nor logits outgrow the work.
         wanted = block_size(y) * y[0].numel()
         size = self.chunk or max(1, wanted // (places * queries.shape[1]))
+        product = by_product(queries, source, sigma)
         for x, index in source.blocks(size, y):
             candidates = patches(x, rows, columns)
             centres = x[:, rows[0], columns[0]].reshape(len(x), -1).T
@@ -79,7 +80,7 @@ class ELSDenoiser(Denoiser):
             step = max(1, wanted // candidates.shape[1])
             for start in range(0, len(queries), step):
                 part = slice(start, min(start + step, len(queries)))
-                found = whole_distances(queries[part], candidates, sigma)
+                found = whole_distances(queries[part], candidates, sigma, product)
                 state.update(part, found, centres, owners)
         return state
 

@@ -6,7 +6,11 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from pilotage import pipelines
+from pilotage.eval import embedded
+from pilotage.eval.cli import app
 from pilotage.guidance import APG
 from pilotage.guidance.analytic import DENOISERS, DatasetStatistics, OptimalDenoiser
 from pilotage.pipelines import (
@@ -183,6 +187,63 @@ def test_in_the_latent_space_of_an_autoencoder():
     assert nearest.max() < 0.05 * latents.flatten(1).norm(dim=1).mean()
     picture = pipe(**call, generator=components.generators(2)).images[0]
     assert picture.size == (16, 16) and picture.mode == "RGB"
+
+
+def test_classes_that_a_method_cannot_use_are_refused_up_front(data):
+    images, labels = data
+    y = torch.zeros(2, 1, 6, 6)
+    labels = torch.where(torch.arange(60) < 59, 2 * labels.clamp(max=1), 5)  # 0, 2 and one of 5
+    for method in ("wiener", "optimal"):
+        pipe = quiet(AnalyticDenoisingPipeline(images=images, labels=labels, method=method))
+        with pytest.raises(ValueError, match=f"method '{method}': no images of class 1"):
+            pipe(2, class_labels=[0, 1])
+        assert pipe(1, class_labels=2, num_inference_steps=2, output_type="latent").images.any()
+        if method == "wiener":
+            with pytest.raises(ValueError, match="'wiener', class 5: .*at least two images, got 1"):
+                pipe(2, class_labels=[0, 5])
+            with pytest.raises(ValueError, match="class 5: .*two images"):
+                pipe.unet.denoise(y, 1.0, torch.tensor([0, 5]))
+            for given in (None, torch.tensor([0, 2])):
+                with pytest.raises(ValueError, match="no info to return"):
+                    pipe.unet.denoise(y, 1.0, given, return_info=True)
+
+
+def test_flips_of_a_model_change_its_wiener_filter(data):
+    images = (data[0].float() * torch.linspace(1, 0, 6)).to(torch.uint8)
+    both = torch.cat([images, images.flip(-1)])
+    y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = AnalyticDenoiserModel.from_images(both, method="wiener").denoise(y, 1.0)
+    model = AnalyticDenoiserModel.from_images(images, method="wiener", flips=True)
+    torch.testing.assert_close(model.denoise(y, 1.0), expected, rtol=0, atol=1e-5)
+    model.set_method("wiener", flips=False)
+    assert (model.denoise(y, 1.0) - expected).abs().max() > 0.1
+    model.to(torch.float16).set_method("wiener", flips=True)
+    torch.testing.assert_close(model.denoise(y, 1.0), expected, rtol=0, atol=5e-3)
+    model.set_method("wiener", flips=False)
+    assert (model.denoise(y, 1.0) - expected).abs().max() > 0.1
+
+
+def test_large_pictures_are_refused_before_statistics_are_made(monkeypatch):
+    monkeypatch.setattr(DatasetStatistics, "from_images", None)
+    with pytest.raises(ValueError, match="n = 120000 coordinates"):
+        AnalyticDenoiserModel.from_images(torch.zeros(3, 3, 200, 200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("command", [["denoise", "{folder}"], ["generate", "noto style fox"]])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("out", "end in .png"), ("out.txt", "end in .png"), ("a.png", "a folder"), ("f/x.png", "f")],
+)
+def test_the_name_of_the_output_is_checked_before_anything_is_loaded(
+    tmp_path, monkeypatch, command, output, message
+):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "f").write_text("")
+    monkeypatch.setattr(embedded, "load_embedded", None)
+    monkeypatch.setattr(pipelines, "AnalyticDenoisingPipeline", None)
+    call = [part.format(folder=tmp_path) for part in command]
+    result = CliRunner().invoke(app, [*call, "-o", str(tmp_path / output)])
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 
 def test_bad_input_is_refused(data):

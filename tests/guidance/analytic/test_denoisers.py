@@ -216,6 +216,49 @@ def test_reduced_matrix_products_stay_near_the_exact_ones(dtype):
     assert 0 < (found - exact).abs().max() < bound
 
 
+@pytest.mark.parametrize("sigma", [0.02, 0.04, 0.07, 0.1, 0.3, 1.0])
+def test_blocks_of_different_brightness_are_compared_alike(sigma):
+    """Around the noise level from which distances are a product, which depends on the norm."""
+    g = torch.Generator().manual_seed(5)
+    dim = torch.randint(120, 136, (40, 3, 8, 8), generator=g, dtype=torch.uint8)
+    bright = torch.randint(200, 256, (40, 3, 8, 8), generator=g, dtype=torch.uint8)
+    images = torch.cat([dim, bright])
+    x = decode(images, torch.float64)
+    y = noisy(x[38:], sigma, 6)
+    ones = torch.ones(1, 192)
+    exact = oracles.weighted(y, x, sigma, ones)[:, 0] @ x.flatten(1)
+    found = OptimalDenoiser(images, chunk=10)(y.float(), sigma)
+    torch.testing.assert_close(found.flatten(1).double(), exact, rtol=0, atol=1e-3)
+    small = torch.cat([dim[:2, :1, :4, :5], bright[:2, :1, :4, :5]])
+    x = decode(small, torch.float64)
+    y = noisy(x[1:], sigma / 5, 2)
+    exact, _, _ = oracles.els(y, x, sigma / 5, 3)
+    found = ELSDenoiser(small, k=3, chunk=1)(y.float(), sigma / 5)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sigma", [0.002, 0.02, 0.3])
+def test_reduced_products_hold_however_far_all_images_are(compute, sigma):
+    """Unseen images: every distance is far above what float16 holds."""
+    y = noisy(data(3, seed=8), sigma).float()
+    g = torch.Generator().manual_seed(2)
+    mask = torch.rand(60, 60, generator=g) < 0.7
+    for weights in (mask, mask * torch.rand(60, 60, generator=g).to(compute).float()):
+        exact = oracles.weighted(y, X, sigma, weights)
+        mean = torch.einsum("bmi,im->bm", exact, X.flatten(1)).view_as(y)
+        rows = Rows(weights, compute)
+        distances = torch.cat([d for _, d in rows.distances(y[0], X.permute(1, 2, 3, 0), sigma)])
+        squares = (y[0].double().flatten() - X.flatten(1)) ** 2 / (2 * sigma**2)
+        wanted = weights.double() @ squares.T
+        bits = torch.finfo(compute).eps ** 2  # two parts of each square
+        torch.testing.assert_close(distances.double(), wanted, rtol=4 * bits, atol=1e-4)
+        if compute == torch.float16:
+            found, _ = posterior(y, sigma, Source(X), rows)
+            error = (found - mean).abs().flatten()
+            assert error.median() < 1e-3 and (error > 0.05).double().mean() < 0.01
+
+
 def test_a_pool_is_the_denoiser_of_its_class():
     labels = torch.arange(len(X)) % 3
     y, sigma = noisy(X, 0.4, 4), torch.tensor([0.3, 0.4, 0.4, 2.0])
@@ -241,6 +284,49 @@ def test_flips_add_every_mirror_image():
     torch.testing.assert_close(found, mean, rtol=0, atol=ATOL)
     torch.testing.assert_close(info.n_eff, n_eff, rtol=1e-8, atol=0)
     assert torch.equal(info.top, top % len(X))
+
+
+@pytest.mark.parametrize("name", ["wiener", "local", "soft"])
+def test_flips_count_in_the_statistics_as_well(name):
+    """Images lit from one side, whose mirror images have another mean and covariance."""
+    x = X + torch.linspace(2, 0, SHAPE[2])
+    both, y = torch.cat([x, x.flip(-1)]), noisy(x, 0.8)
+    expected = DENOISERS[name](both, **LATENTS)(y, 0.8)
+    given = DatasetStatistics.from_images(x, **LATENTS)
+    for statistics in (None, given, given.mirrored()):
+        found = DENOISERS[name](x, flips=True, statistics=statistics, **LATENTS)(y, 0.8)
+        atol = 1e-5 if name == "soft" else ATOL  # float32 weights
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert (DENOISERS[name](x, **LATENTS)(y, 0.8) - expected).abs().max() > 0.01
+
+
+def test_flips_at_high_noise_keep_to_the_mirrored_mean():
+    x = X + torch.linspace(2, 0, SHAPE[2])
+    y = noisy(x, 300.0)
+    exact = OptimalDenoiser(torch.cat([x, x.flip(-1)]), **LATENTS)(y, 300.0)
+    found = OptimalDenoiser(x, flips=True, wiener_above=100.0, **LATENTS)(y, 300.0)
+    assert (found - exact).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (LocalDenoiser, (3, 105, 105), "n = 33075 .* 1.02 GiB.*104 x 104 pixels"),
+        (SoftLocalDenoiser, (3, 74, 74), "n = 16428 .* 1.01 GiB.*73 x 73 pixels"),
+        (LocalDenoiser, (1, 3000, 4000), "n = 12000000 .* 134,110.45 GiB"),
+    ],
+)
+def test_images_whose_mask_would_not_fit_are_refused_before_the_rest_is_read(make, shape, message):
+    def read():
+        yield torch.zeros(shape, dtype=torch.uint8)
+        raise AssertionError("read on")
+
+    options = {"tau": 0.02} if make is LocalDenoiser else {}
+    with pytest.raises(ValueError, match=message):
+        make(read(), **options)
+    with pytest.raises(ValueError, match=message):
+        make(torch.zeros(1, *shape, dtype=torch.uint8).expand(2, -1, -1, -1), **options)
+    make.accept((3, 73, 73))
 
 
 def test_dispatch_hands_high_noise_to_the_wiener_filter():

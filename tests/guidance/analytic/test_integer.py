@@ -126,6 +126,17 @@ def test_logits_of_billions_are_told_apart():
 
 
 @needs_processor
+def test_logits_beyond_the_digits_of_float32_keep_a_winner():
+    """Bright images at the smallest noise level: float32 is off by hundreds, a weight is 2^-60."""
+    g = seeded(4)
+    images = torch.randint(200, 256, (40, 1, 60, 60), generator=g, dtype=torch.uint8)
+    y = decode(images[:5]) + 0.0013 * torch.randn(5, 1, 60, 60, generator=g)
+    mask = torch.ones(3600, 3600, dtype=torch.bool)
+    found = integer.masked_posterior(y, 0.0013, integer.pack(images), mask, (0, 40))
+    assert (found - decode(images[:5])).abs().max() <= 16 * EPS
+
+
+@needs_processor
 def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot():
     images, y, _ = problem(400, (1, 8, 8), 1.0, 0.4)
     labels = torch.arange(400) % 3
@@ -143,6 +154,29 @@ def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot():
     assert torch.equal(denoiser(y, float("inf")), plain(y, float("inf")))
     exact, _, _ = coordinatewise(y, decode(images, torch.float64), 0.4, mask)
     assert (denoiser(y.double(), 0.4) - exact).abs().max() <= 1e-12  # nothing is rounded
+
+
+@needs_processor
+def test_a_damaged_library_is_made_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = integer.compile_library()
+    whole, made = path.read_bytes(), path.stat().st_mtime_ns
+    assert integer.compile_library() == path and path.stat().st_mtime_ns == made
+    path.write_bytes(whole[: len(whole) // 2])
+    assert integer.compile_library().read_bytes() == whole
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+def test_without_a_home_there_are_no_integer_products(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(integer.Path, "home", nowhere)
+    monkeypatch.setattr(integer, "processor_flags", lambda: integer.NEEDED)
+    monkeypatch.setattr(integer.platform, "machine", lambda: "x86_64")
+    library, why = integer._load.__wrapped__()
+    assert library is None and "XDG_CACHE_HOME" in why
 
 
 @needs_processor

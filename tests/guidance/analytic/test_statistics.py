@@ -167,6 +167,54 @@ def test_resumed_equals_uninterrupted(kind, tmp_path):
     assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (X[:60], LATENTS, "counted 64 images, the source has 60"),
+        (X.flip(0), LATENTS, "counted 64 other images"),
+        (torch.cat([X[:63], X[70:]]), LATENTS, "counted 64 other images"),
+        (X / 40 + 0.5, {"value_range": (0, 1)}, "counted 64 other images"),
+    ],
+)
+def test_a_state_of_other_images_is_refused(source, options, message, tmp_path):
+    state = tmp_path / "state.safetensors"
+    first = X if options is LATENTS else (X[:, :1] / 20).clamp(-1, 1)
+    source = source if options is LATENTS else source[:, :1].clamp(0, 1)
+    done = DatasetStatistics.from_images(first[:64], state=state, save_every=64, **LATENTS)
+    before = state.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        DatasetStatistics.from_images(source, state=state, chunk=10, **options)
+    assert state.read_bytes() == before
+    again = DatasetStatistics.from_images(first[:64].flip(0), state=state, **LATENTS)
+    assert again.identity == done.identity and torch.equal(again.eigenvalues, done.eigenvalues)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mirrored_is_the_covariance_with_all_mirror_images(kind):
+    x = X + torch.linspace(2, 0, X.shape[3])
+    one = make(kind, x)
+    found, mean, cov = one.mirrored(), one.mean.flatten(), dense(one)
+    # From the second moments that the statistics stand for.
+    moment = (cov + mean[:, None] * mean).view(*X.shape[1:], *X.shape[1:])
+    moment = ((moment + moment.flip(2, 5)) / 2).flatten(3).flatten(0, 2)
+    mean = (one.mean + one.mean.flip(-1)) / 2
+    wanted = moment - mean.view(-1, 1) * mean.flatten()
+    torch.testing.assert_close(found.mean, mean)
+    if kind == "stationary":  # the square of the means' difference, averaged over shifts
+        step = (one.mean - one.mean.flip(-1)) / 2
+        shifts = [step.roll((i, j), (1, 2)).flatten() for i in range(5) for j in range(6)]
+        wanted = (cov.view(*X.shape[1:], *X.shape[1:]).flip(2, 5).reshape(60, 60) + cov) / 2
+        wanted = wanted + torch.stack([s[:, None] * s for s in shifts]).mean(0)
+    torch.testing.assert_close(dense(found), wanted, rtol=0, atol=1e-11)
+    assert found.variance() == pytest.approx(float(wanted.trace()), rel=1e-11)
+    if kind != "low_rank":
+        both = make(kind, torch.cat([x, x.flip(-1)]))
+        torch.testing.assert_close(dense(found), dense(both), rtol=0, atol=1e-11)
+        assert found.count == both.count
+    again = found.mirrored()
+    torch.testing.assert_close(dense(again), dense(found), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_keep_everything_and_refuse_others(kind, tmp_path):
     found, path = make(kind), tmp_path / "statistics.safetensors"
@@ -239,6 +287,7 @@ NAN[17, 0, 0, 0] = torch.nan
         (X[:1].expand(9, -1, -1, -1), LATENTS, "all 9 images are the same"),
         (X[:30], {"kind": "full", **LATENTS}, "needs more than 60 images, got 30"),
         (X, {"kind": "diagonal", **LATENTS}, "unknown kind 'diagonal'"),
+        (torch.zeros(3, 1, 129, 129), {"kind": "full"}, "16641 coordinates, takes 2 GiB"),
         (NAN, LATENTS, "image 17 contains NaN"),
         (list(NAN), LATENTS, "image 17 contains NaN"),
         (X * 9, {"value_range": (-1, 1)}, "expected 1 or 3 channels, got 2: an alpha channel"),
@@ -265,6 +314,45 @@ def test_an_unreadable_picture_in_a_folder_is_named(tmp_path):
         load_images(tmp_path)
     with pytest.raises(ValueError, match="no pictures in"):
         load_images(tmp_path / "nothing")
+
+
+def test_broken_and_odd_pictures_are_named(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture("RGB", (40, 30)).save(tmp_path / name)
+    noise = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "c.jpg")
+    whole = (tmp_path / "c.jpg").read_bytes()
+    broken = {
+        "half a picture": whole[: len(whole) // 2],
+        "no picture": b"hello",
+        "nothing": b"",
+        "a header": (tmp_path / "a.png").read_bytes()[:20],
+    }
+    for content in broken.values():
+        (tmp_path / "c.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.jpg: ") as caught:
+            load_images(tmp_path)
+        assert "\n" not in str(caught.value)
+    picture("RGB", (41, 30)).save(tmp_path / "c.jpg")
+    with pytest.raises(ValueError, match=r"shape is \(3, 30, 41\) at .*c\.jpg, \(3, 30, 40\)"):
+        load_images(tmp_path)
+
+
+def test_a_picture_too_large_for_pil_is_named(tmp_path, monkeypatch):
+    picture("L", (40, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match=r"a\.png: .*decompression bomb"):
+        load_images(tmp_path)
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path):
+    pixels = torch.arange(20, dtype=torch.uint8).view(4, 5)
+    for orientation, expected in ((1, pixels), (3, pixels.flip(0, 1)), (6, pixels.rot90(-1))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels.numpy()).save(tmp_path / "a.png", exif=exif)
+        found, _ = load_images(tmp_path)
+        assert torch.equal(found[0, 0], expected)
 
 
 def test_accumulators_of_different_things_do_not_merge():
