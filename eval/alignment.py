@@ -21,8 +21,9 @@ import typer
 from torch import Tensor, nn
 
 from .bootstrap import interval
+from .compare import read_prompts
 from .hub import describe, from_pretrained, pixel_values
-from .options import Batch, Device, Json, Resize, report
+from .options import Batch, Device, Json, Resize, check_target, report
 from .pictures import batches, picture_files, prompt_of
 from .ridge import RidgeAlignment
 
@@ -95,9 +96,7 @@ def rank_accuracy(similarity: Tensor, k: int = 1) -> float:
 def _prompts(files: Sequence[Path], source: Path | None) -> list[str]:
     if source is None:
         return [prompt_of(file) for file in files]
-    if not source.is_file():
-        raise FileNotFoundError(f"no file {source}")
-    lines = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+    lines = read_prompts(source)
     if len(lines) != len(files):
         raise ValueError(f"{source} has {len(lines)} prompts for {len(files)} pictures")
     return lines
@@ -124,6 +123,8 @@ def command(
     """Alignment of pictures and prompts: CLIP score, or the weaker offline ridge map."""
     if sum(option is not None for option in (clip, ridge, fit)) != 1:
         raise ValueError("name one of --clip, --ridge and --fit")
+    if fit is not None:
+        check_target(fit)
     files = picture_files(folder)
     texts = _prompts(files, prompts)
     if fit is not None:

@@ -12,7 +12,8 @@ def answer(rows: Sequence[Row], real: dict[str, float] | None = None) -> list[st
     """Short sentences, the most important first.
 
     With a reference, quality is the Fréchet distance (lower is better), else the alignment
-    (higher is better). Settings whose 95 % intervals overlap are not called different.
+    (higher is better). Settings whose 95 % intervals overlap are not called different; without
+    intervals none are.
 
     Args:
         rows: The cells.
@@ -26,19 +27,30 @@ def answer(rows: Sequence[Row], real: dict[str, float] | None = None) -> list[st
     best = min(known, key=lambda row: sign * row[metric])
     word = "Lowest" if metric == "fd" else "Highest"
     sentences = [f"{word} {name}: {best['label']}, {_value(best, metric)}."]
-    rivals = [row for row in known if _overlap(row, best, metric)]
-    cheapest = min(rivals, key=lambda row: (row["nfe"], sign * row[metric]))
-    if cheapest is not best and cheapest["nfe"] < best["nfe"]:
+    if all(row.get(f"{metric}_interval") for row in known):
+        sentences += _cheapest(known, best, metric, sign)
+        sentences += _by_scale(known, metric, sign)
+        sentences += _fewer_steps(known, metric, sign)
+    else:
         sentences.append(
-            f"Cheapest whose interval overlaps with that: {cheapest['label']}, "
-            f"{_value(cheapest, metric)}, {cheapest['nfe']:.4g} network evaluations a picture "
-            f"instead of {best['nfe']:.4g}."
+            "That is no verdict: with so few pictures there are no intervals, and any order may be "
+            "chance."
         )
-    sentences += _by_scale(known, metric, sign)
-    sentences += _fewer_steps(rows, metric, sign)
     if real is not None:
         sentences.append(_saturation(rows, real))
     return sentences
+
+
+def _cheapest(rows: Sequence[Row], best: Row, metric: str, sign: int) -> list[str]:
+    rivals = [row for row in rows if _overlap(row, best, metric)]
+    cheapest = min(rivals, key=lambda row: (row["nfe"], sign * row[metric]))
+    if cheapest["nfe"] >= best["nfe"]:
+        return []
+    return [
+        f"Cheapest whose interval overlaps with that: {cheapest['label']}, "
+        f"{_value(cheapest, metric)}, {cheapest['nfe']:.4g} network evaluations a picture "
+        f"instead of {best['nfe']:.4g}."
+    ]
 
 
 def _quality(rows: Sequence[Row]) -> tuple[str | None, int]:
@@ -65,14 +77,13 @@ def _value(row: Row, metric: str) -> str:
 
 
 def _overlap(a: Row, b: Row, metric: str) -> bool:
-    first, second = a.get(f"{metric}_interval"), b.get(f"{metric}_interval")
-    if a is b or first is None or second is None:
-        return a is b
+    first, second = a[f"{metric}_interval"], b[f"{metric}_interval"]
     return first[0] <= second[1] and second[0] <= first[1]
 
 
 def _by_scale(rows: Sequence[Row], metric: str, sign: int) -> list[str]:
     """The best of the settings asked for at each scale, where there is a choice."""
+    several = len({row["steps"] for row in rows if row["kind"] != "equal nfe"}) > 1
     parts = []
     for scale in sorted({row["w"] for row in rows}):
         here = [row for row in rows if row["w"] == scale and row["kind"] != "equal nfe"]
@@ -80,20 +91,20 @@ def _by_scale(rows: Sequence[Row], metric: str, sign: int) -> list[str]:
             continue
         ranked = sorted(here, key=lambda row: sign * row[metric])
         tied = [row for row in ranked if _overlap(row, ranked[0], metric)]
-        names = list(dict.fromkeys(row["method"] for row in tied))
-        more = f" (no difference from {', '.join(names[1:])})" if len(names) > 1 else ""
+        names = [f"{r['method']}, {r['steps']} steps" if several else r["method"] for r in tied]
+        more = f" (no difference from {' or '.join(names[1:])})" if len(names) > 1 else ""
         parts.append(f"w={scale:g}: {names[0]}{more}")
     return [f"Best at each scale: {'; '.join(parts)}."] if parts else []
 
 
 def _fewer_steps(rows: Sequence[Row], metric: str, sign: int) -> list[str]:
-    """Whether a cheaper method beats plain guidance with fewer steps at the same cost."""
+    """Whether a cheaper method beats plain guidance with fewer steps at about its cost."""
     by_label: dict[str, Row] = {row["label"]: row for row in rows}
     sentences = []
     for other in rows:
         for label in other["matches"]:
-            row = by_label[label]
-            if row.get(metric) is None or other.get(metric) is None:
+            row = by_label.get(label)
+            if row is None:
                 continue
             if _overlap(row, other, metric):
                 verdict = "no better and no worse than"
@@ -102,8 +113,9 @@ def _fewer_steps(rows: Sequence[Row], metric: str, sign: int) -> list[str]:
                     "better than" if sign * row[metric] < sign * other[metric] else "worse than"
                 )
             sentences.append(
-                f"At equal cost ({row['nfe']:.4g} evaluations), {label} is {verdict} "
-                f"{other['label']}: {row[metric]:.4g} against {other[metric]:.4g}."
+                f"At the nearest cost ({row['nfe']:.4g} and {other['nfe']:.4g} evaluations), "
+                f"{label} is {verdict} {other['label']}: {row[metric]:.4g} against "
+                f"{other[metric]:.4g}."
             )
     return sentences
 

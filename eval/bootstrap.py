@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .features import FeatureStatistics, checked_features
 from .frechet import factor, frechet_distance
 
 CHUNK = 2**24  # numbers drawn at once
+LEVEL = 0.95
 
 
 def _quantiles(draws: Tensor, level: float) -> tuple[float, float]:
@@ -19,7 +21,8 @@ def _quantiles(draws: Tensor, level: float) -> tuple[float, float]:
     return low, high
 
 
-def _check(level: float, resamples: int) -> None:
+def check_resampling(resamples: int, level: float = LEVEL) -> None:
+    """Refuse fewer than two resamples, and a level that is no share."""
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
     if resamples < 2:
@@ -29,7 +32,7 @@ def _check(level: float, resamples: int) -> None:
 def interval(
     values: Tensor,
     statistic: Callable[[Tensor], Tensor] | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -45,7 +48,7 @@ def interval(
     Raises:
         ValueError: fewer than two values, NaN, or bad settings.
     """
-    _check(level, resamples)
+    check_resampling(resamples, level)
     if values.ndim != 1:
         raise ValueError(f"expected values (N,), got shape {tuple(values.shape)}")
     values = checked_features(values[:, None].cpu(), least=2)[:, 0]
@@ -60,12 +63,46 @@ def interval(
     return _quantiles(torch.cat(draws), level)
 
 
+def members(groups: Sequence[Hashable]) -> list[Tensor]:
+    """The positions of each group, in the order in which groups first occur."""
+    found: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        found.setdefault(group, []).append(position)
+    return [torch.tensor(positions) for positions in found.values()]
+
+
+def grouped_interval(
+    values: Tensor, groups: Sequence[Hashable], **settings: Any
+) -> tuple[float, float]:
+    """`interval` of the mean of values that are independent from group to group only.
+
+    Whole groups are resampled.
+
+    Args:
+        values: Values, with shape (N,).
+        groups: The group of each, e.g. its prompt.
+        settings: `level`, `resamples` and `seed` of `interval`.
+
+    Raises:
+        ValueError: fewer than two groups, or as for `interval`.
+    """
+    parts = [checked_features(values[rows, None]) for rows in members(groups)]
+    sums = torch.stack([part.sum() for part in parts])
+    counts = torch.tensor([len(part) for part in parts], dtype=sums.dtype)
+
+    def mean(drawn: Tensor) -> Tensor:
+        return sums[drawn.long()].sum(1) / counts[drawn.long()].sum(1)
+
+    return interval(torch.arange(len(parts)), mean, **settings)
+
+
 def frechet_interval(
     real: FeatureStatistics | Tensor,
     fake: Tensor,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = 100,
     seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """Interval of the Fréchet distance under resampling of the generated pictures.
 
@@ -81,20 +118,27 @@ def frechet_interval(
         real: Features (N, D) or their statistics.
         fake: Features (M, D).
         level, resamples, seed: As for `interval`.
+        groups: The group of each generated picture, e.g. its prompt: whole groups are resampled;
+            default: each picture is its own.
 
     Raises:
-        ValueError: fewer than two pictures, NaN, different dimensions, or bad settings.
+        ValueError: fewer than two pictures or groups, NaN, different dimensions, or bad settings.
     """
-    _check(level, resamples)
+    check_resampling(resamples, level)
     fake = checked_features(fake, least=2)
     value = frechet_distance(real, fake)
     mean, root = factor(real)
     generator = torch.Generator().manual_seed(seed)
-    count, constant = len(fake), root.square().sum()
+    constant = root.square().sum()
+    parts = members(range(len(fake)) if groups is None else groups)
+    if len(parts) < 2:
+        raise ValueError("at least 2 groups are needed, got 1")
     projected, squares = fake @ root, fake.square().sum(1)  # (M, r), (M,)
     draws = []
     for _ in range(resamples):
-        rows = torch.randint(count, (count,), generator=generator).to(fake.device)
+        drawn = torch.randint(len(parts), (len(parts),), generator=generator)
+        rows = torch.cat([parts[i] for i in drawn.tolist()]).to(fake.device)
+        count = len(rows)
         centre = fake[rows].mean(0)
         trace = (squares[rows].sum() - count * centre.square().sum()) / (count - 1)
         part = projected[rows] - centre @ root

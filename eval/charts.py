@@ -1,7 +1,7 @@
 """Small charts as inline SVG: lines and points with intervals, axes, a legend, titles on hover.
 
-Colours and shapes come from the page's style sheet (classes ``s0`` ... ``s7``), so that a chart
-follows its light or dark theme.
+Colours come from the page's style sheet (classes ``s0`` ... ``s7``), so that a chart follows its
+light or dark theme.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 480, 330
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
 STYLES = 8
-DODGE = 3  # pixels between series
+SHAPES = 6
+DASHES = ("none", "7 4", "2 3", "10 3 2 3", "12 6", "2 7")
+DODGE = 3  # pixels between series, where there is room
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Series:
     Args:
         name: For the legend.
         points: Its points; joined in the order of x if `joined`.
-        style: Which colour and shape, from 0.
+        style: Which colour, from 0.
+        shape: Which marker, from 0.
+        dash: Which line, from 0; 0 is solid.
         joined: Draw a line through the points.
         hollow: Draw the markers' outlines only.
     """
@@ -49,6 +54,8 @@ class Series:
     name: str
     points: list[Point] = field(default_factory=list)
     style: int = 0
+    shape: int = 0
+    dash: int = 0
     joined: bool = True
     hollow: bool = False
 
@@ -70,6 +77,7 @@ def chart(
     y_label: str,
     description: str,
     level: tuple[float, str] | None = None,
+    dodge: bool = False,
 ) -> str:
     """An SVG element; empty if there is no point.
 
@@ -78,6 +86,8 @@ def chart(
         x_label, y_label: Texts beside the axes.
         description: What the chart shows, for those who do not see it.
         level: A value of y to mark with a dashed line, and its name.
+        dodge: Set series beside each other, where all have the same few x: intervals at one x would
+            hide each other. Together they take less than half the way to the next x.
     """
     series = [s for s in series if s.points]
     if not series:
@@ -92,12 +102,15 @@ def chart(
         y = axes.y(level[0])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         name = f'<text class="tick on" x="{LEFT + 6}" y="{y - 5}">{escape(level[1])}</text>'
+    places = sorted({axes.x(p.x) for p in points})
+    room = min((b - a for a, b in pairwise(places)), default=WIDTH) / 2
+    step = min(DODGE, room / len(series)) if dodge else 0
     for i, one in enumerate(series):
-        parts.append(_draw(one, axes, DODGE * (i - (len(series) - 1) / 2)))
+        parts.append(_draw(one, axes, step * (i - (len(series) - 1) / 2)))
     parts.append(name)
     legend = "".join(
-        f'<li><svg class="key s{s.style % STYLES}" viewBox="-8 -8 16 16" aria-hidden="true">'
-        f"{_marker(s, 0, 0)}</svg>{escape(s.name)}</li>"
+        f'<li><svg class="key s{s.style % STYLES}" viewBox="-18 -8 36 16" aria-hidden="true">'
+        f"{_line(s, '-18,0 18,0') if s.joined else ''}{_marker(s, 0, 0)}</svg>{escape(s.name)}</li>"
         for s in series
     )
     return (
@@ -147,12 +160,12 @@ class _Axes:
 
 
 def _draw(series: Series, axes: _Axes, shift: float) -> str:
-    """A series, `shift` pixels to the right: intervals at one x would hide each other."""
+    """A series, `shift` pixels to the right."""
     points = sorted(series.points, key=lambda p: p.x)
     parts = []
     if series.joined and len(points) > 1:
         path = " ".join(f"{axes.x(p.x) + shift:g},{axes.y(p.y)}" for p in points)
-        parts.append(f'<polyline class="line" points="{path}"/>')
+        parts.append(_line(series, path))
     for p in points:
         x, y = round(axes.x(p.x) + shift, 2), axes.y(p.y)
         if p.low is not None and p.high is not None:
@@ -164,16 +177,25 @@ def _draw(series: Series, axes: _Axes, shift: float) -> str:
     return f'<g class="s{series.style % STYLES}">{"".join(parts)}</g>'
 
 
+def _line(series: Series, points: str) -> str:
+    dash = DASHES[series.dash % len(DASHES)]
+    return f'<polyline class="line" stroke-dasharray="{dash}" points="{points}"/>'
+
+
 def _marker(series: Series, x: float, y: float) -> str:
     kind = "marker hollow" if series.hollow else "marker"
-    match series.style % 4:
+    match series.shape % SHAPES:
         case 0:
             return f'<circle class="{kind}" cx="{x}" cy="{y}" r="4.5"/>'
         case 1:
             return f'<rect class="{kind}" x="{x - 4}" y="{y - 4}" width="8" height="8"/>'
         case 2:
             return f'<path class="{kind}" d="M{x} {y - 5.5}l5.5 9.5h-11z"/>'
-    return f'<path class="{kind}" d="M{x} {y - 5.5}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"/>'
+        case 3:
+            return f'<path class="{kind}" d="M{x} {y - 5.5}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"/>'
+        case 4:
+            return f'<path class="{kind}" d="M{x} {y + 5.5}l5.5 -9.5h-11z"/>'
+    return f'<path class="{kind}" d="M{x - 2} {y - 6}h4v12h-4z"/>'
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -22,6 +22,19 @@ app = typer.Typer(
 app.command()(personalize)
 
 
+def check_picture(output: Path) -> None:
+    """Refuse a name that no PNG can be written to, before anything is loaded.
+
+    Raises:
+        ValueError: another suffix, or what `check_target` refuses.
+    """
+    from .options import check_target
+
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {output}")
+    check_target(output)
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
@@ -40,26 +53,32 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
-    from .embedded import check_guidance, load_embedded, load_pipeline
+    from .embedded import check_guidance, load_on
+    from .options import device_of
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
+    check_picture(output)
+    place = device_of(device)
 
     import torch
     from PIL.PngImagePlugin import PngInfo
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
-    settings = pipe.resolve_guidance(guidance)
+    from ..pipelines.fitted import negative_argument, unconditional_text
+    from ..pipelines.guided import scale_option
+
+    pipe = load_on(place, model)
+    none = scale == 1
+    settings = pipe.resolve_guidance("cfg" if none else guidance)
+    strength = scale_option(pipe, scale)
+    unwanted = unconditional_text(pipe, negative or None)
     result = pipe(
-        prompt,
-        negative_prompt=negative or None,
+        prompt=[prompt],
         guidance=settings,
-        guidance_scale=scale,
         num_inference_steps=steps,
         num_images_per_prompt=count,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        **strength,
+        **negative_argument(pipe, unwanted, 1),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     nfe = pipe.guidance_trace.nfe
@@ -68,9 +87,9 @@ def generate(
         info = PngInfo()
         made = {
             "prompt": prompt,
-            "negative_prompt": negative,
-            "guidance": str(settings),
-            "guidance_scale": scale,
+            "negative_prompt": unwanted,
+            "guidance": None if none else str(settings),
+            **strength,
             "steps": steps,
             "seed": seed + i,
             "scheduler": type(pipe.scheduler).__name__,
@@ -86,7 +105,13 @@ def generate(
 def denoise(
     images: Annotated[Path, typer.Argument(help="Folder of pictures of one size.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="local, optimal, wiener, ls, els, pspc, soft.")
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="local (pictures up to 104 x 104 in colour), soft (up to 73 x 73), optimal, "
+            "wiener, ls, els, pspc.",
+        ),
     ] = "local",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
@@ -111,6 +136,7 @@ def denoise(
         raise ValueError(f"--tau belongs to the local denoisers, not to {method!r}")
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}")
+    check_picture(output)
 
     import torch
     from PIL.PngImagePlugin import PngInfo
@@ -220,7 +246,7 @@ def run(command: typer.Typer) -> None:
     """Run a command: errors of the user's making end in one line and status 2."""
     try:
         command()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
 

@@ -28,7 +28,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: there is none, or the file is not UTF-8 text.
     """
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
     if not any(prompts):
@@ -77,7 +77,7 @@ def command(
 
     Under `accelerate launch -m pilotage.eval.compare` the work is split among the processes.
     """
-    from .embedded import check_guidance, load_embedded, load_pipeline
+    from .embedded import check_guidance, load_on
 
     texts = ([] if prompts is None else read_prompts(prompts)) + list(prompt)
     if not texts:
@@ -89,21 +89,17 @@ def command(
 
     from ..pipelines.processes import processes
     from .comparison import compare, grid
+    from .options import check_target, device_of
     from .sampling import Plan
 
+    check_target(output / "cells.json")
     settings = grid(guidance, scale, steps)
-    options = {"negative_prompt": negative} if negative else {}
+    options = {"negative_prompt": negative or None}
     seed_list = range(first_seed, first_seed + seeds)
     Plan(texts, settings, seed_list, batch_size, options)
 
-    import torch
-
-    try:
-        place = processes().device if device == "auto" else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: expected auto, cpu, cuda, ...") from error
-    dtype = torch.float32 if place.type == "cpu" else torch.float16
-    pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(place)
+    place = device_of(device)
+    pipe = load_on(place, model)
     real = network = score = None
     if reference is not None:
         from .extractors import load_extractor

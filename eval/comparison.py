@@ -23,9 +23,10 @@ from torch import Tensor
 from ..pipelines.processes import processes
 from .evaluation import Cell, Evaluation
 from .record import figures_context, write_json
-from .sampling import Plan, Samples, Setting, generate, mean_nfe, steps_for_nfe
+from .sampling import PLAN, Plan, Samples, Setting, generate, mean_nfe, prepare, steps_for_nfe
 
 BASELINE = "cfg"
+EQUAL_NFE = "equal-nfe"
 
 
 def grid(
@@ -72,7 +73,8 @@ def compare(
         prompts: Texts.
         settings: What to compare, e.g. from `grid`.
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
-            (``pictures/``, ``equal-nfe/``); an interrupted comparison goes on where it stopped.
+            (``pictures/``, ``equal-nfe/``); an interrupted comparison goes on where it stopped, and
+            one of other settings shares its pictures.
         seeds: One sample of every prompt each.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
             compare distributions are left out.
@@ -98,12 +100,14 @@ def compare(
             f"{tuple(reference.shape)}"
         )
     plan = Plan(prompts, _with_baselines(settings), seeds, batch_size, options or {})
+    if equal_nfe and (output / EQUAL_NFE / PLAN).is_file():
+        prepare(pipe, plan, output / EQUAL_NFE)  # what it refuses, before anything is made
     made = generate(pipe, plan, output / "pictures", progress)
     wanted = _cheaper(pipe, made) if equal_nfe else {}
     fewer: list[Samples] = []
     if wanted:
         second = replace(plan, settings=list(wanted))
-        fewer = generate(pipe, second, output / "equal-nfe", progress)
+        fewer = generate(pipe, second, output / EQUAL_NFE, progress)
     if not processes().is_main_process:
         return []
     cells = _cells(pipe, settings, made, fewer, wanted)

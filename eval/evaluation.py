@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,15 @@ class Evaluation:
             "folder": os.path.relpath(samples.paths[0].parent, self.output),
         }
         values, features = self._per_picture(cell)
+        groups = independent(samples.prompts)
         for name, value in values.items():
-            row[name] = rounded(value.double().mean())
-            row[f"{name}_interval"] = _interval(value)
+            kept = ~value.isinf()  # equal pictures have no finite PSNR
+            row[name] = rounded(value[kept].double().mean())
+            row[f"{name}_interval"] = _interval(value[kept], list(compress(groups, kept)))
+        if "psnr" in values:
+            row["n_equal"] = int(values["psnr"].isinf().sum())
         if features is not None:
-            row |= distribution_metrics(self.gallery, features)
+            row |= distribution_metrics(self.gallery, features, groups)
         return row
 
     def _per_picture(self, cell: Cell) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -133,25 +138,40 @@ class Evaluation:
         return rounded(1 + (setting.scale - 1) * sum(update) / sum(plain))
 
 
-def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, Any]:
+def independent(prompts: Sequence[str]) -> list[Hashable]:
+    """The group of each picture, so that pictures are independent from group to group.
+
+    That is its prompt: the seeds of a prompt say little about other prompts. Pictures of one prompt
+    only speak for this prompt, and are groups of their own.
+    """
+    return list(prompts) if len(set(prompts)) > 1 else list(range(len(prompts)))
+
+
+def distribution_metrics(
+    real: Tensor, fake: Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
     """Fréchet distance with its interval, KID, precision, recall, density and coverage.
 
-    The last four need more pictures than their k (3, 3, 5, 5) and are left out otherwise.
+    The first two need two pictures, the others more than their k (3, 3, 5, 5); what has too few is
+    left out.
 
     Args:
         real: Features of the reference, with shape (N, D).
         fake: Features of the generated pictures, with shape (M, D).
+        groups: See `frechet_interval`.
     """
     from .bootstrap import frechet_interval
     from .frechet import frechet_distance
     from .kid import kernel_distance
     from .precision_recall import density_coverage, precision_recall
 
-    values: dict[str, Any] = {"fd": rounded(frechet_distance(real, fake))}
-    ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES)
-    values["fd_interval"] = [rounded(end) for end in ends]
-    values["kid"] = rounded(kernel_distance(real, fake).value)
+    values: dict[str, Any] = {}
     least = min(len(real), len(fake))
+    if least > 1:
+        values["fd"] = rounded(frechet_distance(real, fake))
+        ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES, groups=groups)
+        values["fd_interval"] = [rounded(end) for end in ends]
+        values["kid"] = rounded(kernel_distance(real, fake).value)
     for names, metric, k in (
         (("precision", "recall"), precision_recall, 3),
         (("density", "coverage"), density_coverage, 5),
@@ -171,13 +191,13 @@ def _features(extractor: Any, pictures: Tensor) -> Tensor:
     return extractor(pictures).cpu()
 
 
-def _interval(values: Tensor) -> list[float | None] | None:
-    """Bootstrap interval of the mean; None for one picture, or a value that is infinite."""
-    from .bootstrap import interval
+def _interval(values: Tensor, groups: Sequence[Hashable]) -> list[float | None] | None:
+    """Bootstrap interval of the mean; None for one group of pictures, or NaN."""
+    from .bootstrap import grouped_interval
 
-    if len(values) < 2 or not values.isfinite().all():
+    if len(set(groups)) < 2 or values.isnan().any():
         return None
-    return [rounded(end) for end in interval(values)]
+    return [rounded(end) for end in grouped_interval(values, groups)]
 
 
 def rounded(value: Any) -> float | None:

@@ -78,7 +78,13 @@ def command(
     json: Json = None,
 ) -> None:
     """Fréchet distance between two sets of pictures (FID with --extractor inception)."""
-    one, two = load_pair(real, fake, extractor, resamples > 0, batch_size, resize, device)
+    from .bootstrap import check_resampling, frechet_interval
+
+    if resamples:
+        check_resampling(resamples)
+    one, two = load_pair(
+        real, fake, extractor, resamples > 0, batch_size, resize, device, (2, 2), True
+    )
     # Kept features spare small sets the eigenvectors of a D x D matrix.
     sources = [x.statistics if x.values is None else x.values for x in (one, two)]
     name = "fid" if extractor.partition(":")[0] == "inception" else "fd"
@@ -89,8 +95,6 @@ def command(
         "n_fake": two.statistics.count,
     }
     if resamples:
-        from .bootstrap import frechet_interval
-
         found = frechet_interval(sources[0], two.rows(), resamples=resamples)
         values["interval"] = list(found)
     report(values, json)

@@ -117,7 +117,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Kernel distance between two sets of pictures (KID with --extractor inception)."""
-    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device)
+    least = (subset_size if subsets else 2,) * 2
+    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device, least)
     found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
     values = {"kid": found.value, "extractor": one.tags.extractor}
     if found.std is not None:

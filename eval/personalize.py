@@ -57,16 +57,12 @@ def personalize(
         check_templates(texts)
     load_images(images, 8)
 
-    import torch
-
     from ..pipelines.personalization import TOKEN, Personalizer
     from ..pipelines.processes import processes
-    from .embedded import load_embedded, load_pipeline
+    from .embedded import load_on
+    from .options import device_of
 
-    if device == "auto":
-        device = str(processes().device)  # of this process, where there are several
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    pipe = (load_embedded(dtype) if model is None else load_pipeline(model, dtype)).to(device)
+    pipe = load_on(device_of(device), model)
     if quantize is not None:
         from ..pipelines.quantization import quantize as to_integers
 

@@ -36,9 +36,12 @@ def picture_files(folder: str | Path) -> list[Path]:
 def _decoded(path: Path, content: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged or not a picture ({error})") from error
+    if image.mode[0] in "IF":  # PIL would clip them to 8 bits, not scale them
+        raise ValueError(f"{path}: mode {image.mode!r}: convert it to 8 bits a channel first")
+    return image.convert("RGB")
 
 
 def batches(
@@ -56,7 +59,8 @@ def batches(
         digest: A hash object updated with names and contents.
 
     Raises:
-        ValueError: a file is damaged, or of another size than the first.
+        ValueError: a file is damaged, deeper than 8 bits a channel, or of another size than the
+            first.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")

@@ -110,7 +110,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Precision, recall, density and coverage of generated pictures."""
-    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device)
+    least = (max(k, k_coverage) + 1, k + 1)
+    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device, least)
     values = precision_recall(one.rows(), two.rows(), k)._asdict()
     values |= density_coverage(one.rows(), two.rows(), k_coverage)._asdict()
     values |= {"extractor": one.tags.extractor}

@@ -36,13 +36,23 @@ NAMES = {
     "alignment": "Alignment",
     "ssim": "SSIM to CFG",
     "psnr": "PSNR to CFG",
+    "n_equal": "Equal to CFG",
     "nfe": "Evaluations",
     "seconds": "Seconds",
     "effective_guidance": "Effective guidance",
 }
 COLUMNS = (
     *("fd", "kid", "precision", "recall", "density", "coverage", "saturation", "contrast"),
-    *("colourfulness", "alignment", "ssim", "psnr", "effective_guidance", "nfe", "seconds"),
+    *(
+        "colourfulness",
+        "alignment",
+        "ssim",
+        "psnr",
+        "n_equal",
+        "effective_guidance",
+        "nfe",
+        "seconds",
+    ),
 )
 OVER_SCALE = ("fd", "precision", "recall", "saturation", "contrast", "alignment")
 OVER_COST = ("fd", "alignment", "ssim")
@@ -166,9 +176,14 @@ def data_uri(path: Path) -> str:
 
 
 def _series(rows: Sequence[Row], x: str, y: str, joined: bool = True) -> list[Series]:
-    """One series a method (and number of steps), one for CFG with fewer steps."""
+    """One series a method (and number of steps), one for CFG with fewer steps.
+
+    Colours are methods. Shapes are methods, too, or the numbers of steps if there are several,
+    which then have their own dashes.
+    """
     methods = _methods(rows)
-    several = len({row["steps"] for row in rows if row["kind"] != "equal nfe"}) > 1
+    counts = sorted({row["steps"] for row in rows if row["kind"] != "equal nfe"}, reverse=True)
+    several = len(counts) > 1
     found: dict[tuple[str, bool, int], list[Row]] = {}
     for row in rows:
         if row.get(x) is None or row.get(y) is None:
@@ -188,7 +203,9 @@ def _series(rows: Sequence[Row], x: str, y: str, joined: bool = True) -> list[Se
                 f"{row['nfe']:.4g} evaluations, n={row['n']}"
             )
             points.append(Point(row[x], row[y], title, low, high))
-        series.append(Series(name, points, methods.index(method), joined and not fewer, fewer))
+        colour, dash = methods.index(method), counts.index(steps) if steps else 0
+        shape = dash if several else colour
+        series.append(Series(name, points, colour, shape, dash, joined and not fewer, fewer))
     return series
 
 
@@ -240,7 +257,7 @@ def _figure(
     if real is not None and metric in real:
         level = (real[metric], "real pictures")
     description = f"{NAMES[metric]} over {x_label}; the values are in the table of all settings."
-    drawn = chart(series, x_label, NAMES[metric], description, level)
+    drawn = chart(series, x_label, NAMES[metric], description, level, dodge=x == "w")
     if not drawn:
         return ""
     count = sum(len(s.points) for s in series)
@@ -272,7 +289,9 @@ def _table(rows: Sequence[Row], real: dict[str, float] | None) -> str:
     return (
         '<section><h2>All settings</h2><div class="scroll" tabindex="0" role="region" '
         'aria-label="All settings"><table class="cells"><caption>Means over the pictures of a '
-        "setting, with 95 % bootstrap intervals below. Click a heading to sort.</caption>"
+        "setting, with 95 % bootstrap intervals below; of several prompts, whole prompts are "
+        "resampled, with all their seeds. The mean PSNR leaves out pictures equal to CFG's, which "
+        "have none. Click a heading to sort.</caption>"
         f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>{foot}</table></div></section>"
     )
 

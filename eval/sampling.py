@@ -23,7 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..guidance import Guidance, Trace
 from ..guidance.saved import to_dict
-from ..pipelines.guided import GuidanceLike, scale_argument
+from ..pipelines.fitted import negative_argument, unconditional_text
+from ..pipelines.guided import GuidanceLike, scale_argument, scale_option
 from ..pipelines.identity import pipeline_identity
 from ..pipelines.noise_levels import UnknownSchedulerError, check_scheduler, prediction_type_of
 from ..pipelines.processes import processes
@@ -196,7 +197,8 @@ def generate(
     Args:
         pipe: A guided pipeline, on its device.
         plan: What to generate.
-        folder: Where the pictures go; may hold an interrupted run of the same plan.
+        folder: Where the pictures go; may hold an interrupted run of the same plan, or of one with
+            other settings.
         progress: Show a bar (main process only).
         on_chunk: Called with (finished, all) chunks of this process after each.
 
@@ -210,9 +212,7 @@ def generate(
 
     state = processes()
     folder = Path(folder)
-    guidances = check_call(pipe, plan)
-    identity = plan_identity(pipe, plan, guidances)
-    _check_plan(folder / PLAN, identity)
+    plan, guidances, identity = prepare(pipe, plan, folder)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(folder / PLAN, identity)
@@ -234,6 +234,24 @@ def generate(
                 on_chunk(done, len(work))
     state.wait_for_everyone()
     return [read_samples(plan, setting, folder) for setting in plan.settings]
+
+
+def prepare(
+    pipe: Any, plan: Plan, folder: Path | str
+) -> tuple[Plan, list[Guidance], dict[str, Any]]:
+    """What `generate` begins with, and all it may refuse; writes nothing.
+
+    Returns:
+        The plan, its options saying what the unconditional branch is made of; the resolved
+        guidance of every setting; and the content of the folder's ``plan.json``.
+
+    Raises:
+        ValueError: see `check_call`; or the folder holds another plan.
+    """
+    guidances = check_call(pipe, plan)
+    negative = unconditional_text(pipe, plan.options.get("negative_prompt"))
+    plan = replace(plan, options=plan.options | {"negative_prompt": negative})
+    return plan, guidances, _joined(Path(folder) / PLAN, plan_identity(pipe, plan, guidances))
 
 
 def plan_identity(pipe: Any, plan: Plan, guidances: Sequence[Guidance]) -> dict[str, Any]:
@@ -290,7 +308,6 @@ class _Maker:
     def __init__(self, pipe: Any, plan: Plan, folder: Path) -> None:
         self.pipe, self.plan, self.folder, self.first = pipe, plan, folder, True
         pipe.set_progress_bar_config(disable=True)
-        self.scale_name = scale_argument(type(pipe))
         try:
             check_scheduler(pipe.scheduler)
             self.detailed = True
@@ -301,6 +318,9 @@ class _Maker:
         self, number: int, chunk: list[tuple[int, int]], setting: Setting, guidance: Guidance
     ) -> None:
         """Generate one chunk and write it, its record last."""
+        negative = self.plan.options["negative_prompt"]
+        options = self.plan.options | negative_argument(self.pipe, negative, len(chunk))
+        scale = scale_option(self.pipe, setting.scale)
         begin = time.perf_counter()
         images = self.pipe(
             prompt=[self.plan.prompts[i] for _, i in chunk],
@@ -308,15 +328,15 @@ class _Maker:
             detailed_trace=self.detailed,
             num_inference_steps=setting.steps,
             generator=[torch.Generator().manual_seed(sample_seed(*sample)) for sample in chunk],
-            **{self.scale_name: setting.scale},
-            **self.plan.options,
+            **scale,
+            **options,
         ).images
         seconds = time.perf_counter() - begin  # the pictures are on the host: nothing is pending
         trace = self.pipe.guidance_trace
         for (seed, i), image, nfe in zip(chunk, images, trace.nfe, strict=True):
             info = PngInfo()
             made = {"prompt": self.plan.prompts[i], "seed": seed, "guidance": str(guidance)}
-            made |= {"guidance_scale": setting.scale, "steps": setting.steps, "nfe": nfe}
+            made |= scale | {"steps": setting.steps, "nfe": nfe}
             info.add_text("pilotage", json.dumps(made))
             path = _picture_path(self.folder, setting, seed, i)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -416,25 +436,35 @@ def _finished(folder: Path, setting: Setting, number: int, chunk: list[tuple[int
     return all(_picture_path(folder, setting, *sample).is_file() for sample in chunk)
 
 
-def _check_plan(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder that holds another plan; it may hold one of fewer settings."""
+def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a folder with this one's settings; refuse a folder that holds another plan.
+
+    Settings are apart, each in its own folder: others than these stay as they are.
+    """
+    wanted = json.loads(json.dumps(identity))
     if not path.is_file():
-        return
+        return wanted
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+        settings = {_slug(setting): setting for setting in found["settings"]}
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove the folder or name another"
         ) from error
-    wanted = json.loads(json.dumps(identity))
+    for setting in wanted["settings"]:
+        settings.setdefault(_slug(setting), setting)
+    found["settings"] = [settings[_slug(setting)] for setting in wanted["settings"]]
     for name in wanted:
-        if name == "settings" and all(s in wanted[name] for s in found.get(name) or [None]):
-            continue  # more settings than before: what is there is still right
         if found.get(name) != wanted[name]:
             raise ValueError(
                 f"{path.parent} holds another plan: its {name} is {_short(found.get(name))}, "
                 f"here it is {_short(wanted[name])}; name another folder, or remove this one"
             )
+    return wanted | {"settings": list(settings.values())}
+
+
+def _slug(setting: dict[str, Any]) -> str:
+    return Setting(setting["method"], setting["scale"], setting["steps"]).slug
 
 
 def _short(value: Any) -> str:

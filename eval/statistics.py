@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .features import folder_features
-from .options import DEFAULT, Batch, Device, Name, Resize
+from .options import DEFAULT, Batch, Device, Name, Resize, check_target
 from .pictures import picture_files
 
 app = typer.Typer(add_completion=False)
@@ -30,6 +30,7 @@ def statistics(
     """Keep mean and covariance of a folder's features in a file, for later comparisons."""
     if output.suffix != ".npz":
         raise ValueError(f"the file to write must end in .npz, got {output}")
+    check_target(output)
     picture_files(folder)
     from .extractors import load_extractor
 

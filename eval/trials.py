@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..guidance import Policy, Rule
 from ..pipelines.fitted import negative_argument
-from ..pipelines.guided import GuidanceLike, scale_argument
-from ..pipelines.support import layout_of
+from ..pipelines.guided import GuidanceLike, scale_option
 from .images import ssim, to_tensor
 
 Quality = Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +73,6 @@ class Trials:
 
     def batches(self) -> list[dict[str, Any]]:
         """The arguments of every call but its guidance."""
-        scale = self.guidance_scale - layout_of(type(self.pipe)).scale_offset
         calls = []
         for start in range(0, len(self.prompts), self.batch_size):
             part = self.prompts[start : start + self.batch_size]
@@ -84,8 +82,8 @@ class Trials:
                     "prompt": part,
                     "num_inference_steps": self.num_inference_steps,
                     "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-                    scale_argument(type(self.pipe)): scale,
                 }
+                | scale_option(self.pipe, self.guidance_scale)
                 | negative_argument(self.pipe, self.negative_prompt, len(part))
             )
         return calls

@@ -16,23 +16,15 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
     Raises:
         ValueError: no prompts, an unknown device, or settings cannot be written to `output`.
     """
+    from .embedded import load_on
+    from .options import check_target, device_of
+
     texts = read_prompts(prompts)
-    if output.suffix != ".json" or output.is_dir():
+    if output.suffix != ".json":
         raise ValueError(f"--output is a file NAME.json, got {output}")
+    check_target(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-
-    import torch
-
-    from ..pipelines.processes import processes
-    from .embedded import load_embedded, load_pipeline
-
-    try:
-        place = processes().device if device == "auto" else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: expected auto, cpu, cuda, ...") from error
-    dtype = torch.float32 if place.type == "cpu" else torch.float16
-    pipe = load_embedded(dtype) if model is None else load_pipeline(model, dtype)
-    return texts, pipe.to(place)
+    return texts, load_on(device_of(device), model)
 
 
 def name_it(path: Path, pipe: Any) -> str:

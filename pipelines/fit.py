@@ -20,9 +20,8 @@ from ..guidance.gather import Gather
 from ..guidance.linear_ag import Coefficients, Target
 from ..guidance.saved import save_guidance
 from .fitted import negative_argument, run_identity
-from .guided import scale_argument
+from .guided import scale_option
 from .processes import processes
-from .support import layout_of
 
 HELD_OUT_EVERY = 5
 MIN_PROMPTS = 2
@@ -223,7 +222,7 @@ def _trajectories(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
         **negative_argument(pipe, negative_prompt, len(prompts)),
-        **{scale_argument(type(pipe)): scale - layout_of(type(pipe)).scale_offset},
+        **scale_option(pipe, scale),
     )
     (gram,) = grams
     return gram

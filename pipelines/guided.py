@@ -164,6 +164,13 @@ def scale_argument(pipeline_class: type) -> str | None:
     return next((name for name in SCALE_ARGUMENTS if name in parameters), None)
 
 
+def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
+    """The argument with which a call guides at w = `guidance_scale`; 1 is no guidance."""
+    pipeline_class = type(pipe)
+    offset = layout_of(pipeline_class).scale_offset
+    return {scale_argument(pipeline_class): guidance_scale - offset}
+
+
 def _guidable_layout(pipeline_class: type) -> Layout:
     if scale_argument(pipeline_class) is None:
         raise LayoutError(
@@ -209,7 +216,8 @@ def _positive(name: str, scale: Any, offset: float) -> float:
         raise ValueError(f"{name} must be a number, got {scale!r}")
     if not (math.isfinite(scale) and scale + offset > 0):
         raise ValueError(
-            f"{name} must be finite and > {0 - offset:g} ({1 - offset:g} is no guidance), got {scale}"
+            f"{name} must be finite and > {0 - offset:g} ({1 - offset:g} is no guidance), "
+            f"got {scale}"
         )
     return float(scale)
 

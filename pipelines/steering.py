@@ -23,7 +23,7 @@ from ..guidance.schedule import Choice
 from ..guidance.steering import Steer
 from .calls import Call, prediction_of, with_prediction
 from .fitted import negative_argument, run_identity
-from .guided import scale_argument
+from .guided import scale_option
 from .layouts import Layout
 from .seam import attached
 from .support import layout_of
@@ -127,7 +127,7 @@ class Steering:
             raise ValueError(
                 f"{type(pipe).__name__} changes the guided prediction before its scheduler sees it"
             )
-        self.chunks, self.scale_offset = _Chunks(layout, batch_size), layout.scale_offset
+        self.chunks = _Chunks(layout, batch_size)
         pipe.set_progress_bar_config(disable=True)
         self.states: list[Tensor] = []
         self.pictures = self._call("cfg", self.states, output_type)
@@ -189,7 +189,7 @@ class Steering:
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["latents"],
                 **negative_argument(self.pipe, self.negative_prompt, len(self.prompts)),
-                **{scale_argument(type(self.pipe)): self.guidance_scale - self.scale_offset},
+                **scale_option(self.pipe, self.guidance_scale),
             ).images
 
 

@@ -4,11 +4,15 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pilotage.eval.cli import app, main
-from pilotage.eval.embedded import embedded_folder
+from pilotage.eval.embedded import embedded_folder, load_embedded
+
+from ..families import FAMILIES
 
 
 def run(monkeypatch, *arguments):
@@ -42,12 +46,48 @@ def test_generate_several(monkeypatch, tmp_path):
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+def test_scale_one_is_no_guidance(monkeypatch, tmp_path):
+    path = tmp_path / "a.png"
+    prompt = "noto style cat face"
+    assert run(monkeypatch, "generate", prompt, "-w", 1, "--steps", 2, "-o", path) == 0
+    generator = torch.Generator().manual_seed(0)
+    plain = load_embedded()(prompt, guidance_scale=1, num_inference_steps=2, generator=generator)
+    image = Image.open(path)
+    assert np.array_equal(np.asarray(image), np.asarray(plain.images[0]))
+    made = json.loads(image.text["pilotage"])
+    assert made["guidance"] is None and made["nfe"] == 2
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """A folder with a pipeline whose scale is called ``true_cfg_scale``."""
+    folder = tmp_path_factory.mktemp("flux")
+    FAMILIES["flux"].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "apg"])
+def test_generate_guides_where_the_scale_has_another_name(monkeypatch, tmp_path, flux, guidance):
+    pixels = []
+    for scale in (3, 30):
+        path = tmp_path / f"{scale}.png"
+        options = ["--model", flux, "-g", guidance, "-w", scale, "--steps", 1, "-o", path]
+        assert run(monkeypatch, "generate", "a fox", *options) == 0
+        image = Image.open(path)
+        made = json.loads(image.text["pilotage"])
+        assert (made["true_cfg_scale"], made["nfe"]) == (scale, 2)
+        assert "guidance_scale" not in made
+        pixels.append(np.asarray(image))
+    assert not np.array_equal(*pixels)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--guidance", "agp"], "unknown guidance 'agp'"),
         (["--scale", math.nan], "finite"),
-        (["--scale", 1], "switches guidance off"),
+        (["--device", "nothing"], "device 'nothing' cannot be used here"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, tmp_path, capsys, options, message):
@@ -56,6 +96,23 @@ def test_errors_are_one_line(monkeypatch, tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "must end in .png") for name in ("x.jpg", "x", "x.xyz", "folder/")),
+        ("folder.png/", "is a folder"),
+        ("file/x.png", "is not a folder to write to"),
+    ],
+)
+def test_names_that_cannot_be_written_fail_first(monkeypatch, tmp_path, capsys, name, message):
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").touch()
+    options = ["--model", tmp_path / "none", "-o", f"{tmp_path}/{name}"]
+    assert run(monkeypatch, "generate", "noto style fox", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])

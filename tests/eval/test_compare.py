@@ -2,18 +2,26 @@
 
 import csv
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from pilotage.eval.cli import main
+from pilotage.eval.compare import read_prompts
 from pilotage.eval.comparison import compare, grid
 from pilotage.eval.embedded import load_embedded
+from pilotage.eval.evaluation import Evaluation
 from pilotage.eval.images import saturation, to_tensor
 from pilotage.eval.sampling import Setting
+
+from .comparisons import made_up
 
 PROMPTS = ["noto style fox", "twemoji style red apple"]
 BASICS = ["-p", PROMPTS[0], "-p", PROMPTS[1], "-g", "cfg", "-g", "apg", "-w", "6"]
@@ -107,6 +115,64 @@ def test_two_processes_make_the_same_files(monkeypatch, tmp_path):
     assert sum(record["first"] for record in records) == 2  # both processes had a share
 
 
+def test_a_comparison_can_be_extended(tmp_path):
+    """Also by what was made for equal cost; pictures that are there are not made again."""
+    pipe, out = load_embedded(), tmp_path / "out"
+
+    def labels(*steps, **options):
+        settings = grid(["cfg", "ag"], [6.0], steps)
+        rows = compare(pipe, PROMPTS, settings, out, progress=False, **options)
+        return {row["label"]: row["kind"] for row in rows}
+
+    first = labels(8)
+    (fewer,) = (label for label, kind in first.items() if kind == "equal nfe")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    steps = int(fewer.split()[2])
+    assert labels(8, steps)[fewer] == "grid" and (out / "report.html").is_file()
+    assert labels(8) == first
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert before.items() <= after.items()
+    shutil.rmtree(out / "pictures")
+    with pytest.raises(ValueError, match="equal-nfe holds another plan: its seeds is"):
+        labels(8, seeds=(1,))
+    assert not (out / "pictures").exists()
+
+
+def test_one_picture_and_a_reference(tmp_path):
+    reference = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    settings = grid(["cfg", "apg"], [6.0], [2])
+    options = {"reference": reference, "progress": False}
+    rows = compare(load_embedded(), PROMPTS[:1], settings, tmp_path, **options)
+    assert not {"fd", "kid", "precision"} & set(rows[0]) and rows[1]["ssim"] is not None
+    assert (tmp_path / "report.html").is_file()
+
+
+def evaluated(tmp_path, prompts):
+    """Row of a cell of made-up pictures, the first of which is that of its baseline."""
+    _, _, (plain, other, *_) = made_up(tmp_path)
+    shutil.copy(plain.samples.paths[0], other.samples.paths[0])
+    other = replace(other, baseline=0, samples=replace(other.samples, prompts=prompts))
+    return Evaluation([plain, other], tmp_path, None, None, None).rows(False)[1]
+
+
+def test_equal_pictures_do_not_hide_the_psnr_of_others(tmp_path):
+    row = evaluated(tmp_path, ["a", "b", "c"])
+    low, high = row["psnr_interval"]
+    assert row["n_equal"] == 1 and low <= row["psnr"] <= high
+    assert row["psnr"] == pytest.approx(20 * math.log10(255 / 40) + 10 * math.log10(3), rel=1e-5)
+
+
+def test_intervals_are_over_prompts(tmp_path):
+    """Here those of two prompts: the lowest and highest values are means of a prompt's pictures."""
+    row = evaluated(tmp_path, ["a", "a", "b"])
+    values = saturation(
+        to_tensor(Image.open(tmp_path / row["folder"] / f"{i}.png") for i in range(3))
+    )
+    ends = sorted([values[:2].mean().item(), values[2].item()])
+    assert row["saturation_interval"] == pytest.approx(ends, rel=1e-5)
+    assert evaluated(tmp_path, ["a"] * 3)["saturation_interval"][0] < ends[0]  # of this prompt
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -126,6 +192,12 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, capsys, op
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("ein Fuß\n\nkey\n", encoding="utf-8-sig")
+    assert read_prompts(path) == ["ein Fuß", "key"]
 
 
 def test_bad_prompt_files(monkeypatch, tmp_path, capsys):

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from pilotage.eval.agreement import fid_of_torchmetrics, made_up
-from pilotage.eval.bootstrap import frechet_interval, interval
+from pilotage.eval.bootstrap import frechet_interval, grouped_interval, interval
 from pilotage.eval.features import FeatureStatistics
 from pilotage.eval.frechet import frechet_distance
 
@@ -158,6 +158,34 @@ def test_interval_of_the_distance_resamples_the_distance(count):
     expected = ends - draws.mean() + frechet_distance(real, fake)
     found = frechet_interval(real, fake, resamples=20, seed=seed)
     assert found == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_groups_are_resampled_whole():
+    """Copies say nothing new: the interval is that of the values copied."""
+    values = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+    alone, copied = interval(values), values.repeat(4)
+    groups = list(range(20)) * 4
+    assert grouped_interval(values, range(20)) == pytest.approx(alone)
+    assert grouped_interval(copied, groups) == pytest.approx(alone)
+    low, high = interval(copied)
+    assert high - low < 0.7 * (alone[1] - alone[0])
+    # Unequal groups: the mean of a resample is over its values, not over its groups.
+    unequal = torch.tensor([1.0, 1, 1, 5])
+    assert grouped_interval(unequal, "aaab") == (1, 5)
+    assert grouped_interval(unequal, "aaab", level=0.1) == (2, 2)
+
+
+def test_interval_of_the_distance_resamples_groups():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 40, 4, generator=generator)
+    assert frechet_interval(real, fake, groups=range(40)) == frechet_interval(real, fake)
+    widths = []
+    for groups in (None, list(range(40)) * 4):
+        low, high = frechet_interval(real, fake.repeat(4, 1), groups=groups)
+        widths.append(high - low)
+    assert widths[0] < 0.7 * widths[1]
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        frechet_interval(real, fake, groups=[0] * 40)
 
 
 def test_bad_intervals():

@@ -11,6 +11,7 @@ from PIL import Image
 from pilotage.eval import extractors
 from pilotage.eval.cli import MODULES
 from pilotage.eval.cmmd import cmmd
+from pilotage.eval.features import folder_features
 from pilotage.eval.frechet import frechet_distance
 from pilotage.eval.images import psnr, saturation, ssim
 from pilotage.eval.kid import kernel_distance
@@ -105,28 +106,70 @@ def test_alignment(monkeypatch, tmp_path, folders):
         (["fid", "{real}", "{tmp}"], "holds no pictures"),
         (["fid", "{real}", "{fake}", "-e", "resnet"], "unknown extractor 'resnet'"),
         (["fid", "{real}", "{tmp}/bad.npz"], "bad.npz is damaged"),
-        (["fid", "{real}", "{tmp}/one"], "at least 2 pictures, got 1"),
+        (["saturation", "{tmp}/deep"], "a.png: mode 'I;16': convert it to 8 bits a channel first"),
         (["kid", "{real}", "{tmp}/torn"], "b.png is damaged"),
         (["saturation", "{tmp}/mixed"], "b.png is 4x5, but a.png is 4x4"),
         (["similarity", "{real}", "{tmp}/one"], "has no 1.png"),
         (["statistics", "{real}", "-o", "x.txt"], "must end in .npz"),
         (["alignment", "{real}"], "name one of --clip, --ridge and --fit"),
         (["alignment", "{real}", "--fit", "x"], "0.png does not carry its prompt"),
+        (["alignment", "{real}", "--fit", "x", "--prompts", "{tmp}/bad.npz"], "in UTF-8"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, tmp_path, folders, capsys, arguments, message):
-    for name in ("one", "torn", "mixed"):
+    for name in ("one", "torn", "mixed", "deep"):
         (tmp_path / name).mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
     for name, size in (("a", (4, 4)), ("b", (4, 5))):
         Image.new("RGB", size).save(tmp_path / "mixed" / f"{name}.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "torn" / "a.png")
     (tmp_path / "torn" / "b.png").write_bytes(b"\x89PNG\r\n")
-    (tmp_path / "bad.npz").write_bytes(b"PK")
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep" / "a.png")
+    (tmp_path / "bad.npz").write_bytes(b"PK\xff")
     real, fake = folders
     places = {"real": real, "fake": fake, "tmp": tmp_path}
     assert run(monkeypatch, *(a.format(**places) for a in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fid", "{real}", "{tmp}/bad.npz"], "bad.npz is damaged"),
+        (["fid", "{real}", "{tmp}/one"], "at least 2 pictures are needed, {tmp}/one has 1"),
+        (["fid", "{real}", "{fake}", "--resamples", "1"], "at least 2 resamples"),
+        (["fid", "{real}", "{tmp}/plain.npz", "--resamples", "5"], "statistics only"),
+        (["kid", "{real}", "{tmp}/plain.npz"], "statistics only"),
+        (["kid", "{real}", "{fake}", "--subsets", "3"], "at least 1000 pictures are needed"),
+        (["precision-recall", "{real}", "{fake}", "--k", "8"], "at least 9 pictures are needed"),
+        (["fid", "{real}", "{fake}", "--json", "{tmp}/bad.npz/x.json"], "bad.npz is not a folder"),
+        (["fid", "{real}", "{fake}", "--json", "{tmp}"], "{tmp} is a folder"),
+        (["fid", "{real}", "{fake}", "--device", "nothing"], "device 'nothing' cannot be used"),
+        (["statistics", "{real}", "-o", "{tmp}/bad.npz/x.npz"], "bad.npz is not a folder"),
+        (["saturation", "{real}", "--json", "{tmp}/bad.npz/x.json"], "bad.npz is not a folder"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(
+    monkeypatch, tmp_path, folders, network, capsys, arguments, message
+):
+    real, fake = folders
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    folder_features(fake, network, keep=False, progress=False).save(tmp_path / "plain.npz")
+    places = {"real": real, "fake": fake, "tmp": tmp_path}
+    assert run(monkeypatch, *(a.format(**places) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error and "Traceback" not in error
+    assert "picture/s" not in error  # the bar of an extraction
+
+
+def test_statistics_do_for_real_pictures(monkeypatch, tmp_path, folders, network):
+    real, fake = folders
+    folder_features(real, network, keep=False, progress=False).save(tmp_path / "plain.npz")
+    found = values(monkeypatch, tmp_path, "fid", tmp_path / "plain.npz", fake, "--resamples", 5)
+    assert found["interval"][0] <= found["fd"] <= found["interval"][1]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -86,14 +86,71 @@ def test_the_answer_follows_from_the_figures(tmp_path):
     first, *rest = answer(rows, facts["real"])
     assert first == "Lowest Fréchet distance: apg w=7.5, 20 steps, 9 (95 % interval 8 to 10)."
     assert "Best at each scale: w=3: cfg (no difference from apg); w=7.5: apg." in rest
-    equal = next(text for text in rest if text.startswith("At equal cost"))
-    assert "ag w=7.5, 20 steps is better than cfg w=7.5, 15 steps: 14.5 against 18" in equal
+    assert (
+        "At the nearest cost (30.2 and 30 evaluations), ag w=7.5, 20 steps is better than "
+        "cfg w=7.5, 15 steps: 14.5 against 18."
+    ) in rest
     rows[4] |= {"fd": 10.5, "fd_interval": [9.5, 11.5]}
     texts = answer(rows, facts["real"])
     assert any("Cheapest whose interval overlaps" in t and "ag w=7.5" in t for t in texts)
     rows[5] |= {"fd": 10.0, "fd_interval": [9.0, 11.0]}
     assert any("no better and no worse" in text for text in answer(rows))
     assert "real pictures" not in " ".join(answer(rows))
+
+
+def test_the_answer_names_steps_where_there_are_several(tmp_path):
+    rows, *_ = made_up(tmp_path)
+    rows.append(rows[3] | {"label": "apg w=7.5, 5 steps", "steps": 5, "fd": 8.5})
+    assert any("w=7.5: apg, 5 steps (no difference from apg, 20 steps)" in t for t in answer(rows))
+
+
+def test_without_intervals_there_is_no_verdict(tmp_path):
+    rows, facts, _ = made_up(tmp_path)
+    for row in rows:
+        row |= {"fd": None, "fd_interval": None}
+        row |= {"alignment": row["nfe"], "alignment_interval": None}
+    first, second, *rest = answer(rows, facts["real"])
+    assert first.startswith("Highest alignment: cfg") and "no verdict" in second
+    text = " ".join(rest)
+    assert not any(word in text for word in ("better", "worse", "Best", "Cheapest"))
+
+
+def test_charts_tell_numbers_of_steps_apart(tmp_path):
+    rows, facts, cells = made_up(tmp_path)
+    for row in rows[:4]:
+        rows.append(row | {"steps": 5, "label": row["label"].replace("20", "5"), "nfe": 10.0})
+    text = render(rows, facts, cells)
+    (chart_,) = re.findall(r'<figure data-metric="fd" data-over="w".*?</figure>', text, re.S)
+    keys = re.findall(r'<li><svg class="key (s\d)".*?</svg>(.*?)</li>', chart_)
+    assert [name for _, name in keys] == [
+        *("cfg, 20 steps", "apg, 20 steps", "ag, 20 steps", "cfg, fewer steps"),
+        *("cfg, 5 steps", "apg, 5 steps"),
+    ]
+    drawn = re.findall(r'<li><svg class="key s\d"[^>]*>(.*?)</svg>', chart_)
+    assert drawn[0] == drawn[1] != drawn[4] == drawn[5]  # steps: dash and shape
+    assert keys[0][0] == keys[4][0] != keys[1][0] == keys[5][0]  # methods: colour
+    assert "stroke-dasharray" in drawn[4] and len(set(drawn[:1] + drawn[3:5])) == 3
+
+
+def test_places_on_the_axis(tmp_path):
+    """Dodged series stand beside each other, closer than to the next place."""
+    places = [1.0, 1.05, 9.0]
+    series = [Series(f"{i}", [Point(x, 1, "") for x in places]) for i in range(12)]
+    for dodge in (False, True):
+        drawn = chart(series, "x", "y", "about", dodge=dodge)
+        found = [float(x) for x in re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="4.5"/></g>', drawn)]
+        groups = [[x for i, x in enumerate(found) if i % 3 == place] for place in range(3)]
+        assert [len(set(group)) for group in groups] == ([12] * 3 if dodge else [1] * 3)
+        assert max(groups[0]) < min(groups[1]) and max(groups[1]) < min(groups[2])
+
+
+def test_cost_is_not_shifted(tmp_path):
+    text = render(*made_up(tmp_path))
+    (chart_,) = re.findall(r'<figure data-metric="fd" data-over="nfe".*?</figure>', text, re.S)
+    drawn = re.search(r"<svg class=.chart.*?</svg>(?=<ul)", chart_, re.S).group()
+    assert len(set(re.findall(r'class="error" d="M([\d.]+) ', drawn))) == len(
+        {setting[5] for setting in SETTINGS}
+    )
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,6 @@ def test_steps_at_rest_do_not_count_towards_the_mean_update(pipe, tail):
         ({"prompts": PROMPTS[:2]}, "prompts"),
         ({"seeds": (0, 8)}, "seeds"),
         ({"batch_size": 3}, "batch_size"),
-        ({"settings": SETTINGS[:1]}, "settings"),
         ({"options": {"negative_prompt": "grey"}}, "options"),
     ],
 )
@@ -145,13 +144,42 @@ def test_another_plan_is_refused(pipe, tmp_path, changes, field):
     assert pictures(tmp_path) == before
 
 
-def test_a_plan_may_gain_settings(pipe, tmp_path):
+def test_a_plan_may_gain_and_lose_settings(pipe, tmp_path):
     """The pictures that are there are not made again."""
     generate(pipe, plan(settings=SETTINGS[:1]), tmp_path, progress=False)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    generate(pipe, plan(), tmp_path, progress=False)
+    (made,) = generate(pipe, plan(settings=SETTINGS[1:]), tmp_path, progress=False)
+    assert made.setting == SETTINGS[1]
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(after) == len(SETTINGS) * len(before) and before.items() <= after.items()
+    generate(pipe, plan(), tmp_path, progress=False, on_chunk=stop_after(1))  # nothing is left
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [setting["method"] for setting in written["settings"]] == ["cfg", "apg"]
+
+
+def test_where_the_scale_has_another_name_both_branches_are_evaluated(tmp_path):
+    pipe = guided(FAMILIES["flux"].build())
+    settings = [Setting("cfg", 1.0, 1), Setting("cfg", 5.0, 1), Setting("apg", 5.0, 1)]
+    found = generate(pipe, Plan(["a", "b"], settings), tmp_path, progress=False)
+    assert [samples.nfe for samples in found] == [[1, 1], [2, 2], [2, 2]]
+    assert not np.array_equal(pixels(found[0].paths[0]), pixels(found[1].paths[0]))
+    assert json.loads(Image.open(found[1].paths[0]).text["pilotage"])["true_cfg_scale"] == 5
+
+
+@pytest.mark.parametrize("negative", [None, "", "grey"])
+def test_no_negative_prompt_is_not_an_empty_one_for_sdxl(tmp_path, negative):
+    pipe = guided(FAMILIES["sdxl"].build())
+    options = {} if negative is None else {"negative_prompt": negative}
+    small = Plan(["a"], [Setting("cfg", 5.0, 2)], options=options)
+    (samples,) = generate(pipe, small, tmp_path, progress=False)
+    direct = pipe(
+        "a",
+        guidance_scale=5.0,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(sample_seed(0, 0)),
+        **options,
+    ).images[0]
+    assert np.array_equal(np.asarray(direct), pixels(samples.paths[0]))
 
 
 def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):

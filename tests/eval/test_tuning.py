@@ -270,9 +270,11 @@ def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
     prompts.write_text("\n".join(PROMPTS))
     folder.mkdir()
     command = command if isinstance(command, list) else [command]
-    for output in (folder, tmp_path, tmp_path / "quick", tmp_path / "quick.v2"):
+    for output in (tmp_path, tmp_path / "quick", tmp_path / "quick.v2"):
         assert run(monkeypatch, *command, prompts, "-o", output) == 2
         assert "--output is a file NAME.json, got" in capsys.readouterr().err
+    assert run(monkeypatch, *command, prompts, "-o", folder) == 2
+    assert "folder.json is a folder" in capsys.readouterr().err
     assert run(monkeypatch, *command, prompts, "-o", prompts / "below.json") == 2
     assert run(monkeypatch, *command, tmp_path, "-o", tmp_path / "x.json") == 2
     assert "Is a directory" in capsys.readouterr().err
