@@ -11,9 +11,7 @@ pictures than dimensions.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 import math
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +21,7 @@ import typer
 from torch import Tensor, nn
 
 from .frechet import frechet_distance
-from .inception import fidelity_modules
+from .inception import fidelity_modules, torchmetrics
 from .options import Json, report
 
 
@@ -40,12 +38,8 @@ class _Pass(nn.Module):
 
 def fid_of_torchmetrics(real: Tensor, fake: Tensor) -> float:
     """torchmetrics' distance of features (N, D) and (M, D), in float64."""
-    installed = importlib.util.find_spec("torch_fidelity") is not None
-    # torchmetrics imports parts of it where it is there, which alone would want torchvision.
-    with fidelity_modules() if installed else contextlib.nullcontext():
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Pass(real.shape[1])).set_dtype(torch.float64)
+    metric = torchmetrics("image.fid").FrechetInceptionDistance(feature=_Pass(real.shape[1]))
+    metric = metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return float(metric.compute())

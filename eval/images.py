@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .inception import torchmetrics
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R Rec. 601
 
 
@@ -76,9 +78,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     torchmetrics' SSIM (Gaussian window of 11 pixels, sigma 1.5, range 1), over all channels.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return structural_similarity_index_measure(
+    return torchmetrics("functional.image").structural_similarity_index_measure(
         _checked(images), _checked(reference), data_range=1.0, reduction="none"
     )
 
@@ -88,8 +88,6 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
     torchmetrics' (range 1). Infinity for equal pictures.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    return peak_signal_noise_ratio(
+    return torchmetrics("functional.image").peak_signal_noise_ratio(
         _checked(images), _checked(reference), data_range=1.0, reduction="none", dim=(1, 2, 3)
     )

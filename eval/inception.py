@@ -7,13 +7,14 @@ torchvision its modules are imported one by one, past the package's own start-up
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 import types
 import urllib.error
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def fidelity_modules(absent: Sequence[str] = ()) -> Iterator[None]:
         for name in [n for n in sys.modules if n.split(".")[0] == package]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+@functools.cache
+def torchmetrics(name: str) -> types.ModuleType:
+    """A module of torchmetrics, which imports parts of torch-fidelity where that is installed."""
+    installed = importlib.util.find_spec("torch_fidelity") is not None
+    with fidelity_modules() if installed else nullcontext():
+        return importlib.import_module(f"torchmetrics.{name}")
 
 
 class Inception(nn.Module):
