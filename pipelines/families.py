@@ -1,8 +1,10 @@
-"""Which model family a pipeline belongs to, for presets."""
+"""Which model family a pipeline belongs to, and what names of guidance settings stand for on it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from ..guidance import Guidance, Interval, Policy, Rule, resolve
 
 EMBEDDED = "emoji"
 
@@ -24,3 +26,18 @@ def model_family(pipe: Any) -> str | None:
         if (config.cross_attention_dim, config.sample_size) == (192, 16):
             return EMBEDDED
     return None
+
+
+def resolve_for(pipe: Any, guidance: str | Rule | Policy | Guidance) -> Guidance:
+    """What `guidance` stands for on a pipeline; see `resolve`.
+
+    Raises:
+        ValueError: a name has no meaning for the pipeline's family.
+    """
+    found = resolve(guidance, model_family(pipe))
+    if isinstance(guidance, str) and found.policy == Interval():
+        raise ValueError(
+            "'interval' has no known window for this model: pass Interval(start_step, stop_step) "
+            "or Interval(noise_low=..., noise_high=...)"
+        )
+    return found

@@ -13,8 +13,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from ..guidance import CFG, Guidance, Interval, Policy, Rule, Trace, load_guidance, resolve
-from .families import model_family
+from ..guidance import CFG, Guidance, Policy, Rule, Trace, load_guidance
+from .families import resolve_for
 from .fitted import check_identity
 from .layouts import Layout, LayoutError
 from .noise_levels import check_scheduler, prediction_type_of
@@ -84,13 +84,7 @@ class GuidedMixin:
             own = guidance_folder(self)
             if own is not None and (own / f"{guidance}.json").is_file():
                 return load_guidance(own / f"{guidance}.json")
-        found = resolve(guidance, model_family(self))
-        if isinstance(guidance, str) and found.policy == Interval():
-            raise ValueError(
-                "'interval' has no known window for this model: pass Interval(start_step, "
-                "stop_step) or Interval(noise_low=..., noise_high=...)"
-            )
-        return found
+        return resolve_for(self, guidance)
 
     def __call__(
         self,

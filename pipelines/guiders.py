@@ -22,7 +22,7 @@ from torch import Tensor
 from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, cfg, resolve
 from ..guidance.saved import from_dict, to_dict
 from ..guidance.transfer import row_index
-from .families import model_family
+from .families import resolve_for
 from .layouts import LayoutError
 from .noise_levels import check_scheduler, noise_level, ratio
 
@@ -147,8 +147,8 @@ class Guider(BaseGuidance):
                 f"there; known are: {', '.join(NETWORK_INPUTS)}"
             )
         self._pipe = weakref.ref(pipe) if known else None
-        self.guidance = resolve(self._given, model_family(pipe))
-        if self.guidance.policy.identity is not None:
+        self.guidance = resolve_for(pipe, self._given)
+        if self.guidance.policy.identities:
             raise ValueError(
                 f"'{self.guidance}' was fitted for one model, scheduler and negative prompt, which "
                 "a guider cannot check: use it with guided(pipeline)"

@@ -181,10 +181,10 @@ class Seam:
         return torch.cat(parts, 1).to(prediction_of(self.seen, self.layout.listed).dtype)
 
 
-def run_length(scheduler: Any, timestep: Tensor, options: dict[str, Any]) -> int:
+def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
     """Number of network calls from the first one, at `timestep`, where a pipeline does not tell."""
     timesteps = scheduler.timesteps
-    places = (timesteps == timestep.flatten()[0].to(timesteps)).nonzero()
+    places = (timesteps == torch.as_tensor(timestep).flatten()[0].to(timesteps)).nonzero()
     left = timesteps[int(places[0]) :] if len(places) else timesteps
     if options.get("denoising_end"):
         steps = scheduler.config.num_train_timesteps

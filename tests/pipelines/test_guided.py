@@ -103,6 +103,7 @@ def test_configuration_is_untouched_by_a_call(pipe):
         ({"guidance": "cfg", "guidance_scale": "7"}, "must be a number"),
         ({"guidance": "apg", "guidance_scale": 1.0}, "switches guidance off"),
         ({"guidance": "ag", "guidance_scale": 0.5}, "switches guidance off"),
+        ({"guidance": "interval"}, "no known window"),
         ({"guidance": "apg", "prompt": 3}, "`prompt` has to be of type"),
     ],
 )

@@ -19,9 +19,11 @@ from pilotage.guidance import (
     CFG,
     FDG,
     AdaptiveGuidance,
+    Coefficients,
     Guidance,
     Interval,
     NonFinitePredictionError,
+    Schedule,
     apg,
     resolve,
 )
@@ -475,6 +477,15 @@ def test_presets_are_those_of_the_pipeline():
     assert Guider("interval", SCALE).guidance.policy == Interval()
     assert Guider("interval", SCALE).bind(pipe).guidance == resolve("interval", "sdxl")
     assert Guider(Interval(1, 2), SCALE).bind(pipe).guidance.policy == Interval(1, 2)
+    with pytest.raises(ValueError, match="no known window"):
+        Guider("interval", SCALE).bind(shared("sd3"))
+
+
+def test_what_a_schedule_is_made_of_cannot_be_checked():
+    fitted = Coefficients([[1.0], [0.0, 1.0]], [[], [0.5]], identity={"model": "other"})
+    schedule = Schedule(("both", "estimate"), stand_in=fitted)
+    with pytest.raises(ValueError, match="which a guider cannot check"):
+        Guider(schedule, SCALE).bind(shared("sdxl"))
 
 
 @pytest.mark.parametrize("guidance", ["apg", "ag", "interval", APG(space="native")])
