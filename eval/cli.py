@@ -39,7 +39,7 @@ def check_picture(output: Path) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     guidance: Annotated[
-        str, typer.Option("--guidance", "-g", help="cfg, apg, ag, interval, or e.g. apg+ag.")
+        str, typer.Option("--guidance", "-g", help="cfg, apg, ag, forecast, or e.g. apg+ag.")
     ] = "apg",
     scale: Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")] = 7.5,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
