@@ -28,7 +28,7 @@ def check_picture(output: Path) -> None:
     Raises:
         ValueError: another suffix, or what `check_target` refuses.
     """
-    from .options import check_target
+    from .metrics.options import check_target
 
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")
@@ -54,7 +54,7 @@ def generate(
 ) -> None:
     """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
     from .embedded import check_guidance, load_on
-    from .options import device_of
+    from .metrics.options import device_of
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
     check_picture(output)
@@ -63,7 +63,7 @@ def generate(
     import torch
     from PIL.PngImagePlugin import PngInfo
 
-    from ..pipelines.fitted import negative_argument, unconditional_text
+    from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
 
     pipe = load_on(place, model)
@@ -202,18 +202,21 @@ def info() -> None:
 
 
 MODULES = {
-    "compare": ("compare", "Compare guidance settings: pictures, metrics and a report."),
-    "fit": ("fit", "Fit LinearAG's coefficients to a model."),
-    "calibrate": ("calibrate", "Find Adaptive Guidance's threshold for a cost or a quality."),
-    "search": ("search", "Search a schedule of evaluated, estimated and forecast steps."),
-    "fid": ("frechet", "Fréchet distance between two sets of pictures."),
-    "kid": ("kid", "Kernel distance between two sets of pictures."),
-    "cmmd": ("cmmd", "CMMD between two sets of pictures, on CLIP embeddings."),
-    "precision-recall": ("precision_recall", "Precision, recall, density and coverage."),
-    "saturation": ("saturation", "Saturation, contrast and colourfulness of pictures."),
-    "similarity": ("similarity", "SSIM and PSNR to pictures of the same name."),
-    "alignment": ("alignment", "How well pictures show what their prompts say."),
-    "statistics": ("statistics", "Keep a folder's features or their statistics in a file."),
+    "compare": ("comparison.compare", "Compare guidance settings: pictures, metrics and a report."),
+    "fit": ("tuning.fit", "Fit LinearAG's coefficients to a model."),
+    "calibrate": (
+        "tuning.calibrate",
+        "Find Adaptive Guidance's threshold for a cost or a quality.",
+    ),
+    "search": ("tuning.search", "Search a schedule of evaluated, estimated and forecast steps."),
+    "fid": ("metrics.frechet", "Fréchet distance between two sets of pictures."),
+    "kid": ("metrics.kid", "Kernel distance between two sets of pictures."),
+    "cmmd": ("metrics.cmmd", "CMMD between two sets of pictures, on CLIP embeddings."),
+    "precision-recall": ("metrics.precision_recall", "Precision, recall, density and coverage."),
+    "saturation": ("metrics.saturation", "Saturation, contrast and colourfulness of pictures."),
+    "similarity": ("metrics.similarity", "SSIM and PSNR to pictures of the same name."),
+    "alignment": ("metrics.alignment", "How well pictures show what their prompts say."),
+    "statistics": ("metrics.statistics", "Keep a folder's features or their statistics in a file."),
 }
 
 

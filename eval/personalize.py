@@ -48,8 +48,8 @@ def personalize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Learn a word from pictures by forward passes; an interrupted run continues where it was."""
-    from ..pipelines.token_inputs import TEMPLATES, check_templates, load_images
-    from ..pipelines.token_recipes import recipe
+    from ..pipelines.personalization.inputs import TEMPLATES, check_templates, load_images
+    from ..pipelines.personalization.recipes import recipe
 
     # What can be wrong without the model is said before it is loaded.
     recipe(preset, steps=steps)
@@ -57,14 +57,14 @@ def personalize(
         check_templates(texts)
     load_images(images, 8)
 
-    from ..pipelines.personalization import TOKEN, Personalizer
+    from ..pipelines.personalization.personalizer import TOKEN, Personalizer
     from ..pipelines.processes import processes
     from .embedded import load_on
-    from .options import device_of
+    from .metrics.options import device_of
 
     pipe = load_on(device_of(device), model)
     if quantize is not None:
-        from ..pipelines.quantization import quantize as to_integers
+        from ..pipelines.quantization.quantize import quantize as to_integers
 
         to_integers(pipe, quantize)
     pipe.set_progress_bar_config(disable=True)

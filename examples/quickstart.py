@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.images import contrast, saturation, to_tensor
+from pilotage.eval.metrics.images import contrast, saturation, to_tensor
 
 PROMPTS = [
     "twemoji style red apple",

@@ -1,26 +1,24 @@
 """The mathematics of guidance, on tensors: rules, policies, and the state of a run."""
 
-from .adaptive import AdaptiveGuidance, cosine
-from .alternating import Extrapolate, Hold
-from .apg import APG, apg
-from .cfg import CFG, cfg
-from .cfg_zero_star import CFGZeroStar, cfg_zero_star
-from .composition import Guidance
-from .forecast import Forecast
-from .frequency_decoupled import FDG, fdg
-from .linear_ag import Coefficients, LinearAG
-from .magnitude_aware import MagnitudeAware, magnitude_aware
-from .policy import Always, Interval, Policy, PolicyState, Step
+from .base import Always, Guidance, Interval, Policy, PolicyState, Rule, Step
+from .fitting.regression import Gram, fit_coefficients, r_squared
+from .policies.adaptive import AdaptiveGuidance, cosine
+from .policies.alternating import Extrapolate, Hold
+from .policies.fill import ExtrapolateDifference, HoldDifference, StandIn, Weights
+from .policies.forecast import Forecast
+from .policies.linear_ag import Coefficients, LinearAG
+from .policies.schedule import Schedule
 from .prediction import PREDICTION_TYPES, NoiseLevel, PredictionType, Space
 from .presets import PRESETS, available, resolve
-from .regression import Gram, fit_coefficients, r_squared
-from .rescale import CFGRescale, cfg_rescale
-from .rule import Rule
+from .rules.apg import APG, apg
+from .rules.cfg import CFG, cfg
+from .rules.cfg_zero_star import CFGZeroStar, cfg_zero_star
+from .rules.frequency_decoupled import FDG, fdg
+from .rules.magnitude_aware import MagnitudeAware, magnitude_aware
+from .rules.rescale import CFGRescale, cfg_rescale
+from .rules.tcfg import TCFG, tangential_damping, tcfg
 from .run import NonFinitePredictionError, Run
 from .saved import load_guidance, save_guidance
-from .schedule import Schedule
-from .stand_in import ExtrapolateDifference, HoldDifference, StandIn, Weights
-from .tcfg import TCFG, tangential_damping, tcfg
 from .trace import StepRecord, Trace
 
 __all__ = [

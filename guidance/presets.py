@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from .adaptive import AdaptiveGuidance
-from .alternating import Extrapolate, Hold
-from .apg import APG
-from .cfg import CFG
-from .cfg_zero_star import CFGZeroStar
-from .composition import Guidance
-from .forecast import Forecast
-from .frequency_decoupled import FDG
-from .linear_ag import LinearAG
-from .magnitude_aware import MagnitudeAware
-from .policy import Always, Interval, Policy
-from .rescale import CFGRescale
-from .rule import Rule
-from .schedule import Schedule
-from .tcfg import TCFG
+from .base import Always, Guidance, Interval, Policy, Rule
+from .policies.adaptive import AdaptiveGuidance
+from .policies.alternating import Extrapolate, Hold
+from .policies.forecast import Forecast
+from .policies.linear_ag import LinearAG
+from .policies.schedule import Schedule
+from .rules.apg import APG
+from .rules.cfg import CFG
+from .rules.cfg_zero_star import CFGZeroStar
+from .rules.frequency_decoupled import FDG
+from .rules.magnitude_aware import MagnitudeAware
+from .rules.rescale import CFGRescale
+from .rules.tcfg import TCFG
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (CFG, APG, CFGRescale, CFGZeroStar, TCFG, MagnitudeAware, FDG)

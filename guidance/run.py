@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adaptive import cosine
-from .cfg import CFG
-from .composition import Guidance
-from .lagged import LaggedReads
+from .base import Guidance, Step
+from .device import LaggedReads, row_index
 from .ops import guide_step, has_formula
-from .policy import Step
+from .policies.adaptive import cosine
 from .prediction import NoiseLevel, Space, accumulate, norm
+from .rules.cfg import CFG
 from .trace import StepRecord, Trace
-from .transfer import row_index
 
 
 class NonFinitePredictionError(FloatingPointError):

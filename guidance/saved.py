@@ -9,12 +9,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .composition import Guidance
-from .linear_ag import Coefficients
-from .policy import Policy
+from .base import Guidance, Policy, Rule
+from .policies.fill import ExtrapolateDifference, HoldDifference, StandIn
+from .policies.linear_ag import Coefficients
 from .presets import POLICIES, RULES
-from .rule import Rule
-from .stand_in import ExtrapolateDifference, HoldDifference, StandIn
 
 FORMAT = "pilotage-guidance-1"
 STAND_INS: dict[str, type[StandIn]] = {

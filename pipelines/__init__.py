@@ -8,22 +8,22 @@ reason, where a pipeline has no guidance or keeps its branches in a way that is 
 
 import diffusers
 
-from . import analytic
-from .analytic import AnalyticDenoiserModel
+from .analytic import model as analytic
+from .analytic.model import AnalyticDenoiserModel
+from .analytic.teleport import GaussianTeleport
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
-from .layouts import LayoutError
-from .noise_levels import UnknownSchedulerError, noise_level
-from .personalization import LearnedToken, Personalizer
+from .personalization.personalizer import LearnedToken, Personalizer
 from .schedulers import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
     FusedEulerScheduler,
     FusedFlowMatchEulerScheduler,
 )
-from .support import LAYOUTS
-from .teleport import GaussianTeleport
+from .seam.layouts import LayoutError
+from .seam.noise_levels import UnknownSchedulerError, noise_level
+from .seam.support import LAYOUTS
 
 AnalyticDenoisingPipeline = guided_class(analytic.AnalyticDenoisingPipeline)
 

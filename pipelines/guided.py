@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline, ModularPipeline
 
 from ..guidance import CFG, Guidance, Policy, Rule, Trace, load_guidance
 from .families import resolve_for
-from .fitted import check_identity
-from .layouts import Layout, LayoutError
-from .noise_levels import check_scheduler, prediction_type_of
-from .seam import Seam, attached
-from .support import layout_of
+from .fitting.fitted import check_identity
+from .seam.layouts import Layout, LayoutError
+from .seam.noise_levels import check_scheduler, prediction_type_of
+from .seam.seam import Seam, attached
+from .seam.support import layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 

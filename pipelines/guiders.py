@@ -19,12 +19,13 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines import BlockState
 from torch import Tensor
 
-from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, cfg, resolve
+from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, resolve
+from ..guidance.device import row_index
+from ..guidance.rules import cfg
 from ..guidance.saved import from_dict, to_dict
-from ..guidance.transfer import row_index
 from .families import resolve_for
-from .layouts import LayoutError
-from .noise_levels import check_scheduler, noise_level, ratio
+from .seam.layouts import LayoutError
+from .seam.noise_levels import check_scheduler, noise_level, ratio
 
 # Modular pipelines whose guider gets predictions in the scheduler's own convention (Z-Image negates
 # its network's output before) of the latents alone -> the argument of the denoiser that holds them.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pilotage.eval.record import write_figures
 from pilotage.pipelines import LAYOUTS
-from pilotage.pipelines.layouts import Batched, TwoCalls
+from pilotage.pipelines.seam.layouts import Batched, TwoCalls
 
 from .families import FAMILIES
 from .pipelines.checks import (
@@ -25,7 +25,7 @@ from .pipelines.checks import (
     forecast_error,
     resting_rows_ok,
 )
-from .pipelines.test_schedulers import cases, scheduler_agrees
+from .pipelines.seam.test_noise_levels import cases, scheduler_agrees
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -39,10 +39,10 @@ NOT_FULLY_TRAINED = """**Not fully trained**: this is the run for a machine with
 accelerator, on everyday concepts only (`../everyday.txt`). Other concepts give blobs. The full run
 is the same recipe with `--preset gpu`, on one GPU:
 
-    python examples/emoji/data.py prepare
-    python examples/emoji/train.py autoencoder --preset gpu --minutes 5
-    python examples/emoji/train.py denoiser --preset gpu --minutes 20
-    python examples/emoji/train.py export --preset gpu"""
+    python -m examples.emoji.data prepare
+    python -m examples.emoji.train autoencoder --preset gpu --minutes 5
+    python -m examples.emoji.train denoiser --preset gpu --minutes 20
+    python -m examples.emoji.train export --preset gpu"""
 
 
 def model_card(record: dict) -> str:

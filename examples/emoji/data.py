@@ -4,9 +4,9 @@ Seven families of drawings (npm packages of SVG bodies) are rendered at 64x64 on
 with the CLDR labels and tags of ``emojibase-data``. The result is one zip archive in the layout
 of Hugging Face's ``imagefolder`` (``metadata.jsonl`` beside the pictures), under 48 MB:
 
-    python examples/emoji/data.py prepare            # cache/emoji.zip (fetches npm packages)
-    python examples/emoji/data.py sheet --split pair # contact sheet of what is inside
-    python examples/emoji/data.py splits             # writes down what is held out
+    python -m examples.emoji.data prepare            # cache/emoji.zip (fetches npm packages)
+    python -m examples.emoji.data sheet --split pair # contact sheet of what is inside
+    python -m examples.emoji.data splits             # writes down what is held out
 
 Splits are fixed by a hash of the names (see `split_of`), never by chance or by order, and written
 down in ``splits.json``:
@@ -209,7 +209,7 @@ def load(archive: Path = DEFAULT_ARCHIVE, everyday: bool = False) -> list[Drawin
     """
     if not archive.is_file():
         raise FileNotFoundError(
-            f"{archive} does not exist: make it with 'python examples/emoji/data.py prepare'"
+            f"{archive} does not exist: make it with 'python -m examples.emoji.data prepare'"
         )
     try:
         with zipfile.ZipFile(archive) as source:

@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import data as emoji
+from examples.emoji import data as emoji
 
 MAX_TOKENS = 24
 NOISE_SCHEDULE = {

@@ -2,9 +2,9 @@
 
 Two stages, each with its own time budget and each resumable (kill it, run the command again):
 
-    python examples/emoji/train.py autoencoder --preset cpu --minutes 20
-    python examples/emoji/train.py denoiser    --preset cpu --minutes 100
-    python examples/emoji/train.py export      --preset cpu -o examples/emoji/model
+    python -m examples.emoji.train autoencoder --preset cpu --minutes 20
+    python -m examples.emoji.train denoiser    --preset cpu --minutes 100
+    python -m examples.emoji.train export      --preset cpu -o examples/emoji/model
 
 ``--preset gpu`` trains on the whole set (start it with ``accelerate launch`` for several devices);
 ``--preset cpu`` restricts the concepts to ``everyday.txt``. The data come from ``data.py prepare``.
@@ -31,9 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data as emoji
-from card import model_card
-from networks import (
+from examples.emoji import data as emoji
+from examples.emoji.card import model_card
+from examples.emoji.networks import (
     MAX_TOKENS,
     NOISE_SCHEDULE,
     PRESETS,
@@ -46,7 +46,7 @@ from networks import (
     build_tokenizer,
     build_unet,
 )
-from training import Training, write_json
+from examples.emoji.training import Training, write_json
 
 CAPTION_DROPOUT = 0.12
 CROPS_UNTIL = 0.73  # of the autoencoder's clock

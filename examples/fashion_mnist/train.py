@@ -2,8 +2,8 @@
 
 Resumable (kill it, run the command again), with a time budget:
 
-    python examples/fashion_mnist/train.py train --minutes 50
-    python examples/fashion_mnist/train.py export -o examples/fashion_mnist/model
+    python -m examples.fashion_mnist.train train --minutes 50
+    python -m examples.fashion_mnist.train export -o examples/fashion_mnist/model
 
 A stock ``UNet2DModel`` without attention, epsilon-prediction, linear beta (Ho et al. 2020), no
 augmentation: the data set is the distribution. The data are Debian's ``dataset-fashion-mnist``.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -24,11 +23,8 @@ from diffusers.utils import make_image_grid
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pilotage.eval.fashion_mnist import MODEL, load_images
-
-# One training loop for both recipes.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "emoji"))
-from training import Training, write_json  # noqa: E402
+from examples.emoji.training import Training, write_json
+from examples.fashion_mnist.data import MODEL, load_images
 
 BATCH = 32
 LEARNING_RATE = 1e-3

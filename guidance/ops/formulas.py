@@ -22,13 +22,13 @@ import math
 
 import torch
 
-from ..apg import APG
-from ..cfg import CFG
-from ..cfg_zero_star import CFGZeroStar
-from ..magnitude_aware import MagnitudeAware
-from ..rescale import CFGRescale
-from ..rule import Rule
-from ..tcfg import TCFG
+from ..base import Rule
+from ..rules.apg import APG
+from ..rules.cfg import CFG
+from ..rules.cfg_zero_star import CFGZeroStar
+from ..rules.magnitude_aware import MagnitudeAware
+from ..rules.rescale import CFGRescale
+from ..rules.tcfg import TCFG
 from .scalars import Number, at_least, at_most, exp, hypot, rsqrt, sqrt, where
 
 RULES: tuple[type[Rule], ...] = (CFG, CFGRescale, APG, CFGZeroStar, TCFG, MagnitudeAware)

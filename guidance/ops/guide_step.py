@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..base import Rule
 from ..prediction import NoiseLevel, Space
-from ..rule import Rule
 from . import reference
 from .formulas import settings_of
 from .inputs import GuideStep, Request

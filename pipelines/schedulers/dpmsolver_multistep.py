@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...guidance import NoiseLevel
 from ...guidance.ops.solver import network_step, solver_step
-from ..noise_levels import prediction_type_of
+from ..seam.noise_levels import prediction_type_of
 from .fused import FusedScheduler, table_of
 
 

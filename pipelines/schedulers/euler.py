@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...guidance import NoiseLevel
 from ...guidance.ops.solver import network_step
-from ..noise_levels import prediction_type_of
+from ..seam.noise_levels import prediction_type_of
 from .fused import FusedScheduler, refuse_integer, table_of
 
 

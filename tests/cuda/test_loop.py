@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from pilotage.eval.bench_network import fused_embedded, syncs_in_run
+from examples.studies.bench_network import fused_embedded, syncs_in_run
 from pilotage.guidance import APG, AdaptiveGuidance, Interval
 from pilotage.pipelines import (
     FusedDDIMScheduler,

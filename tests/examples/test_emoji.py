@@ -13,12 +13,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
+from examples.emoji import data, networks, train
 from pilotage.eval.embedded import embedded_folder, load_embedded, load_pipeline
 from pilotage.pipelines import GuidedMixin
-
-import data
-import networks
-import train
 
 EMOJI = Path(data.__file__).parent
 
@@ -134,7 +131,7 @@ def test_training_resumes_weights_and_moments(tmp_path):
     """A checkpoint holds what the optimizer needs: saved and loaded runs take the same step."""
     import argparse
 
-    from training import Training
+    from examples.emoji.training import Training
 
     args = argparse.Namespace(precision="no", work=tmp_path, minutes=1.0)
 
@@ -196,7 +193,7 @@ def test_cfg_on_the_embedded_model_is_the_stock_pipeline(batch):
 
 def test_embedded_model_follows_the_prompt_and_saturates():
     """Colours named by prompts appear; saturation rises with the scale of CFG, less with APG's."""
-    from pilotage.eval.images import saturation, to_tensor
+    from pilotage.eval.metrics.images import saturation, to_tensor
 
     pipe = load_embedded()
     pipe.set_progress_bar_config(disable=True)

@@ -1,27 +1,17 @@
 """The recipe of the network to explain, and what is shipped of it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
 
-from pilotage.eval import fashion_mnist
+from examples.fashion_mnist import data as fashion_mnist
+from examples.fashion_mnist import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def recipe():
-    """`examples/fashion_mnist/train.py`; not by name, which the emoji's recipe has."""
-    path = ROOT / "examples" / "fashion_mnist" / "train.py"
-    spec = importlib.util.spec_from_file_location("fashion_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_train_resume_and_export(tmp_path, monkeypatch):
-    train = recipe()
     images = torch.randint(0, 256, (40, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(40, dtype=torch.int64)
     monkeypatch.setattr(train, "load_images", lambda *_: (images.to(torch.uint8), labels))

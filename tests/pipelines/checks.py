@@ -10,8 +10,8 @@ from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import LAYOUTS, guided
 
 from ..families import FAMILIES
-from ..guidance.oracles import PaperMomentum, paper_apg
-from .x0_oracle import own_prediction, own_x0
+from ..oracles.apg import PaperMomentum, paper_apg
+from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]

@@ -32,7 +32,7 @@ from pilotage.pipelines.guiders import Guider
 
 from .. import components as c
 from .. import families as f
-from ..guidance.oracles import PaperMomentum, paper_apg
+from ..oracles.apg import PaperMomentum, paper_apg
 
 SCALE, SCALE_2 = 5.0, 3.0
 STEPS = 4

@@ -18,7 +18,7 @@ from pilotage.guidance.analytic import (
     posterior,
 )
 
-from . import oracles
+from ...oracles import analytic as oracles
 
 SHAPE = (2, 5, 6)  # two channels, not square; latents, since pixels have one or three
 ATOL = 1e-10  # float64 on sums of some hundred terms

@@ -9,7 +9,7 @@ import torch
 
 from pilotage.guidance.analytic import LocalDenoiser, decode, integer
 
-from .oracles import coordinatewise
+from ...oracles.analytic import coordinatewise
 
 # Like the tests on CUDA: what needs the instructions can only run where there are any.
 needs_processor = pytest.mark.skipif(integer.missing() != "", reason=integer.missing())

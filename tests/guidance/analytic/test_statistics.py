@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pilotage.eval.analytic_baseline import Pictures, local_denoiser
+from examples.studies.analytic_baseline import Pictures, local_denoiser
 from pilotage.guidance.analytic import (
     Accumulator,
     DatasetStatistics,
@@ -17,7 +17,7 @@ from pilotage.guidance.analytic import (
 )
 from pilotage.guidance.analytic.schedules import CROPS, WINDOWS, nearest
 
-from . import oracles
+from ...oracles import analytic as oracles
 from .test_denoisers import LATENTS, data, noisy
 
 X = data(120)

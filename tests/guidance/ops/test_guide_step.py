@@ -21,8 +21,8 @@ from pilotage.guidance import (
 )
 from pilotage.guidance.ops import SolverStep, guide_launch, guide_step
 
-from ..oracles import PaperMomentum, paper_apg
-from ..test_rules import paper_cfg_zero_star, paper_magnitude_aware, paper_rescale, paper_tcfg
+from ...oracles.apg import PaperMomentum, paper_apg
+from ..rules.test_rules import paper_cfg_zero_star, paper_magnitude_aware, paper_rescale, paper_tcfg
 
 W = 7.5
 SHAPES = [(1, 1), (3, 4, 7, 5), (2, 3, 2, 3, 5), (2, 2, 181, 183)]

@@ -1,0 +1,219 @@
+"""A comparison of guidance settings: same prompts, same noise, every metric, one report.
+
+Beside the settings asked for, the folder holds two kinds of classifier-free guidance that make the
+others comparable: one at every (scale, steps), the baseline; and one with fewer steps for every
+method that needs fewer network evaluations, so that both cost the same.
+
+Effective guidance. Methods change how much a nominal w does. The norm of (guided - conditional)
+as denoised images, mean over steps and samples, is measured; a setting that moves the prediction
+by a share q of what the baseline at the same w does has the effective guidance 1 + q (w - 1).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...pipelines.processes import processes
+from ..record import figures_context, write_json
+from .evaluation import Cell, Evaluation
+from .sampling import PLAN, Plan, Samples, Setting, generate, mean_nfe, prepare, steps_for_nfe
+
+BASELINE = "cfg"
+EQUAL_NFE = "equal-nfe"
+
+
+def grid(
+    guidances: Sequence[Any], scales: Sequence[float], steps: Sequence[int] = (20,)
+) -> list[Setting]:
+    """Every guidance at every scale with every number of steps.
+
+    w = 1 is no guidance, the same for all: one setting, called ``cfg``.
+
+    Raises:
+        ValueError: a scale is below 1, or there is nothing to compare.
+    """
+    if not (guidances and scales and steps):
+        raise ValueError("a comparison needs guidances, scales and steps")
+    if low := [scale for scale in scales if not scale >= 1]:
+        raise ValueError(f"scales to compare must be >= 1 (1 is no guidance), got {low}")
+    return [
+        Setting(guidance, float(scale), count)
+        for count in steps
+        for scale in scales
+        for guidance in (guidances if scale > 1 else [BASELINE])
+    ]
+
+
+def compare(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Sequence[Setting],
+    output: Path | str,
+    seeds: Sequence[int] = (0,),
+    reference: Tensor | None = None,
+    extractor: Any = None,
+    alignment: Any = None,
+    batch_size: int = 8,
+    equal_nfe: bool = True,
+    report: bool = True,
+    options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Generate, evaluate and report.
+
+    Args:
+        pipe: A guided pipeline, on its device.
+        prompts: Texts.
+        settings: What to compare, e.g. from `grid`.
+        output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
+            (``pictures/``, ``equal-nfe/``); an interrupted comparison goes on where it stopped, and
+            one of other settings shares its pictures.
+        seeds: One sample of every prompt each.
+        reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
+            compare distributions are left out.
+        extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
+        alignment: An object with ``score(images, prompts) -> (N,)``; None leaves it out.
+        batch_size: Samples in a call of the pipeline.
+        equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
+        report: Write ``report.html``.
+        options: Further arguments of the pipeline's call.
+        progress: Show bars.
+
+    Returns:
+        One dictionary a cell (the content of ``cells.json``); empty in all processes but the main
+        one.
+
+    Raises:
+        ValueError: the plan makes no sense on this pipeline, or `output` holds another one.
+    """
+    output = Path(output)
+    if reference is not None and (reference.ndim != 4 or len(reference) < 2):
+        raise ValueError(
+            "reference must be two pictures or more, (N, 3, H, W), got shape "
+            f"{tuple(reference.shape)}"
+        )
+    plan = Plan(prompts, _with_baselines(settings), seeds, batch_size, options or {})
+    if equal_nfe and (output / EQUAL_NFE / PLAN).is_file():
+        prepare(pipe, plan, output / EQUAL_NFE)  # what it refuses, before anything is made
+    made = generate(pipe, plan, output / "pictures", progress)
+    wanted = _cheaper(pipe, made) if equal_nfe else {}
+    fewer: list[Samples] = []
+    if wanted:
+        second = replace(plan, settings=list(wanted))
+        fewer = generate(pipe, second, output / EQUAL_NFE, progress)
+    if not processes().is_main_process:
+        return []
+    cells = _cells(pipe, settings, made, fewer, wanted)
+    if reference is not None and extractor is None:
+        from ..metrics.extractors import EfficientNetLite0
+
+        extractor = EfficientNetLite0().to(pipe.device)
+    evaluation = Evaluation(cells, output, reference, extractor, alignment)
+    rows = evaluation.rows(progress)
+    real = evaluation.real()
+    facts = {
+        "prompts": list(plan.prompts),
+        "seeds": list(plan.seeds),
+        "real": real,
+        "extractor": getattr(extractor, "name", None) if reference is not None else None,
+        "alignment": getattr(alignment, "name", None),
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "context": figures_context(),
+    }
+    write_json(output / "cells.json", {"cells": rows, **facts})
+    write_csv(output / "cells.csv", rows)
+    if report:
+        from .report import write_report
+
+        write_report(output / "report.html", rows, facts, cells)
+    return rows
+
+
+def _with_baselines(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings, and classifier-free guidance at every (scale, steps) among them."""
+    have = {(s.scale, s.steps) for s in settings if s.method == BASELINE}
+    missing = {(s.scale, s.steps): None for s in settings if (s.scale, s.steps) not in have}
+    return [*settings, *(Setting(BASELINE, scale, steps) for scale, steps in missing)]
+
+
+def _baseline_of(setting: Setting, made: Sequence[Samples]) -> int:
+    for i, samples in enumerate(made):
+        other = samples.setting
+        same = (other.scale, other.steps) == (setting.scale, setting.steps)
+        if other.method == BASELINE and same:
+            return i
+    raise RuntimeError(f"no baseline for {setting.label}")
+
+
+def _cheaper(pipe: Any, made: Sequence[Samples]) -> dict[Setting, list[str]]:
+    """CFG with the steps that cost what a cheaper method costs -> the labels it matches."""
+    wanted: dict[Setting, list[str]] = {}
+    for samples in made:
+        setting = samples.setting
+        cost = mean_nfe(samples)
+        if cost >= mean_nfe(made[_baseline_of(setting, made)]):
+            continue
+        steps = steps_for_nfe(pipe.scheduler, cost, setting.steps)
+        if steps < setting.steps:
+            wanted.setdefault(Setting(BASELINE, setting.scale, steps), []).append(setting.label)
+    have = {samples.setting for samples in made}
+    return {setting: labels for setting, labels in wanted.items() if setting not in have}
+
+
+def _cells(
+    pipe: Any,
+    settings: Sequence[Setting],
+    made: Sequence[Samples],
+    fewer: Sequence[Samples],
+    wanted: dict[Setting, list[str]],
+) -> list[Cell]:
+    cells = []
+    for i, samples in enumerate(made):
+        setting = samples.setting
+        base = _baseline_of(setting, made)
+        kind = "grid" if i < len(settings) else "baseline"
+        guidance = str(pipe.resolve_guidance(setting.guidance))
+        cells.append(Cell(setting, guidance, kind, (), samples, None if base == i else base))
+    steps_of = {samples.setting.label: samples.setting.steps for samples in made}
+    for samples in fewer:
+        setting = samples.setting
+        matches = tuple(wanted[setting])
+        full = replace(setting, steps=steps_of[matches[0]])
+        base = _baseline_of(full, made)
+        cells.append(Cell(setting, cells[base].guidance, "equal nfe", matches, samples, base))
+    return cells
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The cells as a table: intervals as two columns, lists joined by semicolons."""
+    flat = [flatten(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as out:
+        writer = csv.DictWriter(out, names, restval="")
+        writer.writeheader()
+        writer.writerows(flat)
+    os.replace(partial, path)
+
+
+def flatten(row: dict[str, Any]) -> dict[str, Any]:
+    """A cell with intervals and ranges as ``_low`` and ``_high``."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if name.endswith(("_interval", "_range")):
+            low, high = ("", "") if value is None else value
+            stem = name.removesuffix("_interval").removesuffix("_range")
+            flat |= {f"{stem}_low": low, f"{stem}_high": high}
+        elif isinstance(value, list):
+            flat[name] = "; ".join(map(str, value))
+        else:
+            flat[name] = "" if value is None else value
+    return flat

@@ -1,0 +1,206 @@
+"""Metrics of a comparison's settings: of every picture, to the baseline, to real pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..metrics import images
+from ..metrics.pictures import batches
+from .sampling import Samples, Setting, mean_nfe
+
+DISTANCE_RESAMPLES = 100
+PICTURES_AT_ONCE = 64
+PER_PICTURE = ("saturation", "contrast", "colourfulness")  # functions of `images`
+TO_BASELINE = ("ssim", "psnr")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a comparison.
+
+    Args:
+        setting: What was asked of the pipeline.
+        guidance: The settings its name stands for, written out.
+        kind: ``grid``: asked for; ``baseline``: added for the others; ``equal nfe``: CFG with as
+            many steps as cost what another method costs.
+        matches: For ``equal nfe``, the labels of the settings whose cost it has.
+        samples: Its pictures.
+        baseline: Index of the baseline's cell; None for a baseline.
+    """
+
+    setting: Setting
+    guidance: str
+    kind: str
+    matches: tuple[str, ...]
+    samples: Samples
+    baseline: int | None
+
+
+class Evaluation:
+    """Evaluates the cells of a comparison, a few pictures at a time."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        output: Path,
+        reference: Tensor | None,
+        extractor: Any,
+        alignment: Any,
+    ) -> None:
+        self.cells, self.output, self.reference = cells, output, reference
+        self.extractor, self.alignment = extractor, alignment
+        self.gallery = None if reference is None else _features(extractor, reference)
+
+    def rows(self, progress: bool) -> list[dict[str, Any]]:
+        """One dictionary a cell."""
+        from tqdm import tqdm
+
+        bar = tqdm(self.cells, unit="setting", desc="metrics", disable=not progress)
+        return [self._row(cell) for cell in bar]
+
+    def real(self) -> dict[str, float] | None:
+        """The same statistics of the reference pictures."""
+        if self.reference is None:
+            return None
+        return {
+            name: rounded(getattr(images, name)(self.reference).mean()) for name in PER_PICTURE
+        } | {"n": len(self.reference)}
+
+    def _row(self, cell: Cell) -> dict[str, Any]:
+        samples, setting = cell.samples, cell.setting
+        row: dict[str, Any] = {
+            "label": setting.label,
+            "method": setting.method,
+            "guidance": cell.guidance,
+            "kind": cell.kind,
+            "matches": list(cell.matches),
+            "w": setting.scale,
+            "steps": setting.steps,
+            "n": len(samples.paths),
+            "nfe": rounded(mean_nfe(samples)),
+            "nfe_range": [min(samples.nfe), max(samples.nfe)],
+            "seconds": rounded(samples.seconds),
+            "effective_guidance": self._effective(cell),
+            "folder": os.path.relpath(samples.paths[0].parent, self.output),
+        }
+        values, features = self._per_picture(cell)
+        groups = independent(samples.prompts)
+        for name, value in values.items():
+            kept = ~value.isinf()  # equal pictures have no finite PSNR
+            row[name] = rounded(value[kept].double().mean())
+            row[f"{name}_interval"] = _interval(value[kept], list(compress(groups, kept)))
+        if "psnr" in values:
+            row["n_equal"] = int(values["psnr"].isinf().sum())
+        if features is not None:
+            row |= distribution_metrics(self.gallery, features, groups)
+        return row
+
+    def _per_picture(self, cell: Cell) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Values of every picture, and their features."""
+        samples = cell.samples
+        values: dict[str, list[Tensor]] = {}
+        features = []
+        others = None if cell.baseline is None else self.cells[cell.baseline].samples.paths
+        for start in range(0, len(samples.paths), PICTURES_AT_ONCE):
+            part = slice(start, start + PICTURES_AT_ONCE)
+            pictures = load_files(samples.paths[part])
+            for name in PER_PICTURE:
+                values.setdefault(name, []).append(getattr(images, name)(pictures))
+            if others is not None:
+                baseline = load_files(others[part])
+                for name in TO_BASELINE:
+                    value = getattr(images, name)(pictures, baseline)
+                    values.setdefault(name, []).append(value)
+            if self.alignment is not None:
+                score = self.alignment.score(pictures, samples.prompts[part])
+                values.setdefault("alignment", []).append(score.cpu())
+            if self.gallery is not None:
+                features.append(_features(self.extractor, pictures))
+        joined = {name: torch.cat(parts) for name, parts in values.items()}
+        return joined, torch.cat(features) if features else None
+
+    def _effective(self, cell: Cell) -> float | None:
+        """Effective guidance (see the module); None where it could not be measured."""
+        setting = cell.setting
+        if cell.baseline is None or cell.kind == "equal nfe":
+            return rounded(setting.scale)
+        update, plain = cell.samples.update, self.cells[cell.baseline].samples.update
+        if update is None or plain is None or sum(plain) == 0:
+            return None
+        return rounded(1 + (setting.scale - 1) * sum(update) / sum(plain))
+
+
+def independent(prompts: Sequence[str]) -> list[Hashable]:
+    """The group of each picture, so that pictures are independent from group to group.
+
+    That is its prompt: the seeds of a prompt say little about other prompts. Pictures of one prompt
+    only speak for this prompt, and are groups of their own.
+    """
+    return list(prompts) if len(set(prompts)) > 1 else list(range(len(prompts)))
+
+
+def distribution_metrics(
+    real: Tensor, fake: Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """Fréchet distance with its interval, KID, precision, recall, density and coverage.
+
+    The first two need two pictures, the others more than their k (3, 3, 5, 5); what has too few is
+    left out.
+
+    Args:
+        real: Features of the reference, with shape (N, D).
+        fake: Features of the generated pictures, with shape (M, D).
+        groups: See `frechet_interval`.
+    """
+    from ..metrics.bootstrap import frechet_interval
+    from ..metrics.frechet import frechet_distance
+    from ..metrics.kid import kernel_distance
+    from ..metrics.precision_recall import density_coverage, precision_recall
+
+    values: dict[str, Any] = {}
+    least = min(len(real), len(fake))
+    if least > 1:
+        values["fd"] = rounded(frechet_distance(real, fake))
+        ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES, groups=groups)
+        values["fd_interval"] = [rounded(end) for end in ends]
+        values["kid"] = rounded(kernel_distance(real, fake).value)
+    for names, metric, k in (
+        (("precision", "recall"), precision_recall, 3),
+        (("density", "coverage"), density_coverage, 5),
+    ):
+        if least > k:
+            found = metric(real, fake, k)
+            values |= {name: rounded(value) for name, value in zip(names, found, strict=True)}
+    return values
+
+
+def load_files(paths: Sequence[Path]) -> Tensor:
+    """Pictures as float32 (N, 3, H, W) in [0, 1]; errors name the file."""
+    return next(batches(paths, len(paths)))
+
+
+def _features(extractor: Any, pictures: Tensor) -> Tensor:
+    return extractor(pictures).cpu()
+
+
+def _interval(values: Tensor, groups: Sequence[Hashable]) -> list[float | None] | None:
+    """Bootstrap interval of the mean; None for one group of pictures, or NaN."""
+    from ..metrics.bootstrap import grouped_interval
+
+    if len(set(groups)) < 2 or values.isnan().any():
+        return None
+    return [rounded(end) for end in grouped_interval(values, groups)]
+
+
+def rounded(value: Any) -> float | None:
+    """Six significant digits; None for NaN and infinity."""
+    number = float(value)
+    return float(f"{number:.6g}") if abs(number) < float("inf") else None

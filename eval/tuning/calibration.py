@@ -1,0 +1,247 @@
+"""The threshold of Adaptive Guidance for a wanted cost or a wanted quality.
+
+From one run of plain guidance a prompt, in which the cosine of the two predictions is recorded in
+every space, the cost of any threshold is known exactly: up to its stop a guided sample *is* that
+run. Each space then proves itself in a few runs of Adaptive Guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...guidance import AdaptiveGuidance, Guidance, Rule, Space, cosine, resolve
+from ...guidance.fitting.record import Gather
+from ...guidance.policies.adaptive import Tail
+from ...guidance.saved import save_guidance
+from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
+from ..metrics.images import ssim
+from .trials import Quality, Trials
+
+ROUNDS = 7  # of bisection, towards a quality
+SLACK = 1e-6  # a threshold lies so far below the cosine that is to reach it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated threshold, and what it was found to do.
+
+    Args:
+        guidance: Rule and policy, ready for ``pipe(..., guidance=...)``.
+        nfe: Mean network evaluations a picture.
+        quality: Mean quality against plain guidance.
+        proofs: Space -> (threshold, nfe, quality) of its best threshold; a wanted quality may be
+            out of reach in one of them.
+        costs: Space -> (threshold, nfe) pairs, the cost of every threshold that makes a difference.
+    """
+
+    guidance: Guidance
+    nfe: float
+    quality: float
+    proofs: dict[str, tuple[float, float, float]]
+    costs: dict[str, list[tuple[float, float]]]
+
+    @property
+    def threshold(self) -> float:
+        """The cosine at which guidance stops."""
+        return self.guidance.policy.threshold
+
+    @property
+    def space(self) -> Space:
+        """Where the cosine is taken."""
+        return self.guidance.policy.space
+
+    def save(self, path: Path | str) -> None:
+        """Write the settings as JSON (see `save_guidance`).
+
+        In the folder ``guidance`` of a saved pipeline the file's stem is a name for ``guidance=``.
+        """
+        measured = {"nfe": self.nfe, "quality": self.quality, "spaces": self.proofs}
+        save_guidance(Path(path), self.guidance, measured)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    target_nfe: float | None = None,
+    target_ssim: float | None = None,
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 20,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    rule: Rule | None = None,
+    tail: Tail = "cond",
+    quality: Quality = ssim,
+    progress: bool = True,
+) -> Calibration:
+    """Find the threshold, and the space it is taken in, for Adaptive Guidance.
+
+    Args:
+        pipe: A guided pipeline.
+        prompts: A few typical prompts.
+        target_nfe: Wanted mean network evaluations a picture; the space with the higher quality
+            there is chosen.
+        target_ssim: Wanted mean quality (SSIM unless `quality` says otherwise) against plain
+            guidance; the space that reaches it with fewer evaluations is chosen.
+        guidance_scale, num_inference_steps, negative_prompt, seed, batch_size, rule, quality: See
+            `Trials`.
+        tail: See `AdaptiveGuidance`.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: not exactly one target, or one that no threshold reaches.
+    """
+    from tqdm import tqdm
+
+    if (target_nfe is None) == (target_ssim is None):
+        raise ValueError("calibrate needs a target: target_nfe= or target_ssim=, one of them")
+    if target_ssim is not None and not 0 < target_ssim < 1:
+        raise ValueError(f"target_ssim must be between 0 and 1, got {target_ssim}")
+    trials = Trials(
+        pipe,
+        prompts,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        batch_size=batch_size,
+        rule=rule,
+        quality=quality,
+    )
+    lag = 0 if pipe.device.type == "cpu" else 1
+    proofs: dict[str, tuple[float, float, float]] = {}
+    with tqdm(desc="calibrating", unit="run", disable=not progress) as bar:
+        gammas = agreement(trials)
+        bar.update()
+        costs = {space: cost_curve(gamma, lag, tail) for space, gamma in gammas.items()}
+        if target_nfe is not None:
+            _check_reachable(target_nfe, costs)
+
+        def prove(threshold: float, space: Space) -> tuple[float, float, float]:
+            policy = AdaptiveGuidance(threshold, space, tail=tail)
+            judged, nfe = trials.judge(trials.compose(policy))
+            bar.update()
+            return threshold, nfe, judged
+
+        for space, curve in costs.items():
+            if target_nfe is not None:
+                threshold, _ = min(curve, key=lambda point: abs(point[1] - target_nfe))
+                proofs[space] = prove(threshold, space)
+            else:
+                found = _cheapest(curve, target_ssim, lambda t, s=space: prove(t, s))
+                proofs[space] = found
+    if target_nfe is not None:
+        space = max(proofs, key=lambda s: proofs[s][2])
+    else:
+        space = _cheapest_space(proofs, target_ssim)
+    threshold, nfe, judged = proofs[space]
+    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, tail=tail)))
+    return Calibration(guidance, nfe, judged, proofs, costs)
+
+
+def agreement(trials: Trials) -> dict[str, Tensor]:
+    """Cosine of the two predictions under plain guidance, by space.
+
+    Returns:
+        "native", and "x0" where the scheduler's noise levels are known -> (T, N), float64 on the
+        CPU.
+    """
+    try:
+        check_scheduler(trials.pipe.scheduler)
+        spaces = ("x0", "native")
+    except UnknownSchedulerError:
+        spaces = ("native",)
+    native, denoised = [], []
+
+    def see(cond: Tensor, uncond: Tensor) -> None:
+        pairs = zip(cond, uncond, strict=True)
+        native.append(torch.stack([cosine(c, u) for c, u in pairs]).double().cpu())
+
+    for call in trials.batches():
+        trials.pipe(
+            guidance=trials.compose(Gather(see)),
+            detailed_trace="x0" in spaces,
+            output_type="latent",
+            **call,
+        )
+        if "x0" in spaces:
+            steps = trials.pipe.guidance_trace.steps
+            denoised.append(torch.stack([step.gamma for step in steps]).double().cpu())
+    found = {"x0": denoised, "native": native}
+    return {space: torch.cat(found[space], 1) for space in spaces}
+
+
+def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[float, float]]:
+    """(threshold, mean network evaluations) for every threshold that makes a difference, ascending.
+
+    A cosine comes out differently in the last digits when other samples share the batch: thresholds
+    lie `SLACK` below the cosines that reach them, or half way to the next lower one.
+
+    Args:
+        gamma: Cosine at every step of every sample, with shape (T, N).
+        lag: Steps after its measurement at which a stop takes effect.
+        tail: See `AdaptiveGuidance`.
+    """
+    steps = len(gamma)
+    # A sample stops where its running maximum reaches the threshold.
+    highest = gamma.cummax(0).values
+    curve, lower = [], float("-inf")
+    for value in sorted(set(highest.flatten().tolist())):
+        guided = ((highest < value).sum(0) + 1 + lag).clamp(max=steps)
+        rest = steps - guided if tail == "cond" else (steps - guided) // 2 * 2
+        threshold = value - min(SLACK, (value - lower) / 2)
+        curve.append((threshold, (2 * guided + rest).double().mean().item()))
+        lower = value
+    return curve
+
+
+def _check_reachable(target: float, costs: dict[str, list[tuple[float, float]]]) -> None:
+    low = min(curve[0][1] for curve in costs.values())
+    high = max(curve[-1][1] for curve in costs.values())
+    if not low - 0.5 <= target <= high + 0.5:
+        raise ValueError(
+            f"no threshold costs {target:g} evaluations a picture: from {low:.1f} to {high:.1f} is "
+            "possible"
+        )
+
+
+def _cheapest_space(proofs: dict[str, tuple[float, float, float]], target: float) -> str:
+    """The space that reaches a quality with the fewest evaluations."""
+    reaching = [space for space in proofs if proofs[space][2] >= target]
+    if not reaching:
+        _, nfe, quality = max(proofs.values(), key=lambda proof: proof[2])
+        raise ValueError(
+            f"no threshold reaches a quality of {target:g}: the highest gives {quality:.4f} at "
+            f"{nfe:.1f} evaluations"
+        )
+    return min(reaching, key=lambda space: proofs[space][1])
+
+
+def _cheapest(
+    curve: list[tuple[float, float]],
+    target: float,
+    prove: Callable[[float], tuple[float, float, float]],
+) -> tuple[float, float, float]:
+    """The lowest threshold whose quality reaches the target, by bisection over the curve.
+
+    Where none reaches it, the highest.
+    """
+    low, high = -1, len(curve) - 1
+    best = prove(curve[high][0])
+    for _ in range(ROUNDS):
+        if high - low <= 1 or best[2] < target:
+            break
+        middle = (low + high) // 2
+        tried = prove(curve[middle][0])
+        if tried[2] >= target:
+            high, best = middle, tried
+        else:
+            low = middle
+    return best

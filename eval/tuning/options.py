@@ -1,0 +1,58 @@
+"""Options and steps that `fit`, `calibrate` and `search` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..comparison.compare import read_prompts
+
+
+def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[list[str], Any]:
+    """The prompts of a file and the guided pipeline of a folder or hub name, on its device.
+
+    Raises:
+        ValueError: no prompts, an unknown device, or settings cannot be written to `output`.
+    """
+    from ..embedded import load_on
+    from ..metrics.options import check_target, device_of
+
+    texts = read_prompts(prompts)
+    if output.suffix != ".json":
+        raise ValueError(f"--output is a file NAME.json, got {output}")
+    check_target(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return texts, load_on(device_of(device), model)
+
+
+def name_it(path: Path, pipe: Any) -> str:
+    """How the settings just written to `path` are used."""
+    from ...pipelines.guided import guidance_folder
+
+    named = guidance_folder(pipe)
+    if named is not None and path.resolve().parent == named.resolve():
+        return f'{path}: use it as guidance="{path.stem}"'
+    return f'{path}: use it as guidance=load_guidance("{path}")'
+
+
+Prompts = Annotated[Path, typer.Argument(help="Text file, one prompt a line.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="NAME.json to write; in MODEL/guidance, NAME is then a guidance."
+    ),
+]
+Scale = Annotated[float, typer.Option("--scale", "-w", help="Guidance scale.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Negative = Annotated[
+    str | None,
+    typer.Option(help="Prompt of the unconditional branch; default: as of a call without one."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]

@@ -1,0 +1,179 @@
+r"""Differentiable policy search, as in the Adaptive Guidance paper.
+
+At every step a softmax over logits mixes the options {conditional alone, guidance at the scales
+s_1 ... s_k}. A mixture of guided predictions is a guided prediction at the mixed scale,
+
+.. math:: \sum_k p_{t,k} \left( c + (s_k - 1)(c - u) \right)
+    = c + \Big( \sum_k p_{t,k} s_k - 1 \Big) (c - u), \qquad s_0 = 1
+
+so the relaxed run is ordinary guidance at a learned scale for every step. Minimised is the distance
+of the final latents to those of plain guidance, relative to their square, plus a penalty on the
+expected number of unconditional evaluations :math:`\sum_t (1 - p_{t,0})`. The logits then rank the
+steps, and the schedules that keep the first k of them are tried for real.
+
+References:
+    Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
+    Models", AAAI 2025, https://arxiv.org/abs/2312.12487
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...guidance import HoldDifference, Policy, PolicyState, Schedule, Step
+from .policy_search import Search, Trier, check_floor, conclude, evaluations
+from .trials import Trials
+
+
+@dataclass(frozen=True)
+class ScaledSteps(Policy):
+    """Both branches at every step, each at a scale of its own, through which gradients flow.
+
+    Args:
+        scales: w of every step, with shape (T,).
+    """
+
+    name: ClassVar[str] = "scaled-steps"
+
+    scales: Tensor = field(repr=False)
+
+    def start(self, batch: int, on_cpu: bool) -> PolicyState:
+        """A state that looks the scales up."""
+        return _Scaled(batch, self.scales)
+
+
+class _Scaled(PolicyState):
+    def __init__(self, batch: int, scales: Tensor) -> None:
+        self.batch, self.scales = batch, scales
+
+    def wanted(self, step: Step) -> list[bool]:
+        return [True] * self.batch
+
+    def scale(self, step: Step, guidance_scale: float) -> Tensor:
+        return self.scales[step.index]
+
+
+def relaxed_search(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    quality_floor: float = 0.9,
+    options: Sequence[float] | None = None,
+    penalty: float = 0.02,
+    iterations: int = 40,
+    learning_rate: float = 0.15,
+    progress: bool = True,
+    **settings: Any,
+) -> Search:
+    """Learn which steps need guidance, and how strongly, by gradient descent through the sampler.
+
+    Needs memory for a whole run's activations (the network's gradient checkpointing is switched on
+    meanwhile) and a scheduler whose steps are differentiable.
+
+    Args:
+        pipe: A guided pipeline.
+        prompts: A few typical prompts. Every iteration takes one batch of them in turn.
+        quality_floor: Mean quality against plain guidance to be kept.
+        options: The scales s_1 ... s_k; default: 0.5, 1 and 1.5 times w.
+        penalty: Weight of the expected share of unconditional evaluations.
+        iterations: Gradient steps.
+        learning_rate: Of Adam, on logits.
+        progress: Show a bar.
+        settings: As of `Trials`.
+
+    Raises:
+        ValueError: a setting is out of its range, or no schedule reaches the floor.
+    """
+    from tqdm import tqdm
+
+    check_floor(quality_floor)
+    if iterations < 1 or penalty < 0:
+        raise ValueError("relaxed_search needs iterations >= 1 and penalty >= 0")
+    trials = Trials(pipe, prompts, **settings)
+    w, total = trials.guidance_scale, evaluations(trials)
+    scales = torch.tensor([1.0, *(options or (0.5 * w, w, 1.5 * w))], device=pipe.device)
+    if not (scales.isfinite().all() and len(scales) > 1 and (scales[1:] > 1).all()):
+        raise ValueError(f"options must be finite scales > 1, got {options}")
+    logits = torch.zeros(total, len(scales), device=pipe.device, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=learning_rate)
+    calls = len(trials.batches())
+    targets = [_latents(trials, i, None) for i in range(calls)]
+    with tqdm(total=iterations, desc="relaxing", unit="iteration", disable=not progress) as bar:
+        for iteration in range(iterations):
+            i = iteration % calls
+            with _differentiable(pipe):
+                p = logits.softmax(1)
+                latents = _latents(trials, i, ScaledSteps(p @ scales))
+                distance = (latents - targets[i]).square().mean() / targets[i].square().mean()
+                loss = distance + penalty * (1 - p[:, 0]).mean()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            bar.set_postfix(distance=f"{distance.item():.4f}")
+            bar.update()
+    with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
+        trier = Trier(trials, HoldDifference(), bar)
+        trier(Schedule(("both",) * total))
+        for schedule in schedules(logits.detach().softmax(1).cpu(), scales.cpu(), w):
+            trier(schedule)
+    return conclude(trials, trier, quality_floor)
+
+
+def schedules(p: Tensor, scales: Tensor, w: float) -> list[Schedule]:
+    """Schedules that guide 1, 2, ... T steps, those first whose conditional option is least likely.
+
+    Each guided step takes the mean of its scales, given that it is guided.
+
+    Args:
+        p: Probabilities of the options at every step, with shape (T, 1 + k); the first is the
+            conditional prediction alone.
+        scales: Their scales, with shape (1 + k,); the first is 1.
+        w: The scale that a factor of 1 stands for.
+    """
+    guided = p[:, 1:] / p[:, 1:].sum(1, keepdim=True)
+    factors = ((guided @ scales[1:] - 1) / (w - 1)).tolist()
+    order = p[:, 0].argsort().tolist()
+    found = []
+    for count in range(1, len(order) + 1):
+        chosen = set(order[:count])
+        choices = ["both" if i in chosen else "cond" for i in range(len(order))]
+        found.append(Schedule(tuple(choices), tuple(round(f, 4) for f in factors)))
+    return found
+
+
+def _latents(trials: Trials, batch: int, policy: Policy | None) -> Tensor:
+    """Final latents of one batch; under a policy, a differentiable function of its scales."""
+    call = trials.batches()[batch] | {"output_type": "latent"}
+    if policy is None:
+        return trials.pipe(guidance=trials.plain, **call).images.float()
+    # The stock call without its torch.no_grad.
+    stock_call = type(trials.pipe).stock_class.__call__.__wrapped__
+    output = trials.pipe.call_guided(stock_call, guidance=trials.compose(policy), **call)
+    return output.images.float()
+
+
+@contextlib.contextmanager
+def _differentiable(pipe: Any) -> Iterator[None]:
+    """Gradients on, but not for weights; activations of the denoiser are recomputed."""
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    wanted = [p for network in networks for p in network.parameters() if p.requires_grad]
+    denoisers = [n for n in networks if getattr(n, "_supports_gradient_checkpointing", False)]
+    switched = [n for n in denoisers if not n.is_gradient_checkpointing]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        for network in switched:
+            network.enable_gradient_checkpointing()
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for network in switched:
+            network.disable_gradient_checkpointing()

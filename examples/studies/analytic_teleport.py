@@ -1,0 +1,157 @@
+"""Teleported samplers against stock ones: Fréchet distance by network evaluations, same seeds."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pilotage.guidance.analytic import DatasetStatistics
+from pilotage.pipelines import GaussianTeleport
+from pilotage.pipelines.analytic.model import encode_images
+
+Sampler = Callable[[Any, int, int, int], Tensor]  # scheduler, steps, first seed, count -> pictures
+
+
+def unconditional(unet: Any) -> Sampler:
+    """Pictures (count, 3, H, W) in [0, 1] of an unconditional UNet."""
+
+    def run(scheduler: Any, steps: int, first: int, count: int) -> Tensor:
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        noise = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(first + i))
+            for i in range(count)
+        ]
+        scheduler.set_timesteps(steps)
+        x = torch.stack(noise) * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            pred = unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(pred, t, x).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    return torch.no_grad()(run)
+
+
+def text_to_image(pipe: Any, prompts: Sequence[str], guidance: str, scale: float) -> Sampler:
+    """Pictures of a guided pipeline, a prompt each."""
+
+    def run(scheduler: Any, steps: int, first: int, count: int) -> Tensor:
+        pipe.scheduler = scheduler
+        return pipe(
+            [prompts[(first + i) % len(prompts)] for i in range(count)],
+            guidance=guidance,
+            guidance_scale=scale,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(first + i) for i in range(count)],
+            output_type="pt",
+        ).images.float()
+
+    return run
+
+
+def drawings(archive: Path, concepts: set[str] | None = None) -> tuple[Tensor, list[str]]:
+    """Training pictures (N, 3, 64, 64), uint8, of the embedded model, and its held-out prompts.
+
+    Raises:
+        FileNotFoundError: the archive is not there.
+    """
+    if not archive.is_file():
+        raise FileNotFoundError(f"no {archive}: make it with examples/emoji/data.py prepare")
+    pictures, prompts = [], []
+    with zipfile.ZipFile(archive) as file:
+        for line in file.read("metadata.jsonl").decode().splitlines():
+            entry = json.loads(line)
+            if concepts is not None and entry["concept"] not in concepts:
+                continue
+            if entry["split"] == "pair":
+                prompts.append(entry["text"])
+            elif entry["split"] == "train":
+                with Image.open(io.BytesIO(file.read(entry["file_name"]))) as image:
+                    pictures.append(torch.from_numpy(np.array(image.convert("RGB"))))
+    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), prompts
+
+
+def latent_statistics(vae: Any, pictures: Tensor) -> DatasetStatistics:
+    """Statistics of the scaled latents of pictures."""
+    latents, _ = encode_images(vae, pictures)
+    return DatasetStatistics.from_images(latents, value_range=None)
+
+
+def settings(
+    scheduler: Any, statistics: DatasetStatistics, steps: Sequence[int], sigmas: Sequence[Any]
+) -> list[tuple[str, Any, int]]:
+    """(name, scheduler, steps): the stock scheduler, and teleported ones."""
+    rows = [(f"stock, {count} steps", scheduler, count) for count in steps]
+    for sigma in sigmas:
+        fast = GaussianTeleport(scheduler, statistics, sigma_skip=sigma, jump="input")
+        rows.append((f"teleport to sigma {fast.sigma_skip:.3g}, {steps[0]} steps", fast, steps[0]))
+    return rows
+
+
+def measure(
+    sampler: Sampler,
+    rows: list[tuple[str, Any, int]],
+    extractor: Any,
+    real: Tensor,
+    count: int,
+    batch: int = 64,
+    resamples: int = 100,
+) -> list[dict[str, Any]]:
+    """Fréchet distance and interval of every setting, the same seeds for all.
+
+    Args:
+        real: Features of real pictures, (N, D).
+        count: Pictures generated with each setting.
+    """
+    from pilotage.eval.metrics.bootstrap import frechet_interval
+    from pilotage.eval.metrics.frechet import frechet_distance
+
+    results = []
+    for name, scheduler, steps in tqdm(rows, desc="teleport"):
+        features = []
+        for first in range(0, count, batch):
+            pictures = sampler(scheduler, steps, first, min(batch, count - first))
+            features.append(extractor(pictures))
+        fake = torch.cat(features).double()
+        results.append(
+            {
+                "name": name,
+                "nfe": len(scheduler.timesteps),
+                "sigma_skip": getattr(scheduler, "sigma_skip", None),
+                "fd": frechet_distance(real, fake),
+                "fd_interval": list(frechet_interval(real, fake, resamples=resamples)),
+                "pictures": pictures[:8],
+            }
+        )
+    return results
+
+
+def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most evaluations saved at no worse a distance than the first, stock setting.
+
+    No worse: the distance is not above the upper end of the stock setting's interval.
+    """
+    stock = results[0]
+    fast = [row for row in results if row["sigma_skip"] is not None]
+    good = [row for row in fast if row["fd"] <= stock["fd_interval"][1]]
+    best = min(good or fast, key=lambda row: row["nfe"] if good else row["fd"])
+    return {
+        "nfe_saved": 1 - best["nfe"] / stock["nfe"],
+        "no_worse": bool(good),
+        "fd_with": best["fd"],
+        "fd_with_interval": best["fd_interval"],
+        "fd_without": stock["fd"],
+        "fd_without_interval": stock["fd_interval"],
+        "nfe_with": best["nfe"],
+        "nfe_without": stock["nfe"],
+        "settings": [{k: v for k, v in row.items() if k != "pictures"} for row in results],
+    }

@@ -1,0 +1,1 @@
+"""Analytic denoisers as diffusers models, pipelines and a way to begin later (teleportation)."""

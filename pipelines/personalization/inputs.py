@@ -1,0 +1,171 @@
+"""What the personalizer is given: pictures, a placeholder, a class word, prompts; all checked."""
+
+from __future__ import annotations
+
+import copy
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .files import check_name, check_spelling, token_names
+
+TEMPLATES = (
+    "a photo of {}",
+    "a picture of {}",
+    "a close-up of {}",
+    "a rendering of {}",
+    "a good photo of {}",
+    "{} on a plain background",
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def load_images(images: str | Path | Iterable[str | Path | Image.Image], size: int) -> Tensor:
+    """Pictures as float32 (N, 3, size, size) in [0, 1]: cropped to a square, transparency on white.
+
+    Args:
+        images: A folder, or pictures and paths.
+        size: Side in pixels.
+
+    Raises:
+        ValueError: there is no picture, or one cannot be read (the message names it).
+        FileNotFoundError: the folder does not exist.
+    """
+    source = "the list of images"
+    if isinstance(images, (str, Path)):
+        folder, source = Path(images), str(images)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder of images")
+        images = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    elif isinstance(images, Image.Image):
+        images = [images]
+    rows = [_pixels(image, i, size) for i, image in enumerate(images)]
+    if not rows:
+        raise ValueError(f"no images: {source} is empty (known are {', '.join(SUFFIXES)})")
+    return torch.stack(rows)
+
+
+def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
+    name = f"image {index}" if isinstance(image, Image.Image) else str(image)
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        if picture.mode[0] in "IF":
+            # PIL would clip them to 8 bits, not scale them, and F has no range of its own.
+            raise TypeError(f"mode {picture.mode!r}: convert it to 8 bits a channel first")
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    white = Image.new("RGBA", picture.size, "white")
+    square = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size))
+    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+
+
+def check_placeholder(
+    tokenizer: Any, placeholder: str, texts: Sequence[str] = (), vectors: int = 1
+) -> None:
+    """Raise unless `placeholder` is a new word that no other word contains.
+
+    Tokenizers look for added tokens inside words: "cat" as a placeholder would also replace a part
+    of "concatenate".
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    check_name(placeholder)
+    check_spelling(tokenizer, placeholder, vectors)
+    words = {word.removesuffix("</w>") for word in tokenizer.get_vocab()}
+    hint = f"choose another, for instance '<my-{placeholder.strip('<>')}>'"
+    written = placeholder.lower()
+    if placeholder in words or written in words:
+        raise ValueError(f"the placeholder {placeholder!r} is already in the vocabulary: {hint}")
+    inside = [word for word in words if written in word.lower()]
+    inside += [word for text in texts for word in text.split() if written in word.lower()]
+    if inside:
+        raise ValueError(
+            f"the placeholder {placeholder!r} is inside another word, {sorted(inside)[0]!r}: {hint}"
+        )
+    parts = [word for word in tokenizer.get_added_vocab() if word in placeholder]
+    if parts:
+        raise ValueError(f"the placeholder {placeholder!r} contains the token {parts[0]!r}: {hint}")
+
+
+def initial_vector(tokenizer: Any, table: Tensor, initializer: str) -> Tensor:
+    """Embedding of the class word, with shape (d,), float32, on the CPU.
+
+    Raises:
+        ValueError: the word is not exactly one known token.
+    """
+    pieces = tokenizer.tokenize(initializer)
+    if len(pieces) != 1:
+        raise ValueError(
+            f"the initializer {initializer!r} is {len(pieces)} tokens ({', '.join(pieces)}): "
+            "choose a word that is one token"
+        )
+    index = tokenizer.convert_tokens_to_ids(pieces[0])
+    if index == tokenizer.unk_token_id:
+        raise ValueError(f"the initializer {initializer!r} is not in the vocabulary")
+    return table[index].detach().float().cpu().clone()
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise unless each template has exactly one {}.
+
+    Raises:
+        ValueError: none is given, or one has not.
+    """
+    if not templates:
+        raise ValueError("no prompt templates")
+    for template in templates:
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError:
+            parts = []
+        fields = [part[1:] for part in parts if part[1] is not None]
+        if fields != [("", "", None)]:
+            raise ValueError(
+                f"a prompt template needs exactly one {{}} and no other braces, got {template!r}"
+            )
+
+
+def extended(tokenizer: Any, placeholder: str, vectors: int) -> Any:
+    """A copy of the tokenizer in which the names of the vectors are tokens."""
+    result = copy.deepcopy(tokenizer)
+    result.add_tokens(token_names(placeholder, vectors))
+    return result
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[str], placeholder: str, vectors: int) -> Tensor:
+    """Token ids (N, L) of prompts with {} in them, from an `extended` tokenizer.
+
+    Raises:
+        ValueError: a prompt is so long that the placeholder is cut off.
+    """
+    names = token_names(placeholder, vectors)
+    texts = [prompt.format(" ".join(names)) for prompt in prompts]
+    ids = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    wanted = tokenizer.convert_tokens_to_ids(names)
+    for prompt, row in zip(prompts, ids.tolist(), strict=True):
+        if [i for i in row if i in wanted] != wanted:
+            raise ValueError(
+                f"the placeholder does not fit into {tokenizer.model_max_length} tokens: {prompt!r}"
+            )
+    return ids

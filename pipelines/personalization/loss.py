@@ -1,0 +1,275 @@
+"""The loss of a token: the denoising error of a pipeline whose prompts contain it.
+
+Any callable ``loss(embeddings, batch) -> losses`` can be personalized; `DiffusionTokenLoss` is the
+one for Stable Diffusion 1, 2 and XL. All K embeddings of a call share the images, timesteps and
+noise of the batch (common random numbers) and go through each network in one call of K * B rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...guidance.zeroth_order import generator
+from ..fitting.identity import network_hash
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the K losses of a step have in common.
+
+    Args:
+        noisy: x_t, with shape (B, C, H, W), float32.
+        timesteps: t, with shape (B,), int64.
+        targets: What the network should predict, with the shape of `noisy`, float32.
+        ids: Prompts as token ids for each text encoder, with shape (B, L), int64. Ids from the
+            size of the vocabulary on stand for the learned vectors, the first one first.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    targets: Tensor
+    ids: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def part(self, start: int, stop: int) -> TokenBatch:
+        """Rows start to stop."""
+        rows = slice(start, stop)
+        ids = tuple(i[rows] for i in self.ids)
+        return TokenBatch(self.noisy[rows], self.timesteps[rows], self.targets[rows], ids)
+
+    def rows(self, indices: Sequence[int]) -> TokenBatch:
+        """The rows with these indices, in their order."""
+        i = torch.as_tensor(indices)
+        ids = tuple(x[i] for x in self.ids)
+        return TokenBatch(self.noisy[i], self.timesteps[i], self.targets[i], ids)
+
+
+class TokenLoss(Protocol):
+    """The losses of K tokens on one batch."""
+
+    def __call__(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        """(K, m, d) embeddings of m vectors -> (K,) losses, float32."""
+
+
+@contextlib.contextmanager
+def injected(table: nn.Module, vocabulary: int, vectors: Tensor) -> Iterator[None]:
+    """Within this context ids from `vocabulary` on are looked up in `vectors`.
+
+    Args:
+        table: The text encoder's input embedding; it is not copied or changed.
+        vocabulary: Ids below are the table's own.
+        vectors: With shape (K, m, d). A call of the table with R rows of ids belongs to the K
+            embeddings in K equal, consecutive parts.
+    """
+    seen: list[Tensor] = []
+
+    def before(_module: nn.Module, args: tuple) -> tuple:
+        seen.append(args[0])
+        return (args[0].where(args[0] < vocabulary, 0), *args[1:])
+
+    def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        ids = seen.pop()
+        per_row = vectors.repeat_interleave(len(ids) // len(vectors), dim=0)
+        place = (ids - vocabulary).clamp(min=0)
+        index = place[..., None].expand(*place.shape, vectors.shape[-1])
+        own = per_row.to(output).gather(1, index)
+        return torch.where((ids >= vocabulary)[..., None], own, output)
+
+    handles = [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class DiffusionTokenLoss:
+    """Mean squared error of the denoiser's prediction, for K tokens in one call of each network.
+
+    Args:
+        pipe: A pipeline of the Stable Diffusion 1, 2 or XL family, quantized or not.
+        max_rows: Most rows (tokens times pictures) of one network call; 0 is no limit. What has
+            more is evaluated in several calls, also the pictures of one token.
+
+    `forwards` counts the rows that went through the denoiser. What does not depend on the token
+    (the timestep embedding, the layers before the first cross-attention) is computed for every row
+    all the same: sharing it would need the UNet's inside.
+
+    Raises:
+        ValueError: the pipeline is of another family.
+    """
+
+    def __init__(self, pipe: Any, max_rows: int = 0) -> None:
+        self.encoders = [
+            getattr(pipe, name)
+            for name in ("text_encoder", "text_encoder_2")
+            if getattr(pipe, name, None) is not None
+        ]
+        self.xl = len(self.encoders) == 2
+        missing = [n for n in ("unet", "vae", "scheduler", "tokenizer") if not hasattr(pipe, n)]
+        known = all(hasattr(e, "get_input_embeddings") for e in self.encoders)
+        if missing or not self.encoders or not known or hasattr(pipe, "text_encoder_3"):
+            raise ValueError(
+                f"{type(pipe).__name__} cannot be personalized: expected a pipeline of the Stable "
+                "Diffusion 1, 2 or XL family (unet, vae, one or two CLIP text encoders)"
+            )
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise ValueError(
+                f"the UNet of {type(pipe).__name__} takes {pipe.unet.config.in_channels} channels, "
+                f"not the {pipe.vae.config.latent_channels} of the latents: use a text-to-image "
+                "pipeline"
+            )
+        self.pipe, self.max_rows = pipe, max_rows
+        self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
+        self.widths = tuple(table.weight.shape[1] for table in self.tables)
+        tokenizers = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
+        self.vocabularies = tuple(len(t) for t in tokenizers if t is not None)
+        self.prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"the prediction type {self.prediction!r} is not known")
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
+        self.forwards = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What losses depend on beside token and batch, ready for JSON: hashes of the networks.
+
+        Raises:
+            ValueError: weights are not in memory.
+        """
+        parts = {"unet": self.pipe.unet, "vae": self.pipe.vae}
+        names = ("text_encoder", "text_encoder_2")
+        parts |= dict(zip(names, self.encoders, strict=False))
+        found = {name: network_hash(part, name) for name, part in parts.items()}
+        found["dtype"] = str(self.pipe.unet.dtype).removeprefix("torch.")
+        return found | self.process_identity
+
+    @property
+    def process_identity(self) -> dict[str, str]:
+        """What the noised latents and their targets depend on."""
+        levels = self.pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes()
+        noise = hashlib.sha256(levels).hexdigest()
+        return {"prediction_type": self.prediction, "noise levels": noise}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser."""
+        return self.pipe.unet.device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents, with shape (N, C, h, w), float32, of pictures (N, 3, H, W) in [0, 1].
+
+        Each picture is encoded once, alone; the mean of the autoencoder's distribution is taken.
+        """
+        vae, rows = self.pipe.vae, []
+        mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+        # Some autoencoders (SDXL's) overflow in half precision.
+        upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        for image in images:
+            pixels = (2 * image[None] - 1).to(self.device, vae.dtype)
+            rows.append(vae.encode(pixels).latent_dist.mean.float())
+        if upcast:
+            vae.to(torch.float16)
+        latents = torch.cat(rows)
+        if self.xl and mean is not None and std is not None:  # as StableDiffusionXLPipeline decodes
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (mean, std))
+            return (latents - mean) * vae.config.scaling_factor / std
+        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+    def batch(
+        self, latents: Tensor, timesteps: Tensor, ids: tuple[Tensor, ...], *key
+    ) -> TokenBatch:
+        """Noised latents (B, C, h, w) at timesteps (B,); row i takes its noise from (key, i)."""
+        noise = torch.stack(
+            [torch.randn(x.shape, generator=generator(*key, i)) for i, x in enumerate(latents)]
+        ).to(latents)
+        square = self.pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)]
+        alpha, sigma = (s.sqrt().view(-1, 1, 1, 1) for s in (square, 1 - square))
+        targets = {
+            "epsilon": noise,
+            "v_prediction": alpha * noise - sigma * latents,
+            "sample": latents,
+        }
+        noisy = alpha * latents + sigma * noise
+        device = latents.device
+        ids = tuple(i.to(device) for i in ids)
+        return TokenBatch(noisy, timesteps.to(device), targets[self.prediction], ids)
+
+    def conditions(
+        self, embeddings: Tensor, ids: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (K * B, L, D) and, for XL, pooled states, for K tokens and B prompts."""
+        count, hidden, pooled = len(embeddings), [], None
+        parts = embeddings.to(self.device).split(self.widths, dim=-1)
+        for encoder, table, size, vectors, one in zip(
+            self.encoders, self.tables, self.vocabularies, parts, ids, strict=True
+        ):
+            rows = one.repeat(count, 1)
+            mask = None
+            if not self.xl and getattr(encoder.config, "use_attention_mask", False):
+                # The tokenizer's: everything behind the first end of the text is padding.
+                ends = rows == self.pipe.tokenizer.eos_token_id
+                mask = (ends.cumsum(1) - ends.long() == 0).long()
+            with injected(table, size, vectors):
+                out = encoder(rows, attention_mask=mask, output_hidden_states=self.xl)
+            hidden.append(out.hidden_states[-2] if self.xl else out[0])
+            pooled = out[0] if self.xl else None
+        return torch.cat(hidden, dim=-1), pooled
+
+    def __call__(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        """Losses (K,), float32, of embeddings (K, m, d); d is the sum of the encoders' widths.
+
+        Gradients flow to the embeddings where they are asked for (they are not, here).
+
+        Raises:
+            ValueError: the embeddings have another width.
+        """
+        if embeddings.ndim != 3 or embeddings.shape[-1] != sum(self.widths):
+            raise ValueError(
+                f"expected embeddings (K, m, {sum(self.widths)}), got {tuple(embeddings.shape)}"
+            )
+        if not self.max_rows:
+            return self._losses(embeddings, batch)
+        pictures = min(self.max_rows, len(batch))
+        losses = torch.zeros(len(embeddings), device=self.device)
+        for start in range(0, len(batch), pictures):
+            rows = batch.part(start, start + pictures)
+            tokens = embeddings.split(self.max_rows // len(rows))
+            parts = [self._losses(part, rows) for part in tokens]
+            losses = losses + torch.cat(parts) * (len(rows) / len(batch))
+        return losses
+
+    def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        unet, count = self.pipe.unet, len(embeddings)
+        hidden, pooled = self.conditions(embeddings, batch.ids)
+        noisy = batch.noisy.to(unet.dtype).repeat(count, 1, 1, 1)
+        added = None
+        if self.xl:
+            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+            height, width = (side * factor for side in batch.noisy.shape[-2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width])
+            sizes = sizes.to(pooled).repeat(len(noisy), 1)
+            added = {"text_embeds": pooled.to(unet.dtype), "time_ids": sizes}
+        output = unet(
+            noisy,
+            batch.timesteps.repeat(count),
+            encoder_hidden_states=hidden.to(unet.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        self.forwards += len(noisy)
+        error = output.float().unflatten(0, (count, -1)) - batch.targets
+        return error.square().flatten(1).mean(1)

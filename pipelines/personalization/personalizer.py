@@ -1,0 +1,386 @@
+"""Personalization by forward passes: a new word for a pipeline's prompts, learned from pictures.
+
+    token = Personalizer(pipe).fit("pictures/", placeholder="<my-cat>", initializer="cat")
+
+The networks are called, never differentiated, so they may be quantized, compiled or remote. What is
+learned are the word's input embeddings. Method and presets: `token_recipes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data import TokenData, held_out_batch
+from .files import save_token
+from .inputs import (
+    TEMPLATES,
+    check_placeholder,
+    check_templates,
+    extended,
+    initial_vector,
+    load_images,
+    prompt_ids,
+)
+from .loss import DiffusionTokenLoss, TokenLoss, injected
+from .recipes import Recipe, recipe
+from .training import TokenTrainer
+
+CHECKPOINT = "checkpoint.safetensors"
+TOKEN = "learned_embeds.safetensors"
+
+
+@dataclass(frozen=True)
+class LearnedToken:
+    """The result of a run.
+
+    Args:
+        placeholder: The new word.
+        vectors: Its embeddings, with shape (m, d), float32; d is the sum of the text encoders'
+            widths. Those of the lowest held-out loss.
+        widths: The text encoders' embedding widths.
+        steps: Steps taken.
+        forwards: Rows that the steps put through the denoiser.
+        losses: Mean loss of each step's points.
+        evaluations: (step, forwards, held-out loss), the first one of the initial token.
+        seconds: Wall time of this call.
+    """
+
+    placeholder: str
+    vectors: Tensor
+    widths: tuple[int, ...]
+    steps: int
+    forwards: int
+    losses: list[float]
+    evaluations: list[tuple[int, int, float]]
+    seconds: float
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The vectors for each text encoder, with shapes (m, width)."""
+        return self.vectors.split(self.widths, dim=1)
+
+
+class Personalizer:
+    """Learns words for a pipeline of the Stable Diffusion 1, 2 or XL family.
+
+    Args:
+        pipe: The pipeline, quantized or not; it is not changed.
+        loss: Evaluates tokens; None is `DiffusionTokenLoss` on the pipeline's own networks.
+            Any callable (embeddings (K, m, d), `TokenBatch`) -> losses (K,) does, for instance one
+            that calls an exported network.
+        max_rows: Most rows of one network call (see `DiffusionTokenLoss`); 0 is no limit. With 2 a
+            run needs the memory of plain inference with guidance; without a limit all points of a
+            step are one call, and the held-out loss takes 8 rows at a time.
+
+    Raises:
+        ValueError: the pipeline is of another family, or `max_rows` is given for a `loss` that
+            would not heed it.
+    """
+
+    def __init__(self, pipe: Any, loss: TokenLoss | None = None, max_rows: int = 0) -> None:
+        if loss is not None and max_rows:
+            raise ValueError(
+                "max_rows belongs to the pipeline's own loss, and another one is given"
+            )
+        self.pipe = pipe
+        own = isinstance(loss, DiffusionTokenLoss)
+        self.networks = loss if own else DiffusionTokenLoss(pipe, max_rows)
+        self.loss = loss or self.networks
+        names = ("tokenizer", "tokenizer_2")[: len(self.networks.encoders)]
+        self.tokenizers = {name: getattr(pipe, name) for name in names}
+
+    def fit(
+        self,
+        images: str | Path | Iterable[str | Path | Image.Image],
+        placeholder: str,
+        initializer: str | Tensor,
+        *,
+        preset: str | Recipe = "ours",
+        vectors: int = 1,
+        prompts: Sequence[str] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        held_out: Iterable[str | Path | Image.Image] | None = None,
+        held_out_prompts: Sequence[str] | None = None,
+        held_out_rows: int = 32,
+        evaluate_every: int | None = None,
+        patience: int = 0,
+        seed: int = 0,
+        output: str | Path | None = None,
+        checkpoint_every: int = 100,
+        resume: bool = True,
+        preview_every: int = 0,
+        preview_prompt: str = "{}",
+        preview_options: dict[str, Any] | None = None,
+        points_per_call: int = 0,
+        callback: Callable[[TokenTrainer], None] | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> LearnedToken:
+        """Learn the embeddings of `placeholder`.
+
+        Args:
+            images: A folder, or pictures and paths.
+            placeholder: The new word, such as "<my-cat>".
+            initializer: A known word of one token, or the initial embeddings (m, d).
+            preset: "ours", "zoodip" or a `Recipe`.
+            vectors: m, embeddings of the word.
+            prompts: A prompt with {} for each picture; None draws from `templates`.
+            templates: Prompts with {}.
+            held_out: Pictures for the held-out loss; None takes `images` with other timesteps and
+                noise.
+            held_out_prompts: As `prompts`, for `held_out`.
+            held_out_rows: Rows of the held-out loss, over all timesteps; 0 switches it off.
+            evaluate_every: Steps between held-out losses; None is a twentieth of the run.
+            patience: Stop after this many held-out losses without improvement; 0 never does.
+            seed: Of everything that is drawn.
+            output: Folder for the token, checkpoint and previews; None writes nothing. A run that
+                is interrupted or fails leaves the best token so far and a checkpoint in it.
+            checkpoint_every: Steps between checkpoints.
+            resume: Continue from a checkpoint in `output`.
+            preview_every: Steps between pictures of the word; 0 is never.
+            preview_prompt: Their prompt, with {}.
+            preview_options: More arguments of the pipeline's call.
+            points_per_call: See `TokenTrainer`.
+            callback: Called with the trainer after each step.
+            progress: Show a bar with loss and remaining time.
+            **settings: Fields of `Recipe` that differ from the preset.
+
+        Raises:
+            ValueError: an input is unusable (nothing has been computed then).
+            FileNotFoundError: the folder of images does not exist.
+        """
+        began = time.monotonic()
+        plan = recipe(preset, **settings)
+        if vectors < 1:
+            raise ValueError(f"vectors must be at least 1, got {vectors}")
+        if preview_every and output is None:
+            raise ValueError("previews need an output folder")
+        if held_out_prompts is not None and held_out is None:
+            raise ValueError("held_out_prompts need held_out images")
+        if patience and not held_out_rows:
+            raise ValueError("patience needs a held-out loss: held_out_rows is 0")
+        if held_out_rows < 0 or checkpoint_every < 1:
+            raise ValueError(
+                "held_out_rows must be at least 0 and checkpoint_every at least 1, got "
+                f"{held_out_rows} and {checkpoint_every}"
+            )
+        levels = len(self.pipe.scheduler.alphas_cumprod)
+        if plan.timesteps_high > levels:
+            raise ValueError(
+                f"the window of timesteps ends at {plan.timesteps_high}, and "
+                f"{type(self.pipe.scheduler).__name__} has {levels}: pass timesteps_low, "
+                "timesteps_high"
+            )
+        folder = None if output is None else Path(output)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"the output {folder} is not a folder")
+        for texts in (templates, prompts, held_out_prompts, (preview_prompt,)):
+            if texts is not None:
+                check_templates(texts)
+        texts = [*templates, *(prompts or ()), *(held_out_prompts or ())]
+        for tokenizer in self.tokenizers.values():
+            check_placeholder(tokenizer, placeholder, texts, vectors)
+        initial = self.initial_embeddings(initializer, vectors)
+        tokenizers = [extended(t, placeholder, vectors) for t in self.tokenizers.values()]
+        pictures = load_images(images, self._side())
+        sets = [(pictures, prompts)]
+        if held_out is not None:
+            sets.append((load_images(held_out, self._side()), held_out_prompts))
+        sources = []
+        for pixels, own in sets:
+            if own is not None and len(own) != len(pixels):
+                raise ValueError(f"{len(pixels)} images and {len(own)} prompts: give one for each")
+            ids = tuple(prompt_ids(t, own or templates, placeholder, vectors) for t in tokenizers)
+            sources.append((pixels, ids, own is not None))
+
+        widths, tables = self.networks.widths, [t.weight for t in self.networks.tables]
+        trainer = TokenTrainer(
+            self.loss,
+            plan.build(initial, widths, tables, seed),
+            (vectors, sum(widths)),
+            lambda step: data.batch(step),
+            points_per_call=points_per_call,
+            settings={
+                "recipe": asdict(plan) | {"steps": None},
+                "seed": seed,
+                "placeholder": placeholder,
+                "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
+                "pipeline": type(self.pipe).__name__,
+                "held_out_rows": held_out_rows,
+                **({} if folder is None else _identity(self.loss)),
+            },
+        )
+        checkpoint = None if folder is None else folder / CHECKPOINT
+        if checkpoint is not None and resume and checkpoint.is_file():
+            trainer.load(checkpoint)
+        # Encoding the pictures is work: it comes after everything that can be refused.
+        data = TokenData(self.networks, sources[0], plan, seed)
+        if held_out_rows:
+            trainer.held_out = held_out_batch(self.networks, sources[-1], held_out_rows, seed)
+
+        every = evaluate_every or max(1, plan.steps // 20)
+        main = trainer.process.is_main_process
+
+        def evaluate() -> None:
+            due = trainer.step % every == 0 or trainer.step == plan.steps
+            if held_out_rows and due and trainer.step not in [e[0] for e in trainer.evaluations]:
+                trainer.evaluate_held_out()
+
+        def result() -> LearnedToken:
+            return LearnedToken(
+                placeholder,
+                trainer.best if held_out_rows else trainer.vectors,
+                widths,
+                trainer.step,
+                trainer.forwards,
+                trainer.losses,
+                trainer.evaluations,
+                time.monotonic() - began,
+            )
+
+        try:
+            evaluate()
+            with _bar(plan.steps, trainer.step, progress and main) as bar:
+                while trainer.step < plan.steps and not trainer.stalled(patience):
+                    trainer.advance()
+                    evaluate()
+                    _report(bar, trainer)
+                    last = trainer.step == plan.steps
+                    if checkpoint is not None and (trainer.step % checkpoint_every == 0 or last):
+                        if main:
+                            trainer.save(checkpoint)
+                        trainer.process.wait_for_everyone()
+                    if preview_every and trainer.step % preview_every == 0 and main:
+                        self._preview(trainer, placeholder, folder, preview_prompt, preview_options)
+                    if callback is not None:
+                        callback(trainer)
+        except BaseException:
+            if folder is not None and main and trainer.step:
+                if trainer.between_steps:
+                    trainer.save(checkpoint)
+                self._save(result(), folder)
+            raise
+        found = result()
+        if folder is not None and main:
+            self._save(found, folder)
+        return found
+
+    @contextlib.contextmanager
+    def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
+        """Within this context the pipeline knows the word with the embeddings (m, d).
+
+        Prompts contain the word once; diffusers puts its further vectors behind it.
+        """
+        networks = self.networks
+        parts = vectors.to(networks.device).split(networks.widths, dim=1)
+        with contextlib.ExitStack() as stack:
+            for table, size, part in zip(
+                networks.tables, networks.vocabularies, parts, strict=True
+            ):
+                stack.enter_context(injected(table, size, part[None]))
+            for name, tokenizer in self.tokenizers.items():
+                setattr(self.pipe, name, extended(tokenizer, placeholder, len(vectors)))
+                stack.callback(setattr, self.pipe, name, tokenizer)
+            yield self.pipe
+
+    def initial_embeddings(self, initializer: str | Tensor, vectors: int) -> Tensor:
+        """Embeddings (m, d), float32, on the CPU, of a class word or as they are given.
+
+        Raises:
+            ValueError: the word is not one known token, or the embeddings have another shape.
+        """
+        width = sum(self.networks.widths)
+        if isinstance(initializer, Tensor):
+            if initializer.shape != (vectors, width):
+                raise ValueError(
+                    f"the initial embeddings must have shape ({vectors}, {width}) for "
+                    f"{type(self.pipe).__name__}, got {tuple(initializer.shape)}"
+                )
+            return initializer.detach().float().cpu()
+        pairs = zip(self.tokenizers.values(), self.networks.tables, strict=True)
+        word = torch.cat([initial_vector(t, table.weight, initializer) for t, table in pairs])
+        return word.repeat(vectors, 1)
+
+    def _side(self) -> int:
+        blocks = len(self.pipe.vae.config.block_out_channels)
+        sides = self.pipe.unet.config.sample_size
+        sides = set(sides) if isinstance(sides, (list, tuple)) else {sides}
+        if len(sides) != 1:
+            raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
+        return int(sides.pop()) * 2 ** (blocks - 1)
+
+    def _preview(
+        self,
+        trainer: TokenTrainer,
+        placeholder: str,
+        folder: Path,
+        prompt: str,
+        options: dict[str, Any] | None,
+    ) -> None:
+        """Write one picture of the word, the same noise each time."""
+        vectors = trainer.vectors
+        options = {"generator": torch.Generator().manual_seed(0), **(options or {})}
+        with self.speaking(placeholder, vectors) as pipe:
+            image = pipe(prompt.format(placeholder), **options).images[0]
+        path = folder / "previews" / f"step-{trainer.step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+
+    def _save(self, token: LearnedToken, folder: Path) -> None:
+        """Write the token and, beside it, how it came about."""
+        folder.mkdir(parents=True, exist_ok=True)
+        family = "sdxl" if len(token.widths) == 2 else "sd"
+        save_token(folder / TOKEN, token.parts, token.placeholder, family)
+        record = {
+            "placeholder": token.placeholder,
+            "steps": token.steps,
+            "forwards": token.forwards,
+            "evaluations": token.evaluations,
+        }
+        partial = folder / "personalization.json.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, folder / "personalization.json")
+
+
+def _identity(loss: TokenLoss) -> dict[str, Any]:
+    """What losses depend on, as far as the closure tells."""
+    return getattr(loss, "identity", {"loss": type(loss).__name__})
+
+
+def _digest(*tensors: Tensor) -> str:
+    """A fingerprint of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bar(total: int, initial: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, unit="step", disable=not shown, desc="personalize")
+
+
+def _report(bar: Any, trainer: TokenTrainer) -> None:
+    """Advance the bar; the loss is the mean of the last 50 steps."""
+    recent = trainer.losses[-50:]
+    shown = {"loss": f"{sum(recent) / len(recent):.4f}"}
+    if trainer.evaluations:
+        shown["held out"] = f"{trainer.evaluations[-1][2]:.4f}"
+    bar.set_postfix(shown, refresh=False)
+    bar.update()

@@ -1,0 +1,177 @@
+"""The training loop of a token: a search, a loss closure, one or several processes, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...guidance.zeroth_order import Search
+from ..processes import processes
+from .loss import TokenBatch, TokenLoss
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be continued from."""
+
+
+class TokenTrainer:
+    """Steps of a search on a loss closure.
+
+    Every process holds the same search. Each evaluates its share of a step's points, which it draws
+    from the seed; only losses travel (a point is known by its index).
+
+    Args:
+        loss: (embeddings (K, m, d), batch) -> losses (K,).
+        search: From `Recipe.build`.
+        shape: (m, d).
+        batches: The batch of a step, the same in every process.
+        held_out: Rows that the held-out loss is taken on, or None.
+        points_per_call: Points of one call of the loss; 0 is all of a process. With a fixed number
+            the calls are the same for any number of processes, and so is the token, bit for bit;
+            else to rounding.
+        settings: What a checkpoint must agree with to be continued.
+    """
+
+    def __init__(
+        self,
+        loss: TokenLoss,
+        search: Search,
+        shape: tuple[int, int],
+        batches: Callable[[int], TokenBatch],
+        held_out: TokenBatch | None = None,
+        points_per_call: int = 0,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.loss, self.search, self.shape = loss, search, shape
+        self.batches, self.held_out = batches, held_out
+        self.points_per_call, self.settings = points_per_call, settings or {}
+        self.process = processes()
+        self.between_steps = True  # else an exception has cut an update in two
+        self.step = 0
+        self.forwards = 0
+        self.losses: list[float] = []
+        self.evaluations: list[tuple[int, int, float]] = []
+        self.best = self.vectors
+
+    @property
+    def vectors(self) -> Tensor:
+        """The search's result so far, with shape (m, d), float32, on the CPU."""
+        return self.search.value.float().view(self.shape).clone()
+
+    @torch.no_grad()
+    def evaluate(self, points: Tensor, batch: TokenBatch) -> Tensor:
+        """Losses (K,) of points (K, m * d), shared out over the processes; float32, on the CPU."""
+        size = self.points_per_call or -(-len(points) // self._world)
+        starts = range(0, len(points), size)[self.process.process_index :: self._world]
+        losses = torch.zeros(len(points))
+        for start in starts:
+            part = points[start : start + size]
+            values = self.loss(part.view(-1, *self.shape), batch)
+            losses[start : start + size] = values.float().cpu()
+        return self._sum(losses)
+
+    @property
+    def _world(self) -> int:
+        return self.process.num_processes
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over processes; each element is zero in all but one of them."""
+        if self._world == 1:
+            return values
+        return reduce(values.to(self.process.device), reduction="sum").cpu()
+
+    def advance(self) -> float:
+        """One step; the mean loss of its points."""
+        batch, points = self.batches(self.step), self.search.ask()
+        losses = self.evaluate(points, batch)
+        self.between_steps = False
+        self.search.tell(losses)
+        self.step += 1
+        self.forwards += len(points) * len(batch)
+        self.losses.append(losses.double().mean().item())
+        self.between_steps = True
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def evaluate_held_out(self, rows: int = 8) -> float:
+        """Held-out loss of the result so far, kept in `evaluations`; the best token is in `best`.
+
+        Rows are evaluated `rows` at a time, the parts shared out over the processes. They are not
+        counted in `forwards`.
+        """
+        if self.held_out is None:
+            raise ValueError("there are no held-out rows")
+        count, token = len(self.held_out), self.vectors[None]
+        sums = torch.zeros(-(-count // rows))
+        for i in range(self.process.process_index, len(sums), self._world):
+            part = self.held_out.part(i * rows, (i + 1) * rows)
+            sums[i] = self.loss(token, part).float().cpu()[0] * len(part)
+        value = self._sum(sums).double().sum().item() / count
+        if all(value < other for _, _, other in self.evaluations):
+            self.best = token[0]
+        self.evaluations.append((self.step, self.forwards, value))
+        return value
+
+    def stalled(self, patience: int) -> bool:
+        """Whether the last `patience` held-out losses were no better than the best before them."""
+        values = [value for _, _, value in self.evaluations]
+        if not patience or len(values) <= patience:
+            return False
+        return min(values[-patience:]) >= min(values[:-patience])
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint (safetensors, its header has the JSON) and rename it into place."""
+        state = {f"search.{k}": v.contiguous().clone() for k, v in self.search.state_dict().items()}
+        state["best"] = self.best.contiguous().clone()
+        state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        record = {
+            "step": self.step,
+            "forwards": self.forwards,
+            "evaluations": self.evaluations,
+            "settings": self.settings,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file(state, partial, metadata={"personalization": json.dumps(record)})
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint: the same steps follow as without the interruption.
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to other settings (named).
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads((file.metadata() or {})["personalization"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged ({error}): delete it to begin anew"
+            ) from error
+        mine = json.loads(json.dumps(self.settings))
+        differing = sorted(
+            name
+            for name in {*mine, *record["settings"]}
+            if mine.get(name) != record["settings"].get(name)
+        )
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint {path} was made with other settings ({', '.join(differing)}): "
+                "use the same ones, another output folder, or delete it to begin anew"
+            )
+        self.search.load_state_dict(
+            {k.removeprefix("search."): v for k, v in state.items() if k.startswith("search.")}
+        )
+        self.best, self.losses = state["best"], state["losses"].tolist()
+        self.step, self.forwards = record["step"], record["forwards"]
+        self.evaluations = [tuple(e) for e in record["evaluations"]]

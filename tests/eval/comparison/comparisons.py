@@ -1,0 +1,70 @@
+"""A made-up comparison, for tests of the report: flat pictures, figures that are given."""
+
+from PIL import Image
+
+from pilotage.eval.comparison.evaluation import Cell
+from pilotage.eval.comparison.sampling import Samples, Setting
+
+PROMPTS = ["a fox", "a key & a lock", '<script>alert("x")</script>']
+SETTINGS = [
+    ("cfg", 3.0, 20, "grid", (), 40.0, 12.0),
+    ("cfg", 7.5, 20, "grid", (), 40.0, 15.0),
+    ("apg", 3.0, 20, "grid", (), 40.0, 13.0),
+    ("apg", 7.5, 20, "grid", (), 40.0, 9.0),
+    ("ag", 7.5, 20, "grid", (), 30.2, 14.5),
+    ("cfg", 7.5, 15, "equal nfe", ("ag w=7.5, 20 steps",), 30.0, 18.0),
+]
+FACTS = {
+    "prompts": PROMPTS,
+    "seeds": [0],
+    "real": {"saturation": 0.26, "contrast": 0.22, "colourfulness": 0.3, "n": 9},
+    "extractor": "efficientnet-lite0",
+    "alignment": "<b>score</b>",
+    "pipeline": "StableDiffusionPipeline",
+    "scheduler": "DPMSolverMultistepScheduler",
+    "context": {
+        "command": "python -m pilotage.eval.comparison.compare -p '<img src=x onerror=alert(1)>'",
+        "date": "2026-01-01",
+        "machine": {"processor": "a", "cores": 2, "accelerator": None, "python": "3.11"},
+        "versions": {"torch": "2"},
+    },
+}
+
+
+def made_up(folder, fd=True):
+    """Rows, facts and cells of six settings and three prompts; `fd=False`: without a reference."""
+    rows, cells = [], []
+    for i, (method, w, steps, kind, matches, nfe, distance) in enumerate(SETTINGS):
+        setting = Setting(method, w, steps)
+        paths = []
+        for j in range(len(PROMPTS)):
+            path = folder / setting.slug / f"{j}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16), (40 * i, 80 * j, 120)).save(path)
+            paths.append(path)
+        counts = [int(nfe)] * len(PROMPTS)
+        samples = Samples(setting, paths, list(PROMPTS), counts, None, 0.2)
+        cells.append(Cell(setting, f"{method}<settings>", kind, matches, samples, None))
+        row = {
+            "label": setting.label,
+            "method": method,
+            "guidance": f"{method}<settings>",
+            "kind": kind,
+            "matches": list(matches),
+            "w": w,
+            "steps": steps,
+            "n": len(PROMPTS),
+            "nfe": nfe,
+            "nfe_range": [int(nfe), int(nfe) + 1],
+            "seconds": 0.2,
+            "effective_guidance": w if method == "cfg" else 1 + (w - 1) / 2,
+            "folder": setting.slug,
+            "saturation": 0.2 + i / 50,
+            "saturation_interval": [0.19 + i / 50, 0.21 + i / 50],
+            "ssim": None if kind == "grid" and method == "cfg" else 0.9 - i / 100,
+        }
+        if fd:
+            row |= {"fd": distance, "fd_interval": [distance - 1, distance + 1]}
+        rows.append(row)
+    facts = FACTS if fd else FACTS | {"real": None, "extractor": None, "alignment": None}
+    return rows, facts, cells

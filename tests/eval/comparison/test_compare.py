@@ -1,0 +1,220 @@
+"""A comparison from the command line to the report, on the embedded model."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from pilotage.eval.cli import main
+from pilotage.eval.comparison.compare import read_prompts
+from pilotage.eval.comparison.comparison import compare, grid
+from pilotage.eval.comparison.evaluation import Evaluation
+from pilotage.eval.comparison.sampling import Setting
+from pilotage.eval.embedded import load_embedded
+from pilotage.eval.metrics.images import saturation, to_tensor
+
+from .comparisons import made_up
+
+PROMPTS = ["noto style fox", "twemoji style red apple"]
+BASICS = ["-p", PROMPTS[0], "-p", PROMPTS[1], "-g", "cfg", "-g", "apg", "-w", "6"]
+
+
+def run(monkeypatch, *arguments):
+    """Exit status of ``pilotage compare ARGUMENTS``."""
+    monkeypatch.setattr("sys.argv", ["pilotage", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return exit_.value.code
+
+
+def pictures(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+
+
+def figures(folder):
+    """The cells without what differs from run to run."""
+    cells = json.loads((folder / "cells.json").read_text())["cells"]
+    return [{key: value for key, value in cell.items() if key != "seconds"} for cell in cells]
+
+
+def test_from_prompts_to_the_report(monkeypatch, tmp_path):
+    real, output = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    for i, colour in enumerate(("red", "orange", "white", "gray", "black")):
+        Image.new("RGB", (64, 64), colour).save(real / f"{i}.png")
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\n".join([*PROMPTS, "", "flat style <b>key</b>"]), encoding="utf-8")
+    options = ["-g", "cfg", "-g", "ag", "-w", 6, "--steps", 8, "--seeds", 2, "--batch-size", 3]
+    assert run(monkeypatch, listed, *options, "--reference", real, "-o", output) == 0
+
+    written = json.loads((output / "cells.json").read_text())
+    cells = {cell["label"]: cell for cell in written["cells"]}
+    plain, cheap = cells["cfg w=6, 8 steps"], cells["ag w=6, 8 steps"]
+    (fewer,) = (cell for cell in cells.values() if cell["kind"] == "equal nfe")
+    assert len(cells) == 3 and plain["nfe"] == 16 and cheap["nfe"] < 16
+    assert fewer["matches"] == ["ag w=6, 8 steps"] and abs(fewer["nfe"] - cheap["nfe"]) <= 1
+    assert plain["effective_guidance"] == 6 and 1 < cheap["effective_guidance"] < 7
+    assert cheap["ssim"] < 1 and "ssim" not in plain
+    for cell in cells.values():
+        assert cell["n"] == 6 and len(list((output / cell["folder"]).glob("*.png"))) == 6
+        images = to_tensor(Image.open(p) for p in sorted((output / cell["folder"]).glob("*.png")))
+        assert cell["saturation"] == pytest.approx(saturation(images).mean().item(), rel=1e-5)
+        for name in ("saturation", "fd"):
+            low, high = cell[f"{name}_interval"]
+            assert low <= cell[name] <= high and low < high
+        assert 0 <= cell["precision"] <= 1 and 0 <= cell["recall"] <= 1
+
+    with (output / "cells.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["label"] for row in table] == list(cells)
+    for row in table:
+        cell = cells[row["label"]]
+        assert float(row["fd"]) == cell["fd"] and float(row["nfe"]) == cell["nfe"]
+        assert float(row["saturation_low"]) == cell["saturation_interval"][0]
+
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "flat style &lt;b&gt;key" in page and "<b>key" not in page
+    for label in cells:
+        assert f'data-value="{label}"' in page
+    assert page.count('<button class="picture"') == 9
+
+
+def test_without_a_reference_and_without_a_report(tmp_path):
+    settings = [Setting("apg", 4.0, 2)]
+    rows = compare(load_embedded(), PROMPTS, settings, tmp_path, report=False, progress=False)
+    assert [(row["method"], row["kind"]) for row in rows] == [("apg", "grid"), ("cfg", "baseline")]
+    assert "fd" not in rows[0] and rows[0]["ssim"] is not None
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_two_processes_make_the_same_files(monkeypatch, tmp_path):
+    """Over gloo, as ``accelerate launch`` starts them on GPUs; the single process runs here."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*BASICS, "--steps", "2", "--seeds", "3", "--batch-size", "2", "--no-report"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["-m", "pilotage.eval.comparison.compare"]
+    result = subprocess.run(
+        [*launch, *options, "-o", str(two)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert run(monkeypatch, *options, "-o", one) == 0
+    assert pictures(one) == pictures(two) and len(pictures(one)) == 12
+    assert figures(one) == figures(two)
+    records = [json.loads(p.read_text()) for p in sorted(two.rglob("chunk-*.json"))]
+    assert sum(record["first"] for record in records) == 2  # both processes had a share
+
+
+def test_a_comparison_can_be_extended(tmp_path):
+    """Also by what was made for equal cost; pictures that are there are not made again."""
+    pipe, out = load_embedded(), tmp_path / "out"
+
+    def labels(*steps, **options):
+        settings = grid(["cfg", "ag"], [6.0], steps)
+        rows = compare(pipe, PROMPTS, settings, out, progress=False, **options)
+        return {row["label"]: row["kind"] for row in rows}
+
+    first = labels(8)
+    (fewer,) = (label for label, kind in first.items() if kind == "equal nfe")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    steps = int(fewer.split()[2])
+    assert labels(8, steps)[fewer] == "grid" and (out / "report.html").is_file()
+    assert labels(8) == first
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert before.items() <= after.items()
+    shutil.rmtree(out / "pictures")
+    with pytest.raises(ValueError, match="equal-nfe holds another plan: its seeds is"):
+        labels(8, seeds=(1,))
+    assert not (out / "pictures").exists()
+
+
+def test_one_picture_and_a_reference(tmp_path):
+    reference = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    settings = grid(["cfg", "apg"], [6.0], [2])
+    options = {"reference": reference, "progress": False}
+    rows = compare(load_embedded(), PROMPTS[:1], settings, tmp_path, **options)
+    assert not {"fd", "kid", "precision"} & set(rows[0]) and rows[1]["ssim"] is not None
+    assert (tmp_path / "report.html").is_file()
+
+
+def evaluated(tmp_path, prompts):
+    """Row of a cell of made-up pictures, the first of which is that of its baseline."""
+    _, _, (plain, other, *_) = made_up(tmp_path)
+    shutil.copy(plain.samples.paths[0], other.samples.paths[0])
+    other = replace(other, baseline=0, samples=replace(other.samples, prompts=prompts))
+    return Evaluation([plain, other], tmp_path, None, None, None).rows(False)[1]
+
+
+def test_equal_pictures_do_not_hide_the_psnr_of_others(tmp_path):
+    row = evaluated(tmp_path, ["a", "b", "c"])
+    low, high = row["psnr_interval"]
+    assert row["n_equal"] == 1 and low <= row["psnr"] <= high
+    assert row["psnr"] == pytest.approx(20 * math.log10(255 / 40) + 10 * math.log10(3), rel=1e-5)
+
+
+def test_intervals_are_over_prompts(tmp_path):
+    """Here those of two prompts: the lowest and highest values are means of a prompt's pictures."""
+    row = evaluated(tmp_path, ["a", "a", "b"])
+    values = saturation(
+        to_tensor(Image.open(tmp_path / row["folder"] / f"{i}.png") for i in range(3))
+    )
+    ends = sorted([values[:2].mean().item(), values[2].item()])
+    assert row["saturation_interval"] == pytest.approx(ends, rel=1e-5)
+    assert evaluated(tmp_path, ["a"] * 3)["saturation_interval"][0] < ends[0]  # of this prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no prompts"),
+        (["-p", "a", "-g", "agp"], "unknown guidance 'agp'"),
+        (["-p", "a", "-w", "nan"], "must be >= 1"),
+        (["-p", "a", "-w", "0.5"], "must be >= 1"),
+        (["-p", "a", "-w", "3", "-w", "3"], "occurs twice"),
+        (["-p", "a", "--reference", "/nowhere"], "/nowhere"),
+        (["-p", "a", "--clip", "x", "--ridge", "y"], "one of --clip and --ridge"),
+        (["-p", "a", "--ridge", "/nowhere"], "/nowhere"),
+        (["-p", "a", "--device", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, capsys, options, message):
+    assert run(monkeypatch, *options, "-o", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("ein Fuß\n\nkey\n", encoding="utf-8-sig")
+    assert read_prompts(path) == ["ein Fuß", "key"]
+
+
+def test_bad_prompt_files(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    for content, message in ((b" \n\n", "no prompts"), (b"\xff\xfe\x00", "UTF-8")):
+        path.write_bytes(content)
+        assert run(monkeypatch, path, "-o", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path / "none.txt", "-o", tmp_path / "out") == 2
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_grid():
+    settings = grid(["cfg", "apg"], [1.0, 3.0], [4, 8])
+    assert [s.slug for s in settings] == [
+        *("cfg-w1-s4", "cfg-w3-s4", "apg-w3-s4"),
+        *("cfg-w1-s8", "cfg-w3-s8", "apg-w3-s8"),
+    ]
+    with pytest.raises(ValueError, match="needs guidances"):
+        grid([], [3.0])

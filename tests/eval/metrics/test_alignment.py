@@ -1,0 +1,310 @@
+"""Extractors and alignment: tiny CLIP and DINOv2 models from folders, the sentence encoder."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from pilotage.eval.metrics.alignment import CLIPAlignment, RidgeAlignment, rank_accuracy
+from pilotage.eval.metrics.extractors import load_extractor
+from pilotage.eval.metrics.ridge import SentenceEncoder
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Folder of a CLIP model with random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    words = [chr(c) for c in range(97, 123)]
+    vocabulary = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        max_position_embeddings=8,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+        **SIZES,
+    )
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **SIZES)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(**CROP).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(image_size=16, patch_size=8, **SIZES | {"hidden_size": 10})
+    ).save_pretrained(folder)
+    BitImageProcessorPil(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **CROP).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def seen(images, mean, std):
+    """Pictures of the model's size: rounded to 8 bits and normalised."""
+    mean, std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    return ((images * 255).round() / 255 - mean) / std
+
+
+def clip_embeddings(folder, images):
+    model = CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pooled = model.vision_model(seen(images, CLIP_MEAN, CLIP_STD)).pooler_output
+        return model.visual_projection(pooled)
+
+
+def test_clip_features(clip):
+    extractor = load_extractor(f"clip:{clip}")
+    images = rand(3, 3, 16, 16)
+    features = extractor(images)
+    assert features.shape == (3, 12) and extractor.dimension == 12 and extractor.resolution == 16
+    torch.testing.assert_close(features, clip_embeddings(clip, images), rtol=1e-4, atol=1e-5)
+    assert extractor.name == f"clip:{clip}"
+    assert "resize" in extractor.preprocessing and "crop" in extractor.preprocessing
+    assert extractor(rand(2, 3, 40, 24)).shape == (2, 12)
+
+
+def test_dino_features(dino):
+    extractor = load_extractor(f"dinov2:{dino}")
+    images = rand(2, 3, 16, 16)
+    with torch.no_grad():
+        states = (
+            Dinov2Model.from_pretrained(dino)
+            .eval()(seen(images, IMAGENET_MEAN, IMAGENET_STD))
+            .last_hidden_state
+        )
+    assert extractor.dimension == 10
+    torch.testing.assert_close(extractor(images), states[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_clip_score(clip):
+    scorer = CLIPAlignment(clip)
+    images, prompts = rand(4, 3, 16, 16), ["a fox", "key", "a very long prompt indeed", "key"]
+    model = CLIPModel.from_pretrained(clip).eval()
+    tokens = CLIPTokenizer.from_pretrained(clip)(
+        prompts, padding=True, truncation=True, max_length=8, return_tensors="pt"
+    )
+    with torch.no_grad():
+        text = model.text_projection(model.text_model(**tokens).pooler_output)
+    expected = 100 * torch.cosine_similarity(clip_embeddings(clip, images), text).clamp(min=0)
+    torch.testing.assert_close(scorer.score(images, prompts), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="4 pictures, but 3 prompts"):
+        scorer.score(images, prompts[:3])
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_model_that_is_not_there(monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no folder here.*name the folder"):
+        load_extractor(f"{kind}:nobody/nothing")
+
+
+def test_folder_with_another_model(tmp_path, clip):
+    with pytest.raises(ValueError, match="does not hold a CLIPModel"):
+        load_extractor(f"clip:{tmp_path}")
+    with pytest.raises(ValueError, match="does not hold a Dinov2Model: .* weights are missing"):
+        load_extractor(f"dinov2:{clip}")
+
+
+def test_inception_without_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps torch-fidelity"):
+        load_extractor("inception")
+
+
+FIDELITY = """
+import torch
+URL_INCEPTION_V3 = "http://localhost:1/weights.pth"
+class FeatureExtractorInceptionV3(torch.nn.Module):
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__()
+        self.line = torch.nn.Linear(3, 2048)
+        self.load_state_dict(torch.load(feature_extractor_weights_path))
+    def forward(self, x):
+        assert x.dtype == torch.uint8
+        return (self.line(x.float().mean((2, 3))),)
+"""
+
+
+@pytest.fixture
+def fidelity(tmp_path, monkeypatch):
+    """A package of torch-fidelity's shape, whose own start-up fails without torchvision."""
+    package = tmp_path / "site" / "torch_fidelity"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import torchvision_that_is_not_here")
+    (package / "feature_extractor_inceptionv3.py").write_text(FIDELITY)
+    monkeypatch.syspath_prepend(str(package.parent))
+    yield tmp_path
+    assert not [name for name in sys.modules if name.startswith("torch_fidelity")]
+
+
+def test_inception_weights(fidelity):
+    line = torch.nn.Linear(3, 2048)
+    path = fidelity / "weights.pth"
+    torch.save({f"line.{k}": v for k, v in line.state_dict().items()}, path)
+    images = rand(2, 3, 8, 8)
+    pixels = (images * 255).round().mean((2, 3))
+    extractor = load_extractor(f"inception:{path}")
+    torch.testing.assert_close(extractor(images), line(pixels).detach())
+    torch.save({"other": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="does not hold the Inception weights"):
+        load_extractor("inception", weights=str(path))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="weights.pth is damaged"):
+        load_extractor("inception", weights=str(path))
+    with pytest.raises(FileNotFoundError, match="no Inception weights at"):
+        load_extractor("inception:missing.pth")
+    with pytest.raises(ValueError, match="'inception' only"):
+        load_extractor("efficientnet-lite0", weights="x.pth")
+
+
+def test_similarity_beside_it(fidelity):
+    """torchmetrics imports torch-fidelity where it is installed."""
+    site = fidelity / "site"
+    (site / "torch_fidelity" / "helpers.py").write_text("vassert = None")
+    name = "interpolate_bilinear_2d_like_tensorflow1x"
+    (site / "torch_fidelity" / "interpolate_compat_tensorflow.py").write_text(f"{name} = None")
+    (site / "torch_fidelity-0.4.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torch-fidelity\nVersion: 0.4.0\n"
+    (site / "torch_fidelity-0.4.0.dist-info" / "METADATA").write_text(metadata)
+    code = """
+import torch
+from pilotage.eval.metrics.images import psnr, ssim
+images = torch.rand(2, 3, 16, 16)
+assert ssim(images, images).min() > 0.999 and psnr(images, images).isinf().all()
+from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
+assert _TORCH_FIDELITY_AVAILABLE
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_inception_offline(fidelity, monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(fidelity / "hub"))
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded.*as inception:FILE"):
+        load_extractor("inception")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return SentenceEncoder()
+
+
+def test_sentence_vectors_mean_something(encoder):
+    texts = ["a red fox", "a small wild animal with a bushy tail", "a screwdriver", "hand tool"]
+    vectors = encoder(texts)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4))
+    similarity = vectors @ vectors.T - 2 * torch.eye(4)
+    assert similarity.argmax(1).tolist() == [1, 0, 3, 2]
+    # Padding beside longer texts does not matter.
+    torch.testing.assert_close(encoder(texts[:1]), vectors[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder(texts, batch_size=1), vectors, rtol=1e-4, atol=1e-5)
+
+
+class Named(types.SimpleNamespace):
+    name, preprocessing = "made up", "none"
+
+
+WORDS = ["fox", "key", "apple", "car", "moon", "tree", "shoe", "violin", "bread", "ship"]
+
+
+def test_ridge_finds_captions_of_linear_features(encoder, tmp_path):
+    """Features that are a noisy linear function of the captions' vectors."""
+    texts = [f"a {a} and a {b}" for a in WORDS for b in WORDS]
+    generator = torch.Generator().manual_seed(0)
+    features = encoder(texts) @ torch.randn(384, 200, generator=generator)
+    features = 5 + 3 * (features + 0.1 * torch.randn(100, 200, generator=generator))
+    fitted = RidgeAlignment.fit(
+        features[:80], texts[:80], ridge=0.01, extractor=Named(), encoder=encoder
+    )
+    table = fitted.similarity(features[80:], texts[80:])
+    assert rank_accuracy(table) > 0.5 > 10 * rank_accuracy(table[:, torch.randperm(20)]) - 5
+    scores = fitted.score(features[80:], texts[80:])
+    torch.testing.assert_close(scores, table.diagonal())
+    assert scores.mean() > fitted.score(features[80:], texts[80:][::-1]).mean() + 0.2
+    path = tmp_path / "new" / "map.safetensors"
+    fitted.save(path)
+    read = RidgeAlignment.load(path, encoder=encoder)
+    assert read.tags == fitted.tags and read.tags["n"] == 80
+    assert torch.equal(read.score(features[80:], texts[80:]), scores)
+    assert [p.name for p in path.parent.iterdir()] == ["map.safetensors"]
+    with pytest.raises(ValueError, match="the map's extractor is 'made up'"):
+        read.score(rand(2, 3, 8, 8), texts[:2])
+    with pytest.raises(ValueError, match="199 dimensions, the map is for 200"):
+        read.score(features[:2, :199], texts[:2])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or not a ridge map"):
+        RidgeAlignment.load(path)
+
+
+def test_ridge_is_the_closed_form(encoder):
+    """Against least squares of the augmented system."""
+    texts, x = WORDS[:6], rand(6, 4)
+    fitted = RidgeAlignment.fit(x, texts, ridge=0.5, extractor=Named(), encoder=encoder)
+    y = encoder(texts).double()
+    z = ((x - x.mean(0)) / x.std(0)).double()
+    rows = torch.cat([z, (0.5 * 6) ** 0.5 * torch.eye(4).double()])
+    targets = torch.cat([y - y.mean(0), torch.zeros(4, 384).double()])
+    expected = torch.linalg.lstsq(rows, targets).solution
+    torch.testing.assert_close(fitted.matrix.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bad_fits(encoder):
+    options = {"extractor": Named(), "encoder": encoder}
+    with pytest.raises(ValueError, match="3 pictures, but 2 captions"):
+        RidgeAlignment.fit(rand(3, 4), ["a", "b"], **options)
+    with pytest.raises(ValueError, match="ridge must be positive"):
+        RidgeAlignment.fit(rand(2, 4), ["a", "b"], ridge=0, **options)
+    with pytest.raises(ValueError, match="NaN"):
+        RidgeAlignment.fit(rand(2, 4).log().sqrt(), ["a", "b"], **options)
+
+
+def test_rank_accuracy():
+    table = torch.tensor([[3.0, 2, 1], [2, 1, 3], [0, 1, 1]])
+    # Ranks of the own column: 0, 2, and 1 (a tie counts against).
+    assert [rank_accuracy(table, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    with pytest.raises(ValueError, match="between 1 and 3"):
+        rank_accuracy(table, 4)
+    with pytest.raises(ValueError, match=r"\(N, N\)"):
+        rank_accuracy(table[:2])

@@ -1,0 +1,32 @@
+"""The offline image features: real weights, features that mean something."""
+
+import torch
+from PIL import Image, ImageDraw
+
+from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.images import to_tensor
+
+
+def drawing(shape, size, colour):
+    image = Image.new("RGB", (64, 64), "white")
+    draw = ImageDraw.Draw(image)
+    box = (32 - size, 32 - size, 32 + size, 32 + size)
+    (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=colour)
+    if shape == "grid":
+        for x in range(32 - size, 32 + size, 4):
+            draw.line((x, 32 - size, x, 32 + size), fill="white")
+            draw.line((32 - size, x, 32 + size, x), fill="white")
+    return image
+
+
+def test_same_shape_is_nearest_across_sizes_and_batches():
+    extractor = EfficientNetLite0()
+    shapes = ("disc", "square", "grid")
+    small = to_tensor([drawing(shape, 18, "red") for shape in shapes])
+    large = to_tensor([drawing(shape, 24, "red") for shape in shapes])
+    a, b = extractor(small), extractor(large, batch_size=2)
+    assert a.shape == (3, EfficientNetLite0.dimension)
+    a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+    assert (a @ b.T).argmax(1).tolist() == [0, 1, 2]
+    one = extractor(large[2:])
+    torch.testing.assert_close(one / one.norm(), b[2:], rtol=1e-4, atol=1e-5)

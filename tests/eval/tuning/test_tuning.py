@@ -1,0 +1,341 @@
+"""Calibration, policy search and the trace's plot, on the embedded model."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pilotage.eval.cli import main
+from pilotage.eval.embedded import load_embedded
+from pilotage.eval.tuning.calibration import SLACK, agreement, calibrate, cost_curve
+from pilotage.eval.tuning.options import name_it
+from pilotage.eval.tuning.policy_search import Candidate, pareto, search
+from pilotage.eval.tuning.relaxed_search import ScaledSteps, relaxed_search, schedules
+from pilotage.eval.tuning.trials import Trials
+from pilotage.guidance import (
+    AdaptiveGuidance,
+    HoldDifference,
+    Schedule,
+    load_guidance,
+)
+from pilotage.pipelines.guided import guidance_folder
+
+PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
+STEPS = 4
+SETTINGS = {"num_inference_steps": STEPS, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def trials(pipe):
+    return Trials(pipe, PROMPTS, num_inference_steps=STEPS)
+
+
+@pytest.mark.parametrize("tail", ["cond", "forecast"])
+def test_costs_are_known_before_any_run(trials, tail):
+    """The curve from plain guidance against real runs of Adaptive Guidance."""
+    for space, gamma in agreement(trials).items():
+        curve = cost_curve(gamma, tail=tail)
+        assert [cost for _, cost in curve] == sorted(cost for _, cost in curve)
+        for threshold, cost in curve[:: max(1, len(curve) // 3)]:
+            _, nfe = trials.run(AdaptiveGuidance(threshold, space, tail=tail))
+            assert sum(nfe) / len(nfe) == pytest.approx(cost)
+
+
+def test_a_lag_costs_one_more_each():
+    gamma = torch.tensor([[0.1, 0.9], [0.5, 0.2], [0.4, 0.95]], dtype=torch.float64)
+    thresholds = pytest.approx([0.1 - SLACK, 0.5 - SLACK, 0.9 - SLACK, 0.95 - SLACK], rel=1e-12)
+    for lag, costs in ((0, (4.0, 4.5, 5.0, 6.0)), (1, (5.0, 5.5, 5.5, 6.0))):
+        found = tuple(zip(*cost_curve(gamma, lag=lag), strict=True))
+        assert found[0] == thresholds and found[1] == costs
+
+
+@pytest.mark.parametrize("off", [0.4e-9, -0.4e-9, -0.9 * SLACK])
+def test_costs_do_not_hang_on_the_last_digits_of_a_cosine(off):
+    """Adaptive Guidance at every threshold, replayed on cosines that are a little off."""
+    gamma = torch.rand(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    twin = gamma[0, 1].item()
+    gamma[1, 0] = twin + 1e-9  # nearer than the slack: the threshold lies between them
+    for threshold, cost in cost_curve(gamma):
+        if abs(off) > 0.5e-9 and abs(threshold - twin) < 2 * SLACK:
+            continue
+        stopped = (gamma + off >= threshold).double().cummax(0).values
+        guided = (1 - stopped).sum(0).add(1).clamp(max=len(gamma))
+        assert (len(gamma) + guided).mean().item() == pytest.approx(cost, rel=1e-12)
+
+
+def test_calibration_to_a_cost_and_to_a_quality(pipe, trials, tmp_path):
+    found = calibrate(pipe, PROMPTS, target_nfe=6, **SETTINGS)
+    for space, gamma in agreement(trials).items():
+        nearest = min(abs(cost - 6) for _, cost in cost_curve(gamma))
+        assert abs(found.proofs[space][1] - 6) == pytest.approx(nearest)
+    assert found.quality == max(quality for _, _, quality in found.proofs.values())
+    path = tmp_path / "ag.json"
+    found.save(path)
+    assert load_guidance(path) == found.guidance
+    images, nfe = trials.run(load_guidance(path))
+    assert sum(nfe) / len(nfe) == pytest.approx(found.nfe)
+
+    aim = found.quality
+    again = calibrate(pipe, PROMPTS, target_ssim=aim - 1e-6, **SETTINGS)
+    assert again.quality >= aim - 1e-6
+    assert again.nfe <= found.nfe + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({}, "needs a target"),
+        ({"target_nfe": 7, "target_ssim": 0.9}, "one of them"),
+        ({"target_ssim": 1.2}, "between 0 and 1"),
+        ({"target_nfe": 30}, "no threshold costs 30"),
+    ],
+)
+def test_impossible_targets(pipe, targets, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, PROMPTS[:1], **targets, **SETTINGS)
+
+
+def test_the_front_is_what_nothing_beats():
+    chance = torch.Generator().manual_seed(0)
+    values = torch.rand(30, 2, generator=chance).tolist()
+    some = [Candidate(Schedule(("both",)), round(10 * n), q) for n, q in values]
+    front = pareto(some)
+    for candidate in some:
+        beaten = any(
+            o.nfe <= candidate.nfe
+            and o.quality >= candidate.quality
+            and (o.nfe, o.quality) != (candidate.nfe, candidate.quality)
+            for o in some
+        )
+        assert (candidate in front) is not beaten
+
+
+def test_search_reaches_its_floor_at_the_cost_it_says(pipe, tmp_path):
+    trials = Trials(pipe, PROMPTS[:2], num_inference_steps=STEPS)
+    found = search(pipe, PROMPTS[:2], quality_floor=0.8, rounds=4, **SETTINGS)
+    quality, nfe = trials.judge(found.guidance)
+    assert quality == pytest.approx(found.best.quality) and quality >= 0.8
+    assert nfe == found.best.nfe < 2 * STEPS
+    cheaper = [c for c in found.front if c.nfe < found.best.nfe]
+    assert all(c.quality < 0.8 for c in cheaper)
+    for a, b in itertools.pairwise(found.front):
+        assert a.nfe < b.nfe and a.quality < b.quality
+    path = tmp_path / "schedule.json"
+    found.save(path)
+    pipe(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS)
+    with pytest.raises(ValueError, match="num_inference_steps was 4"):
+        pipe(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS + 1)
+
+
+def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
+    """Constant scales give plain guidance; the gradient agrees with a difference quotient."""
+    from pilotage.eval.tuning.relaxed_search import _differentiable, _latents
+
+    trials = Trials(pipe, PROMPTS[:1], num_inference_steps=3)
+    target = _latents(trials, 0, None)
+    w = torch.full((3,), 7.5)
+    wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
+    with _differentiable(pipe):
+        w.requires_grad_(True)
+        latents = _latents(trials, 0, ScaledSteps(w))
+        torch.testing.assert_close(latents, target, rtol=1e-5, atol=1e-5)
+        loss = (latents - 1).square().mean()
+        loss.backward()
+    assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == wanted
+    assert not pipe.unet.is_gradient_checkpointing
+    step = 0.05
+    losses = []
+    for sign in (1, -1):
+        moved = w.detach() + sign * step * torch.tensor([0.0, 1.0, 0.0])
+        with torch.no_grad():
+            losses.append((_latents(trials, 0, ScaledSteps(moved)) - 1).square().mean().item())
+    assert w.grad[1].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.02)
+
+
+def test_relaxed_search_ranks_steps_and_tries_them(pipe):
+    found = relaxed_search(pipe, PROMPTS[:2], quality_floor=0.7, iterations=3, **SETTINGS)
+    assert found.tried == STEPS + 1, "and the full run"
+    assert {c.nfe for c in found.front} <= set(range(STEPS + 1, 2 * STEPS + 1))
+    assert found.best.quality >= 0.7
+
+
+def test_schedules_of_a_relaxation():
+    p = torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1], [0.3, 0.0, 0.7]])
+    found = schedules(p, torch.tensor([1.0, 3.0, 5.0]), w=3.0)
+    assert [s.choices for s in found] == [
+        ("both", "cond", "cond"),
+        ("both", "cond", "both"),
+        ("both", "both", "both"),
+    ]
+    assert found[0].factors == pytest.approx(((11 / 3 - 1) / 2, 1.5, 2.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("between", ["forecast", "estimate"])
+def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
+    """What it says of its best is what that does; interrupted, it does not fit again."""
+    path = tmp_path / "tried.json"
+    options = {"quality_floor": 0.95, "num_inference_steps": 6, "progress": False}
+    options["between"] = between
+    found = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
+    trials = Trials(pipe, PROMPTS, num_inference_steps=6)
+    for candidate in (found.front[0], found.best):
+        quality, nfe = trials.judge(candidate.schedule)
+        assert quality == pytest.approx(candidate.quality, abs=2e-3)
+        assert nfe == candidate.nfe == candidate.schedule.nfe(6)
+        assert set(candidate.schedule.choices) == {"both", between}
+    assert len({c.schedule.stand_in for c in found.front}) == len(found.front)
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        again = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
+    finally:
+        handle.remove()
+    assert len(calls) == 6, "to find the number of evaluations"
+    assert again == found
+    other = options | {"between": "estimate" if between == "forecast" else "forecast"}
+    with pytest.raises(ValueError, match="its between differs"):
+        search(pipe, PROMPTS, fitted=True, checkpoint=path, **other)
+    with pytest.raises(ValueError, match="makes estimates of its own"):
+        search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
+    with pytest.raises(ValueError, match="between is forecast or estimate"):
+        search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["pilotage", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return exit_.value.code
+
+
+def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
+    """fit, calibrate and search write files that generate can use."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    common = [prompts, "--steps", 4]
+    linear, ag, found = (tmp_path / f"{name}.json" for name in ("linear", "ag", "found"))
+    assert run(monkeypatch, "fit", *common, "-o", linear) == 0
+    assert "R² held out" in capsys.readouterr().out
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "-o", ag) == 0
+    assert "x0: threshold" in capsys.readouterr().out
+    options = ["--floor", 0.5, "--rounds", 1, "--coefficients", linear]
+    assert run(monkeypatch, "search", *common, *options, "-o", found) == 0
+    assert "load_guidance" in capsys.readouterr().out
+    assert load_guidance(found).policy.stand_in == load_guidance(linear).policy.coefficients
+    assert run(monkeypatch, "fit", *common, "--steered", "-o", linear) == 0
+    assert "distance held out" in capsys.readouterr().out
+    steered = ["--steered", "--tail", "forecast"]
+    assert run(monkeypatch, "fit", *common, *steered, "-o", tmp_path / "tail.json") == 0
+    assert load_guidance(tmp_path / "tail.json").policy.tail == "forecast"
+    assert run(monkeypatch, "fit", *common, "--tail", "forecast", "-o", linear) == 2
+    assert "--steered" in capsys.readouterr().err
+    assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
+    assert "its stand_in differs" in capsys.readouterr().err
+    found = tmp_path / "fitted.json"
+    assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
+    assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
+    assert run(monkeypatch, "search", *common, "--fitted", "--between", "cond", "-o", found) == 2
+    assert "--between is" in capsys.readouterr().err
+    assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
+    assert "makes its own estimates" in capsys.readouterr().err
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "forecast", "-o", ag) == 0
+    assert load_guidance(ag).policy.tail == "forecast"
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "none", "-o", ag) == 2
+    assert "--tail is" in capsys.readouterr().err
+    assert run(monkeypatch, "calibrate", *common, "-o", ag) == 2
+    assert "--nfe or --ssim" in capsys.readouterr().err
+    assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
+    assert "holds no coefficients" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "search", ["calibrate", "--nfe", 6]])
+def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
+    monkeypatch, tmp_path, capsys, command
+):
+    def no(*_arguments):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("pilotage.eval.embedded.load_embedded", no)
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "folder.json"
+    prompts.write_text("\n".join(PROMPTS))
+    folder.mkdir()
+    command = command if isinstance(command, list) else [command]
+    for output in (tmp_path, tmp_path / "quick", tmp_path / "quick.v2"):
+        assert run(monkeypatch, *command, prompts, "-o", output) == 2
+        assert "--output is a file NAME.json, got" in capsys.readouterr().err
+    assert run(monkeypatch, *command, prompts, "-o", folder) == 2
+    assert "folder.json is a folder" in capsys.readouterr().err
+    assert run(monkeypatch, *command, prompts, "-o", prompts / "below.json") == 2
+    assert run(monkeypatch, *command, tmp_path, "-o", tmp_path / "x.json") == 2
+    assert "Is a directory" in capsys.readouterr().err
+    if command == ["fit"]:
+        for option in (["--target", "uncond"], ["--checkpoint", tmp_path / "kept"]):
+            assert run(monkeypatch, *command, prompts, "--steered", *option) == 2
+            assert "--steered regresses no target" in capsys.readouterr().err
+
+
+def test_only_a_file_in_the_models_folder_is_a_name(pipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert 'use it as guidance="quick.v2"' in name_it(guidance_folder(pipe) / "quick.v2.json", pipe)
+    hub = SimpleNamespace(config=SimpleNamespace(_name_or_path="some/model"))
+    for path in (Path("guidance/quick.json"), tmp_path / "guidance" / "quick.json"):
+        assert name_it(path, hub) == f'{path}: use it as guidance=load_guidance("{path}")'
+
+
+def test_the_trace_plots_what_was_measured(pipe, tmp_path):
+    options = {"num_inference_steps": STEPS, "guidance": "apg+ag"}
+    pipe(PROMPTS[:2], **options)
+    assert len(pipe.guidance_trace.plot().axes) == 2, "evaluations and gamma"
+    pipe(PROMPTS[:2], **options | {"guidance": "forecast"})
+    evaluated = pipe.guidance_trace.plot().axes[0].lines[0].get_ydata().tolist()
+    assert evaluated == [0 if s.resting else 2 for s in pipe.guidance_trace.steps]
+    assert sum(evaluated) == pipe.guidance_trace.nfe[0] < 2 * STEPS
+    pipe(PROMPTS[:2], **options, detailed_trace=True)
+    trace = pipe.guidance_trace
+    figure = trace.plot()
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "evaluations",
+        "gamma",
+        "cond norm",
+        "update norm",
+        "scale factor",
+        "parallel share",
+    ]
+    gamma = figure.axes[1].lines[0].get_ydata().tolist()
+    assert gamma == pytest.approx([s.gamma[0].item() for s in trace.steps if 0 in s.rows])
+    figure.savefig(tmp_path / "trace.png")
+
+
+def test_an_interrupted_search_goes_on(pipe, tmp_path):
+    """What was tried is not tried again; a file of another search is refused."""
+    path = tmp_path / "tried.json"
+    options = {"quality_floor": 0.8, "num_inference_steps": 3, "progress": False}
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        first = search(pipe, PROMPTS[:1], rounds=0, checkpoint=path, **options)
+        tried, before = len(json.loads(path.read_text())["tried"]), len(calls)
+        assert tried == first.tried
+        again = search(pipe, PROMPTS[:1], rounds=2, checkpoint=path, **options)
+        # To find the number of evaluations, the reference, and at most two new schedules.
+        assert len(calls) - before <= 3 * (1 + 1 + 2) and again.tried <= first.tried + 2
+        assert {c.schedule.choices for c in first.front} <= {
+            tuple(choices) for choices, *_ in json.loads(path.read_text())["tried"]
+        }
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="its prompts differs"):
+        search(pipe, PROMPTS[1:2], checkpoint=path, **options)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match="is damaged"):
+        search(pipe, PROMPTS[:1], checkpoint=path, **options)

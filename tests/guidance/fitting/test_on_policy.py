@@ -1,0 +1,188 @@
+"""Estimates fitted while a schedule runs, on a linear solver and network with known answers."""
+
+import math
+
+import pytest
+import torch
+
+from pilotage.guidance import CFG, Guidance, Run, Schedule
+from pilotage.guidance.fitting.on_policy import Steer
+from pilotage.guidance.fitting.regression import ridge_regression
+
+T, N, SIZE, W, PACE = 7, 6, 40, 4.0, 0.3
+CHOICES = ("both", "both", "estimate", "cond", "both", "estimate", "estimate")
+
+
+def cond_of(t, x):
+    return torch.sin(x + t)
+
+
+def uncond_of(t, x):
+    return torch.cos(0.7 * x - t)
+
+
+def sample(policy, uncond, seed=0):
+    """States after every step of x <- x + PACE * guided, from noise."""
+    x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(seed)).double()
+    run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
+    states = []
+    for t in range(T):
+        rows = run.plan()
+        if run.all_rest:
+            x = x + PACE * run.forecast(x, None)
+        else:
+            c = cond_of(t, x)
+            u = uncond(t, x, [*states]) if rows else None
+            a, b = run.combine(rows, c, u, x, W, None)
+            x = x + PACE * (b + W * (a - b))
+        states.append(x)
+    run.finish()
+    return torch.stack(states)
+
+
+def steered(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
+    """The states of a run fitted to a reference, and the coefficients found."""
+    start = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(seed)).double()
+    own = [start]
+    found = []
+
+    def aim(t):
+        return (reference[t] - own[t]) / PACE
+
+    policy = Steer(choices, W, aim, found.append, rows=rows, ridge=ridge)
+    run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
+    for t in range(T):
+        asked = run.plan()
+        if run.all_rest:
+            own.append(own[t] + PACE * run.forecast(own[t], None))
+            continue
+        c = cond_of(t, own[t])
+        u = uncond(t, own[t], own[1:]) if asked else None
+        a, b = run.combine(asked, c, u, own[t], W, None)
+        own.append(own[t] + PACE * (b + W * (a - b)))
+    return torch.stack(own[1:]), found[0]
+
+
+def test_an_exact_linear_toy_is_recovered():
+    """Where the wanted estimates are linear in what is kept, the run never leaves its reference."""
+    generator = torch.Generator().manual_seed(3)
+    true_c = torch.randn(T, T, generator=generator).double() / T
+    true_u = torch.randn(T, T, generator=generator).double() / T
+    kept_c, kept_d = [], {}
+
+    def linear(t, x, _states):
+        """c - u at estimated steps is a sum of kept predictions."""
+        c = cond_of(t, x)
+        kept_c[t:] = [c]
+        if CHOICES[t] == "both":
+            u = uncond_of(t, x)
+            kept_d[t] = c - u
+            return u
+        if CHOICES[t] == "cond":
+            return c
+        difference = sum(true_c[t, i] * kept_c[i] for i in range(t + 1))
+        return c - difference - sum(true_u[t, k] * d for k, d in kept_d.items() if k < t)
+
+    reference = sample(Schedule(("both",) * T), linear)
+    states, found = steered(reference, lambda t, x, _: uncond_of(t, x))
+    torch.testing.assert_close(states, reference, rtol=0, atol=1e-6)
+    for t, choice in enumerate(CHOICES):
+        if choice != "estimate":
+            continue
+        cond, uncond = [-true_c[t, i].item() for i in range(t + 1)], [0.0] * t
+        cond[t] += 1
+        for k in (k for k in range(t) if CHOICES[k] == "both"):
+            cond[k] -= true_u[t, k].item()
+            uncond[k] += true_u[t, k].item()
+        assert found.cond[t] == pytest.approx(cond, abs=1e-6)
+        assert found.uncond[t] == pytest.approx(uncond, abs=1e-6)
+    # What was found guides other runs likewise.
+    other = sample(Schedule(("both",) * T), linear, seed=5)
+    again = sample(Schedule(CHOICES, stand_in=found), lambda t, x, _: uncond_of(t, x), seed=5)
+    torch.testing.assert_close(again, other, rtol=0, atol=1e-6)
+
+
+def test_an_exact_forecast_is_recovered():
+    """Where guided predictions are linear in the last ones not forecast, so is the forecast."""
+    choices = ("both", "both", "forecast", "both", "cond", "forecast", "forecast")
+    weights = {2: {0: -0.4, 1: 1.3}, 5: {0: 0.3, 1: 0.2, 3: -0.5, 4: 0.9}, 6: {3: 0.6, 4: 0.4}}
+    x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    states, guided = [], []
+    for t, choice in enumerate(choices):
+        if choice == "forecast":
+            guided.append(sum(w * guided[i] for i, w in weights[t].items()))
+        else:
+            c, u = cond_of(t, x), uncond_of(t, x)
+            guided.append(c if choice == "cond" else u + W * (c - u))
+        x = x + PACE * guided[-1]
+        states.append(x)
+    got, found = steered(torch.stack(states), lambda t, x, _: uncond_of(t, x), choices)
+    torch.testing.assert_close(got, torch.stack(states), rtol=0, atol=1e-5)
+    for t, choice in enumerate(choices):
+        expected = [weights.get(t, {}).get(i, 0.0) for i in range(t)]
+        assert found.guided[t] == pytest.approx(expected, abs=1e-5)
+        if choice == "forecast":
+            assert found.cond[t] == (0.0,) * t + (1.0,) and found.uncond[t] == (0.0,) * t
+
+
+def test_a_forecast_is_made_of_the_last_few():
+    """Steps further back are given up, also where they would help."""
+    choices = ("both",) * 5 + ("forecast", "both")
+    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
+    reference = sample(Schedule(("both",) * T), uncond)
+    _, found = steered(reference, uncond, choices)
+    assert found.guided[5][0] == 0 and all(found.guided[5][1:])
+    with pytest.raises(ValueError, match="recent must be at least 1"):
+        Steer(choices, W, lambda t: None, print, recent=0)
+
+
+MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")
+
+
+@pytest.mark.parametrize("choices", [CHOICES, MIXED])
+@pytest.mark.parametrize("rows", [None, (0, 2, 3)])
+def test_the_schedule_found_repeats_the_run_it_was_fitted_on(rows, choices):
+    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
+    reference = sample(Schedule(("both",) * T), uncond)
+    states, found = steered(reference, uncond, choices, rows=rows, ridge=1e-3)
+    again = sample(Schedule(choices, stand_in=found), uncond)
+    torch.testing.assert_close(again, states, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(states, reference)
+
+
+def test_an_estimate_is_the_one_that_ends_nearest_to_the_reference():
+    """No other sum of the kept predictions brings that step's state closer."""
+    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
+    reference = sample(Schedule(("both",) * T), uncond)
+    choices = ("both", "both", *["estimate"] * (T - 2))
+    states, found = steered(reference, uncond, choices)
+    least = (states[2] - reference[2]).square().sum()
+    for kind, i in (("cond", 0), ("cond", 2), ("uncond", 1)):
+        for change in (-1e-3, 1e-3):
+            weights = [list(row) for row in getattr(found, kind)]
+            weights[2][i] += change
+            # A difference c_k - u_k is kept as one: its two weights move together.
+            both = {"cond": [list(row) for row in found.cond], "uncond": list(found.uncond)}
+            both[kind] = weights
+            if kind == "uncond":
+                both["cond"][2][i] -= change
+            moved = type(found)(both["cond"], both["uncond"])
+            other = sample(Schedule(choices, stand_in=moved), uncond)
+            assert (other[2] - reference[2]).square().sum() >= least - 1e-9
+
+
+def test_ridge_regression_of_given_vectors():
+    generator = torch.Generator().manual_seed(1)
+    known, aim = torch.randn(4, 50, generator=generator), torch.randn(50, generator=generator)
+    penalty = 0.1 * known.double().square().sum(1).mean()
+    rows = torch.cat([known.double().T, penalty.sqrt() * torch.eye(4).double()])
+    oracle = torch.linalg.lstsq(rows, torch.cat([aim.double(), torch.zeros(4)])).solution
+    torch.testing.assert_close(ridge_regression(known, aim, 0.1), oracle, rtol=1e-9, atol=1e-9)
+    known[1, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        ridge_regression(known, aim, 0.1)
+
+
+def test_choices_that_cannot_be_followed():
+    with pytest.raises(ValueError, match="no step before it evaluates"):
+        Steer(("estimate", "both"), W, lambda t: None, print)

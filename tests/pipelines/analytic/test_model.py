@@ -1,0 +1,269 @@
+"""Analytic denoisers in diffusers' clothes: any scheduler, saving, guidance, a latent space."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pilotage import pipelines
+from pilotage.eval import embedded
+from pilotage.eval.cli import app
+from pilotage.guidance import APG
+from pilotage.guidance.analytic import DENOISERS, DatasetStatistics, OptimalDenoiser
+from pilotage.pipelines import (
+    AnalyticDenoiserModel,
+    AnalyticDenoisingPipeline,
+    GaussianTeleport,
+    noise_level,
+)
+from pilotage.pipelines.analytic.model import encode_images
+
+from ... import components
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+CASES = [
+    ("DDIMScheduler", SD | {"prediction_type": "epsilon", "clip_sample": False}),
+    ("DDIMScheduler", SD | ZERO_SNR | {"prediction_type": "v_prediction"}),
+    ("DDPMScheduler", {"prediction_type": "sample", "clip_sample": False}),
+    ("EulerDiscreteScheduler", SD | {"use_karras_sigmas": True}),
+    ("HeunDiscreteScheduler", SD | {"prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", SD),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """uint8 pictures (60, 1, 6, 6) of three classes, and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    noise = torch.randint(0, 60, (60, 1, 6, 6), generator=generator)
+    return (noise + 80 * labels[:, None, None, None]).to(torch.uint8), labels
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{i}-{CASES[i][0]}")
+def test_the_scheduler_reads_the_denoisers_image_from_the_prediction(data, case):
+    name, settings = CASES[case]
+    scheduler = getattr(diffusers, name)(**settings)
+    model = AnalyticDenoiserModel.from_images(*data, method="optimal", scheduler=scheduler)
+    denoiser = OptimalDenoiser(data[0])
+    scheduler.set_timesteps(5)
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for t in scheduler.timesteps:
+        x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        level = noise_level(scheduler, t)
+        alpha, sigma = float(level.alpha), float(level.sigma)
+        pred = model(x_in, t).sample
+        if alpha > 0:
+            found = level.to_x0(pred, x_in)
+            expected = denoiser(x_in / alpha, sigma / alpha)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+        else:
+            mean = (data[0].double() / 127.5 - 1).mean(0)
+            flow = "Flow" in name
+            torch.testing.assert_close(pred, (x_in if flow else torch.zeros_like(x_in)) - mean)
+        x = scheduler.step(pred, t, x).prev_sample
+
+
+@pytest.mark.parametrize("method", DENOISERS)
+def test_every_method_samples_with_and_without_classes(data, method):
+    images, labels = data
+    pipe = quiet(AnalyticDenoisingPipeline(images=images, labels=labels, method=method))
+    made = pipe(2, num_inference_steps=3, generator=components.generators(2), output_type="latent")
+    assert made.images.shape == (2, 1, 6, 6) and made.images.isfinite().all()
+    made = pipe(
+        3, num_inference_steps=4, class_labels=[0, 1, 2], generator=components.generators(3),
+        output_type="pt",
+    ).images  # fmt: skip
+    # Classes differ by 80 grey levels of 255; a class' own spread is below 60.
+    levels = made.mean((1, 2, 3)) * 255
+    assert ((levels - torch.tensor([30.0, 110.0, 190.0])).abs() < 30).all()
+
+
+def test_guidance_goes_through_the_seam(data):
+    images, labels = data
+    pipe = quiet(AnalyticDenoisingPipeline(images=images, labels=labels, method="wiener"))
+    call = {
+        "num_images": 2, "num_inference_steps": 4, "class_labels": [0, 2], "guidance_scale": 3.0,
+        "output_type": "latent",
+    }  # fmt: skip
+
+    def run(**extra):
+        return pipe(**call | extra, generator=components.generators(2)).images
+
+    stock = run()
+    assert torch.equal(stock, run(guidance="cfg"))
+    assert pipe.guidance_trace.nfe == [8, 8]
+    torch.testing.assert_close(run(guidance=APG(1, 0, 0)), stock, rtol=1e-4, atol=1e-5)
+    assert (run(guidance="apg") - stock).abs().max() > 0.01
+    with pytest.raises(ValueError, match="needs class_labels"):
+        run(class_labels=None)
+    with pytest.raises(ValueError, match="0 to 2"):
+        run(class_labels=[0, 3])
+
+
+def test_saved_and_loaded_is_the_same(data, tmp_path):
+    images, labels = data
+    tau = {"tau": 0.3}
+    pipe = AnalyticDenoisingPipeline(images=images, labels=labels, method="local", options=tau)
+    quiet(pipe)
+    call = {"num_images": 2, "num_inference_steps": 3, "class_labels": [0, 1]}
+
+    def run(pipe):
+        return pipe(**call, generator=components.generators(2), output_type="latent").images
+
+    before = run(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 30000
+    again = quiet(AnalyticDenoisingPipeline.from_pretrained(tmp_path))
+    assert again.unet.images.dtype == torch.uint8 and again.unet.mean.dtype == torch.float64
+    assert again.unet.config.options == {"tau": 0.3}
+    assert torch.equal(run(again), before)
+    model = AnalyticDenoiserModel.from_pretrained(tmp_path / "unet")
+    assert model.statistics.identity == pipe.unet.statistics.identity
+
+
+def test_half_precision_in_and_out(data):
+    model = AnalyticDenoiserModel.from_images(*data, method="wiener")
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    full = model(x, 500).sample
+    half = model.to(torch.bfloat16)(x.bfloat16(), 500).sample
+    assert model.dtype == half.dtype == torch.bfloat16 and model.images.dtype == torch.uint8
+    assert (half.float() - full).abs().max() < 0.05
+
+
+def test_rows_with_their_own_timesteps(data):
+    model = AnalyticDenoiserModel.from_images(*data, method="ls", k=3)
+    x = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    steps = torch.tensor([900, 20, 900])
+    together = model(x, steps).sample
+    alone = torch.cat([model(x[i : i + 1], t).sample for i, t in enumerate(steps)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_attribution_names_the_training_image(data):
+    model = AnalyticDenoiserModel.from_images(*data, method="optimal")
+    y = data[0][7:8].float() / 127.5 - 1
+    _, info = model.denoise(y, 0.01, return_info=True)
+    assert (info.top == 7).all() and info.n_eff.max() < 1.001
+
+
+def test_a_folder_and_a_teleported_scheduler(data, tmp_path):
+    for i, image in enumerate(data[0]):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:02}.png")
+    pipe = quiet(AnalyticDenoisingPipeline(images=tmp_path, method="wiener"))
+    assert torch.equal(pipe.unet.images, data[0])
+    call = {"num_images": 3, "num_inference_steps": 100, "output_type": "latent"}
+    full = pipe(**call, generator=components.generators(3)).images
+    pipe.scheduler = GaussianTeleport(pipe.scheduler, pipe.unet.statistics, sigma_skip=1.0)
+    fast = pipe(**call, generator=components.generators(3)).images
+    assert pipe.scheduler.skipped > 20
+    spread = math.sqrt(pipe.unet.statistics.variance() / 36)
+    assert (full - fast).square().mean().sqrt() < 0.1 * spread
+
+
+def test_in_the_latent_space_of_an_autoencoder():
+    torch.manual_seed(0)
+    vae = components.vae()
+    images = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    pipe = quiet(
+        AnalyticDenoisingPipeline(vae=vae, images=images.to(torch.uint8), method="optimal")
+    )
+    latents, _ = encode_images(vae, images.to(torch.uint8))
+    assert torch.equal(pipe.unet.images, latents)
+    call = {"num_images": 2, "num_inference_steps": 8}
+    x = pipe(**call, generator=components.generators(2), output_type="latent").images
+    nearest = (x[:, None] - latents).flatten(2).norm(dim=2).min(1).values
+    assert nearest.max() < 0.05 * latents.flatten(1).norm(dim=1).mean()
+    picture = pipe(**call, generator=components.generators(2)).images[0]
+    assert picture.size == (16, 16) and picture.mode == "RGB"
+
+
+def test_classes_that_a_method_cannot_use_are_refused_up_front(data):
+    images, labels = data
+    y = torch.zeros(2, 1, 6, 6)
+    labels = torch.where(torch.arange(60) < 59, 2 * labels.clamp(max=1), 5)  # 0, 2 and one of 5
+    for method in ("wiener", "optimal"):
+        pipe = quiet(AnalyticDenoisingPipeline(images=images, labels=labels, method=method))
+        with pytest.raises(ValueError, match=f"method '{method}': no images of class 1"):
+            pipe(2, class_labels=[0, 1])
+        assert pipe(1, class_labels=2, num_inference_steps=2, output_type="latent").images.any()
+        if method == "wiener":
+            with pytest.raises(ValueError, match="'wiener', class 5: .*at least two images, got 1"):
+                pipe(2, class_labels=[0, 5])
+            with pytest.raises(ValueError, match="class 5: .*two images"):
+                pipe.unet.denoise(y, 1.0, torch.tensor([0, 5]))
+            for given in (None, torch.tensor([0, 2])):
+                with pytest.raises(ValueError, match="no info to return"):
+                    pipe.unet.denoise(y, 1.0, given, return_info=True)
+
+
+def test_flips_of_a_model_change_its_wiener_filter(data):
+    images = (data[0].float() * torch.linspace(1, 0, 6)).to(torch.uint8)
+    both = torch.cat([images, images.flip(-1)])
+    y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = AnalyticDenoiserModel.from_images(both, method="wiener").denoise(y, 1.0)
+    model = AnalyticDenoiserModel.from_images(images, method="wiener", flips=True)
+    torch.testing.assert_close(model.denoise(y, 1.0), expected, rtol=0, atol=1e-5)
+    model.set_method("wiener", flips=False)
+    assert (model.denoise(y, 1.0) - expected).abs().max() > 0.1
+    model.to(torch.float16).set_method("wiener", flips=True)
+    torch.testing.assert_close(model.denoise(y, 1.0), expected, rtol=0, atol=5e-3)
+    model.set_method("wiener", flips=False)
+    assert (model.denoise(y, 1.0) - expected).abs().max() > 0.1
+
+
+def test_large_pictures_are_refused_before_statistics_are_made(monkeypatch):
+    monkeypatch.setattr(DatasetStatistics, "from_images", None)
+    with pytest.raises(ValueError, match="n = 120000 coordinates"):
+        AnalyticDenoiserModel.from_images(torch.zeros(3, 3, 200, 200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("command", [["denoise", "{folder}"], ["generate", "noto style fox"]])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("out", "end in .png"), ("out.txt", "end in .png"), ("a.png", "a folder"), ("f/x.png", "f")],
+)
+def test_the_name_of_the_output_is_checked_before_anything_is_loaded(
+    tmp_path, monkeypatch, command, output, message
+):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "f").write_text("")
+    monkeypatch.setattr(embedded, "load_embedded", None)
+    monkeypatch.setattr(pipelines, "AnalyticDenoisingPipeline", None)
+    call = [part.format(folder=tmp_path) for part in command]
+    result = CliRunner().invoke(app, [*call, "-o", str(tmp_path / output)])
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_bad_input_is_refused(data):
+    images, labels = data
+    with pytest.raises(ValueError, match="unknown method 'magic'.*wiener"):
+        AnalyticDenoiserModel.from_images(images, method="magic")
+    with pytest.raises(ValueError, match="expected one of unet, images and dataset, got 0"):
+        AnalyticDenoisingPipeline()
+    with pytest.raises(ValueError, match="two images"):
+        AnalyticDenoisingPipeline(images=images[:1])
+    with pytest.raises(ValueError, match="the same"):
+        AnalyticDenoisingPipeline(images=images[:1].expand(5, -1, -1, -1))
+    pipe = quiet(AnalyticDenoisingPipeline(images=images, method="wiener"))
+    with pytest.raises(ValueError, match="without labels"):
+        pipe(class_labels=1)
+    with pytest.raises(ValueError, match=r"expected \(1, 1, 6, 6\)"):
+        pipe(latents=torch.zeros(1, 3, 6, 6))
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="disagree about flow, prediction_type"):
+        pipe()
+    statistics = DatasetStatistics.from_images(torch.rand(9, 3, 6, 6))
+    with pytest.raises(ValueError, match="statistics"):
+        AnalyticDenoiserModel.from_images(images, statistics=statistics)

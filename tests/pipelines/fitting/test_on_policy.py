@@ -1,0 +1,156 @@
+"""Schedules with estimates fitted on their own runs, on the embedded model."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+
+from pilotage.eval.embedded import load_embedded
+from pilotage.guidance import CFG, Guidance, LinearAG, Schedule
+from pilotage.guidance.policies.alternating import alternating
+from pilotage.pipelines.fitting.fit import fit
+from pilotage.pipelines.fitting.on_policy import Steering, fit_schedule
+
+PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus", "blob style penguin"]
+PROMPTS += ["flat style rose"]
+STEPS = 5
+CHOICES = ("both", "both", "estimate", "cond", "estimate")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def steering(pipe):
+    return Steering(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=4)
+
+
+def run(pipe, guidance):
+    """Final latents of the prompts, all at once, and the evaluations of each."""
+    call = {"guidance_scale": 7.5, "num_inference_steps": STEPS, "output_type": "latent"}
+    generator = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    latents = pipe(PROMPTS, guidance=guidance, generator=generator, **call).images
+    return latents, pipe.guidance_trace.nfe
+
+
+def test_a_schedule_does_what_it_was_fitted_to(pipe, steering):
+    network = pipe.unet
+    sizes = []
+    handle = network.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    try:
+        found, latents = steering.fit(CHOICES)
+    finally:
+        handle.remove()
+    assert pipe.unet is network
+    assert max(sizes) <= 4 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
+    again, nfe = run(pipe, found.schedule)
+    assert nfe == [STEPS + 2] * len(PROMPTS)
+    torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
+    plain, _ = run(pipe, "cfg")
+    torch.testing.assert_close(steering.states[-1], plain, rtol=1e-3, atol=1e-3)
+    assert (found.trajectories, found.held_out) == (4, 1)
+    apart = (again[:4] - plain[:4]).square().sum() / plain[:4].square().sum()
+    assert found.distance[-1] == pytest.approx(apart.item(), rel=1e-2)
+    assert found.distance[:2] == (0.0, 0.0)
+    with pytest.raises(ValueError, match="num_inference_steps was 5, here it is 4"):
+        pipe(PROMPTS[0], guidance=found.schedule, num_inference_steps=4)
+
+
+def test_nothing_estimated_is_plain_guidance(steering):
+    found, latents = steering.fit(("both",) * STEPS)
+    assert found.distance == (0.0,) * STEPS
+    assert torch.equal(latents, steering.states[-1])
+
+
+def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, steering):
+    choices = ("both", "both", "estimate", "both", "estimate")
+    found, latents = steering.fit(choices)
+    regressed = fit(pipe, PROMPTS, num_inference_steps=STEPS, progress=False).coefficients
+    other, _ = run(pipe, Schedule(choices, stand_in=regressed))
+    far, near = ((x - steering.states[-1]).square().mean() for x in (other, latents))
+    assert near < 0.9 * far
+
+
+def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, steering):
+    choices = ("both", "both", "forecast", "both", "forecast")
+    found, latents = steering.fit(choices)
+    again, nfe = run(pipe, found.schedule)
+    assert nfe == [6] * len(PROMPTS)
+    torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
+    held, _ = run(pipe, Schedule(choices))
+    generator = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    options = {"guidance_scale": 7.5, "num_inference_steps": 3, "output_type": "latent"}
+    fewer = pipe(PROMPTS, generator=generator, **options).images
+    near, *far = ((x - steering.states[-1]).square().mean() for x in (latents, held, fewer))
+    assert near < 0.9 * min(far)
+
+
+@pytest.mark.parametrize(
+    ("tail", "choice", "cost"),
+    [("linear", "estimate", STEPS + 1), ("forecast", "forecast", STEPS + 2)],
+)
+def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, steering, tail, choice, cost):
+    found, latents = steering.fit(alternating(STEPS, 2, 0.5, choice))
+    policy = LinearAG(tail=tail, coefficients=found.coefficients)
+    again, nfe = run(pipe, Guidance(CFG(), policy))
+    assert nfe == [cost] * len(PROMPTS)
+    torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_that_were_not_fitted_are_not_estimated(steering):
+    """Coefficients of one schedule hold estimates and forecasts of its own steps only."""
+    found = steering.fit(("both", "both", "estimate", "forecast", "both"))[0].coefficients
+    Schedule(("both", "both", "estimate", "forecast", "cond"), stand_in=found)
+    for index, choice, message in (
+        (4, "estimate", "hold no estimate of step 4"),
+        (1, "estimate", "hold no estimate of step 1"),
+        (4, "forecast", "hold no forecast of step 4"),
+    ):
+        choices = ["both"] * STEPS
+        choices[index] = choice
+        with pytest.raises(ValueError, match=message):
+            Schedule(choices, stand_in=found)
+    with pytest.raises(ValueError, match="hold no estimate of step 4"):
+        LinearAG(tail="linear", head=0.6, coefficients=found)
+
+
+def test_other_schedulers(pipe):
+    """A first-order one works alike; one that clips or adds noise is refused."""
+    stock = pipe.scheduler
+    try:
+        pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
+        with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
+            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+        pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
+        found = fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+        assert 0 < found.distance[2] < 0.2
+        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
+            stock.config, rescale_betas_zero_snr=False
+        )
+        with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
+            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+    finally:
+        pipe.scheduler = stock
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": PROMPTS[:1]}, "at least 2 prompts"),
+        ({"guidance_scale": 1.0}, "finite and > 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"ridge": -1.0}, "ridge"),
+    ],
+)
+def test_bad_settings_fail_before_anything_runs(pipe, changes, message):
+    arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS} | changes
+    with pytest.raises(ValueError, match=message):
+        Steering(pipe, **arguments)
+
+
+def test_choices_of_another_length(steering):
+    with pytest.raises(ValueError, match="2 choices for a run of 5 steps"):
+        steering.fit(("both", "cond"))

@@ -1,0 +1,330 @@
+"""int8 layers against their closed-form error bound; pipelines, other backends, files."""
+
+import copy
+
+import diffusers as df
+import gguf
+import pytest
+import safetensors.torch
+import torch
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from optimum.quanto import freeze, qint8
+from optimum.quanto import quantize as quanto_quantize
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
+
+from pilotage.pipelines.quantization.files import load_quantized, save_quantized
+from pilotage.pipelines.quantization.int8 import Int8Conv2d, Int8Layer, Int8Linear, quantize_weight
+from pilotage.pipelines.quantization.quantize import quantize, quantized_bytes
+
+from ... import components as c
+from ...families import FAMILIES
+
+CONVOLUTIONS = {
+    "plain": {"kernel_size": 3, "padding": 1},
+    "odd": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 1)},
+    "groups": {"kernel_size": 3, "groups": 3, "bias": False},
+    "dilated": {"kernel_size": 3, "dilation": (2, 1), "padding": 2},
+    "reflect": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "stride": 2},
+    "same": {"kernel_size": (4, 3), "padding": "same"},
+    "valid": {"kernel_size": 3, "padding": "valid", "padding_mode": "replicate"},
+}
+
+
+def layers():
+    torch.manual_seed(0)
+    yield nn.Linear(7, 5), torch.randn(3, 2, 7)
+    yield nn.Linear(13, 1, bias=False), torch.randn(1, 13)
+    for settings in CONVOLUTIONS.values():
+        yield nn.Conv2d(9, 6, **settings), torch.randn(2, 9, 8, 7)
+
+
+LAYERS = list(layers())
+
+
+def int8(layer):
+    return (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv2d)(layer)
+
+
+def rounding_bound(layer, x):
+    """s / 2 * sum |x|: the layer itself on |x|, with weights that are half a step each."""
+    bound = copy.deepcopy(layer)
+    _, scale = quantize_weight(layer.weight)
+    half = (scale.double() / 2).reshape(-1, *[1] * (layer.weight.ndim - 1))
+    with torch.no_grad():
+        bound.weight.copy_(half.expand_as(layer.weight))
+        if bound.bias is not None:
+            bound.bias.zero_()
+    return bound.double()(x.double().abs())
+
+
+@pytest.mark.parametrize(("layer", "x"), LAYERS)
+@torch.no_grad()
+def test_error_stays_within_half_a_step(layer, x):
+    exact = copy.deepcopy(layer).double()(x.double())
+    bound = rounding_bound(layer, x)
+    double = int8(layer)(x.double())
+    # 2^-20: quotient and scale are float32.
+    assert ((double - exact).abs() <= bound * (1 + 2**-20) + 1e-12).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        out = int8(copy.deepcopy(layer).to(dtype)).to(dtype)(x.to(dtype))
+        assert (out.dtype, out.shape) == (dtype, exact.shape)
+        # Input, scale, output and bias are rounded to the dtype; the int8 weight is exact in it.
+        size = copy.deepcopy(layer).double()
+        size.weight.abs_()
+        if size.bias is not None:
+            size.bias.abs_()
+        eps = torch.finfo(dtype).eps
+        slack = (6 + x[0].numel() * (dtype == torch.float32)) * eps * size(x.double().abs())
+        assert ((out.double() - exact).abs() <= 1.01 * bound + slack).all()
+
+
+def test_zero_channels_stay_zero_and_extremes_are_exact():
+    layer = nn.Linear(4, 3, bias=False)
+    rows = torch.tensor([[0.0, 0, 0, 0], [127, -64, 1, 0], [-0.5, 0.25, 0, 0.5]])
+    layer.weight = nn.Parameter(rows)
+    quantized = Int8Linear(layer)
+    assert quantized.weight.tolist()[:2] == [[0, 0, 0, 0], [127, -64, 1, 0]]
+    out = quantized(torch.eye(4)).T
+    assert torch.equal(out[0], torch.zeros(4))
+    torch.testing.assert_close(out[1], rows[1])
+    half = Int8Linear(layer).half()(torch.full((1, 4), 300.0, dtype=torch.float16))
+    assert half.isfinite().all()  # 300 * 127 + 300 * 64 is inside float16, plain int8 sums are not
+
+
+def test_scale_survives_a_cast_and_weights_with_nan_are_refused():
+    layer = Int8Linear(nn.Linear(5, 3))
+    before = layer.scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.scale.dtype == torch.float32 and torch.equal(layer.scale, before)
+    assert layer.bias.dtype == torch.bfloat16 and layer.weight.dtype == torch.int8
+    broken = nn.Linear(5, 3)
+    with torch.no_grad():
+        broken.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        Int8Linear(broken)
+
+
+@pytest.mark.parametrize(("layer", "x"), LAYERS)
+def test_gradient_reaches_the_input_and_only_int8_is_kept(layer, x):
+    quantized = int8(layer)
+    x = x.double().requires_grad_()
+    kept = []
+
+    def keep(tensor):
+        if tensor.dtype != x.dtype:  # padding keeps its input, which is there anyway
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = quantized(x)
+    direction = torch.randn(out.shape, dtype=x.dtype)
+    (grad,) = torch.autograd.grad(out, x, direction)
+    restored = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        shape = (-1, *[1] * (layer.weight.ndim - 1))
+        restored.weight.copy_(quantized.weight.double() * quantized.scale.double().reshape(shape))
+    (expected,) = torch.autograd.grad(restored(x), x, direction)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+    assert {t.dtype for t in kept} == {torch.int8, torch.float32}
+    assert sum(t.nbytes for t in kept if t.dtype != torch.int8) == 4 * len(quantized.scale)
+
+
+def families():
+    return {name: FAMILIES[name] for name in ("sd", "sdxl")}
+
+
+@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("backend", ["pilotage", "auto"])
+def test_whole_pipelines(name, backend):
+    family = FAMILIES[name]
+    stock = family.build()
+    expected = stock(**family.call(1, False) | {"num_inference_steps": 2})[0]
+    pipe = family.build()
+    report = quantize(pipe, backend=backend)
+    sizes = quantized_bytes(pipe)
+    assert set(report.layers) == (
+        {"pilotage"} if backend == "pilotage" else {"pilotage", "torchao"}
+    )
+    assert (report.bytes_before, report.bytes_after) == (
+        quantized_bytes(stock)["total"],
+        sizes["total"],
+    )
+    # Every weight of a Linear or Conv2d is one byte; torchao has a zero point for each output.
+    networks = (stock.unet, stock.vae, stock.text_encoder, getattr(stock, "text_encoder_2", None))
+    weights = [
+        layer.weight
+        for network in networks
+        if network is not None
+        for layer in network.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    zero_points = sum(len(w) for w in weights if w.ndim == 2 and backend == "auto")
+    assert sizes["int8"] == sum(w.numel() for w in weights) + zero_points
+    assert sum(report.layers.values()) == len(weights)
+    got = pipe(**family.call(1, False) | {"num_inference_steps": 2})[0]
+    assert got.shape == expected.shape
+    error = (got - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+
+
+def test_gradients_never_go_through_torchao():
+    pipe = FAMILIES["sd"].build()
+    report = quantize(pipe.unet, gradients=True)
+    assert set(report.layers) == {"pilotage"}
+    with pytest.raises(ValueError, match="torchao keeps dequantized"):
+        quantize(FAMILIES["sd"].build().unet, backend="torchao", gradients=True)
+
+
+def test_checkpointed_backward_equals_the_plain_one():
+    unet = FAMILIES["sd"].build().unet
+    quantize(unet, backend="pilotage")
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16, requires_grad=True)
+    grads = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        loss = unet(x, 10, text).sample.square().sum()
+        grads.append(torch.autograd.grad(loss, text)[0])
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.entry = nn.Linear(4, 4)
+        self.up = nn.ConvTranspose2d(2, 2, 3)
+        self.line = nn.Conv1d(2, 2, 3)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.again = self.entry
+
+
+def test_what_is_not_covered_is_named_and_nothing_changes():
+    module = Mixed()
+    with pytest.raises(ValueError) as error:
+        quantize(module)
+    for name in ("up (ConvTranspose2d)", "line (Conv1d)", "attention (MultiheadAttention)"):
+        assert name in str(error.value)
+    assert type(module.entry) is nn.Linear
+    report = quantize(module, backend="pilotage", skip=("up", "line", "attention*"))
+    assert report.layers == {"pilotage": 1} and module.again is module.entry
+    assert report.kept == ("up", "line", "attention", "attention.out_proj")
+    assert type(module.entry) is Int8Linear and type(module.attention.out_proj) is not Int8Linear
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        (Mixed(), {"dtype": "int4"}, "'int8', got 'int4'"),
+        (Mixed(), {"backend": "quanto"}, "auto, torchao, pilotage"),
+        (nn.Linear(2, 2), {}, "single layer"),
+        (object(), {}, "a pipeline with one of unet"),
+    ],
+)
+def test_bad_input(target, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(target, **arguments)
+
+
+def test_layers_with_hooks_are_refused():
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0].register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match="before hooks"):
+        quantize(module)
+
+
+def test_files(tmp_path):
+    pipe, fresh = FAMILIES["sd"].build(), FAMILIES["sd"].build()
+    with torch.no_grad():
+        for parameter in fresh.unet.parameters():
+            parameter.add_(1.0)
+    quantize(pipe.unet, backend="pilotage")
+    path = tmp_path / "folder" / "unet.safetensors"
+    save_quantized(pipe.unet, path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert path.stat().st_size == header + quantized_bytes(pipe.unet)["total"]
+    load_quantized(fresh.unet, path)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(x, 10, text).sample, fresh.unet(x, 10, text).sample)
+    load_quantized(fresh.unet, path)  # into layers that are int8 already
+    with pytest.raises(ValueError, match="no Linear or Conv2d|architecture"):
+        load_quantized(FAMILIES["sd"].build().vae, path)
+    with pytest.raises(ValueError, match="quantize"):
+        save_quantized(FAMILIES["sd"].build().unet, path)
+    mixed = FAMILIES["sd"].build().unet
+    quantize(mixed, backend="torchao")
+    with pytest.raises(ValueError, match="another backend"):
+        save_quantized(mixed, path)
+    stranger = tmp_path / "stranger.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, stranger)
+    with pytest.raises(ValueError, match="metadata"):
+        load_quantized(fresh.unet, stranger)
+    stranger.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="whole safetensors"):
+        load_quantized(fresh.unet, stranger)
+
+
+def torchao_unet(unet, folder):
+    unet.save_pretrained(folder)
+    config = df.TorchAoConfig(Int8WeightOnlyConfig())
+    return df.UNet2DConditionModel.from_pretrained(
+        folder, quantization_config=config, torch_dtype=torch.float32
+    )
+
+
+def quanto_unet(unet, folder):
+    unet = copy.deepcopy(unet)
+    linear = [name for name, m in unet.named_modules() if isinstance(m, nn.Linear)]
+    quanto_quantize(unet, weights=qint8, include=linear)
+    freeze(unet)
+    return unet
+
+
+def gguf_unet(unet, folder):
+    """diffusers' GGUF layers; its loader reads whole published checkpoints only."""
+    unet = copy.deepcopy(unet)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for parent in list(unet.modules()):
+        for name, child in list(parent.named_children()):
+            # Q8_0 packs 32 weights of a row into one block.
+            if type(child) is nn.Linear and child.in_features % 32 == 0:
+                layer = GGUFLinear(
+                    child.in_features,
+                    child.out_features,
+                    child.bias is not None,
+                    compute_dtype=torch.float32,
+                )
+                packed = torch.from_numpy(gguf.quantize(child.weight.detach().numpy(), kind))
+                layer.weight, layer.bias = GGUFParameter(packed, quant_type=kind), child.bias
+                setattr(parent, name, layer)
+    return unet
+
+
+@pytest.mark.parametrize("other", [torchao_unet, quanto_unet, gguf_unet])
+def test_networks_quantized_by_another_backend_keep_it(other, tmp_path):
+    torch.manual_seed(0)
+    stock = c.unet(block_out_channels=(32, 64), norm_num_groups=8)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    unet = other(stock, tmp_path)
+    report = quantize(unet, backend="pilotage")
+    assert report.kept and report.layers["pilotage"]
+    assert not any(type(m) is nn.Conv2d for m in unet.modules())
+    for name in report.kept:
+        assert not isinstance(unet.get_submodule(name), Int8Layer)
+    with torch.no_grad():
+        expected, got = stock(x, 10, text).sample, unet(x, 10, text).sample
+    assert 0 < (got - expected).norm() / expected.norm() < 0.05
+
+
+def test_without_torchao(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    module = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ImportError, match="pip install torchao"):
+        quantize(module, backend="torchao")
+    assert quantize(module).layers == {"pilotage": 1}
