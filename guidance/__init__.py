@@ -1,22 +1,59 @@
 """The mathematics of guidance, on tensors: rules, policies, and the state of a run."""
 
-from .base import Always, Guidance, Interval, Policy, PolicyState, Rule, Step
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from .base import (
+    Always,
+    Decision,
+    Fill,
+    Guidance,
+    Policy,
+    PolicyState,
+    Predictions,
+    Rule,
+    Step,
+    Weights,
+)
 from .fitting.regression import Gram, fit_coefficients, r_squared
-from .policies.adaptive import AdaptiveGuidance, cosine
-from .policies.alternating import Extrapolate, Hold
-from .policies.fill import ExtrapolateDifference, HoldDifference, StandIn, Weights
-from .policies.forecast import Forecast
-from .policies.linear_ag import Coefficients, LinearAG
-from .policies.schedule import Schedule
-from .prediction import PREDICTION_TYPES, NoiseLevel, PredictionType, Space
+from .policies import (
+    AdaptiveGuidance,
+    Coefficients,
+    ExtrapolateDifference,
+    HoldDifference,
+    Interval,
+    Pattern,
+    Schedule,
+    extrapolate,
+    forecast,
+    gate,
+    hold,
+    linear_ag,
+)
+from .prediction import PREDICTION_TYPES, NoiseLevel, PredictionType, Space, cosine
 from .presets import PRESETS, available, resolve
-from .rules.apg import APG, apg
-from .rules.cfg import CFG, cfg
-from .rules.cfg_zero_star import CFGZeroStar, cfg_zero_star
-from .rules.frequency_decoupled import FDG, fdg
-from .rules.magnitude_aware import MagnitudeAware, magnitude_aware
-from .rules.rescale import CFGRescale, cfg_rescale
-from .rules.tcfg import TCFG, tangential_damping, tcfg
+from .registry import register
+from .rules import (
+    APG,
+    CFG,
+    FDG,
+    TCFG,
+    CFGPlusPlus,
+    CFGRescale,
+    CFGZeroStar,
+    MagnitudeAware,
+    apg,
+    cfg,
+    cfg_plus_plus_scale,
+    cfg_rescale,
+    cfg_zero_star,
+    fdg,
+    magnitude_aware,
+    tangential_damping,
+    tcfg,
+)
 from .run import NonFinitePredictionError, Run
 from .saved import load_guidance, save_guidance
 from .trace import StepRecord, Trace
@@ -30,29 +67,29 @@ __all__ = [
     "TCFG",
     "AdaptiveGuidance",
     "Always",
+    "CFGPlusPlus",
     "CFGRescale",
     "CFGZeroStar",
     "Coefficients",
-    "Extrapolate",
+    "Decision",
     "ExtrapolateDifference",
-    "Forecast",
+    "Fill",
     "Gram",
     "Guidance",
-    "Hold",
     "HoldDifference",
     "Interval",
-    "LinearAG",
     "MagnitudeAware",
     "NoiseLevel",
     "NonFinitePredictionError",
+    "Pattern",
     "Policy",
     "PolicyState",
     "PredictionType",
+    "Predictions",
     "Rule",
     "Run",
     "Schedule",
     "Space",
-    "StandIn",
     "Step",
     "StepRecord",
     "Trace",
@@ -60,16 +97,54 @@ __all__ = [
     "apg",
     "available",
     "cfg",
+    "cfg_plus_plus_scale",
     "cfg_rescale",
     "cfg_zero_star",
     "cosine",
+    "extrapolate",
     "fdg",
     "fit_coefficients",
+    "forecast",
+    "gate",
+    "hold",
+    "linear_ag",
     "load_guidance",
     "magnitude_aware",
     "r_squared",
+    "register",
     "resolve",
     "save_guidance",
     "tangential_damping",
     "tcfg",
 ]
+
+
+def _first(make: Callable[..., Schedule]) -> Callable[..., Schedule]:
+    """A setting of `Schedule` with the arguments that its class had in version 0.1."""
+
+    @functools.wraps(make)
+    def call(*args: Any, head: float | None = None, tail: str | None = None, **rest: Any) -> Any:
+        rest |= {} if head is None else {"first": head}
+        estimated = ("hold", "extrapolate", "linear")
+        rest |= {} if tail is None else {"then": "estimate" if tail in estimated else tail}
+        return make(*args, **rest)
+
+    return call
+
+
+# Names of version 0.1, to go with version 0.3 -> what they are called now, and what they give.
+_RENAMED: dict[str, tuple[str, Any]] = {
+    "Extrapolate": ("extrapolate", _first(extrapolate)),
+    "Forecast": ("forecast", _first(forecast)),
+    "Hold": ("hold", _first(hold)),
+    "LinearAG": ("linear_ag", _first(linear_ag)),
+    "StandIn": ("Fill", Fill),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    now, value = _RENAMED[name]
+    warnings.warn(f"{name} is called {now} now", FutureWarning, stacklevel=2)
+    return value

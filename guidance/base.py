@@ -1,106 +1,253 @@
-"""What guidance is made of: rules, policies, the two together, and the steps of a run."""
+"""What guidance is made of: rules, policies, the two together, and the steps of a run.
+
+A *rule* says how the predictions of the branches combine; a *policy* says which branches are
+evaluated at a step. Both are frozen dataclasses of their settings and hold no state of a run.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from .prediction import Space
+from .prediction import NoiseLevel, Space
 
-
-def _cfg():
-    from .rules.cfg import CFG
-
-    return CFG()
+Kind = Literal["cond", "uncond", "guided"]
+"""What can be kept of a step: the prediction of a branch, or the guided one."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a run is.
+    """Where a run is, as far as rules and policies may know.
 
     Args:
         index: Network evaluation within the run, from 0.
         total: Number of network evaluations of the run.
-        noise: sigma / alpha of the network's input (the variance-exploding noise level); None
-            where the scheduler's noise level is unknown.
+        level: Noise level of the network's input, with what the network predicts; None where
+            neither rule nor policy asked for it.
+        next_level: Noise level that the solver goes to; None likewise.
+        x_t: The network's input, with shape (B, \\*), as far as its channels are guided.
     """
 
     index: int
     total: int
-    noise: float | None
+    level: NoiseLevel | None = None
+    next_level: NoiseLevel | None = None
+    x_t: Tensor | None = None
+
+    def levels(self) -> tuple[NoiseLevel, NoiseLevel]:
+        """Noise levels now and next, for rules with `Rule.needs_next_level`.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        if self.level is None or self.next_level is None:
+            raise ValueError(f"the noise levels of step {self.index} are not known")
+        return self.level, self.next_level
+
+
+class Predictions:
+    """The predictions of a step's branches by name, in either space, converted at most once.
+
+    Args:
+        native: Name of a branch -> the network's output, with shape (B, \\*).
+        step: Gives the noise level and x_t by which they are converted.
+    """
+
+    def __init__(self, native: Mapping[str, Tensor], step: Step) -> None:
+        self.native, self.step = dict(native), step
+        self._x0: dict[str, Tensor] = {}
+
+    def get(self, branch: str, space: Space) -> Tensor:
+        """The prediction of one branch, with shape (B, \\*).
+
+        Args:
+            branch: "cond", "uncond", or the name of a further branch.
+            space: "native" is the network's output in its own dtype; "x0" the denoised image, in
+                float32 (float64 if the output is).
+
+        Raises:
+            ValueError: there is no such branch, or the noise level is not known.
+        """
+        if branch not in self.native:
+            raise ValueError(f"no branch {branch!r}: this step has {', '.join(self.native)}")
+        if space == "native":
+            return self.native[branch]
+        if branch not in self._x0:
+            level, x_t = self._known()
+            self._x0[branch] = level.to_x0(self.native[branch], x_t)
+        return self._x0[branch]
+
+    def pair(self, space: Space) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional prediction; see `get`."""
+        return self.get("cond", space), self.get("uncond", space)
+
+    def to_native(self, prediction: Tensor, space: Space) -> Tensor:
+        """A prediction made in `space` as a network's output, in the dtype of these.
+
+        Where a denoised image says nothing of the output (sigma = 0), it is the conditional one.
+        """
+        cond = self.native["cond"]
+        if space == "x0":
+            level, x_t = self._known()
+            _, a_p = level.coefficients()
+            prediction = level.from_x0(prediction, x_t)
+            if isinstance(a_p, Tensor):
+                prediction = torch.where(a_p == 0, cond.to(prediction.dtype), prediction)
+            elif a_p == 0:
+                prediction = cond
+        return prediction.to(cond.dtype)
+
+    def _known(self) -> tuple[NoiseLevel, Tensor]:
+        if self.step.level is None or self.step.x_t is None:
+            raise ValueError("denoised images need the noise level of the scheduler and x_t")
+        return self.step.level, self.step.x_t
+
+
+class Rule:
+    """Base of all rules. Subclasses are frozen dataclasses of their settings.
+
+    A rule is pure: it reads the predictions, the step, the scale and its own state, and returns
+    the guided prediction and the new state. It knows neither the policy nor a pipeline.
+
+    Attributes:
+        name: The name by which ``pipe(..., guidance=name)`` finds the rule; see `register`.
+        space: Where the rule acts, and what `combine` returns: denoised images ("x0") or raw
+            network outputs ("native").
+        needs_next_level: Whether the rule reads `Step.levels`. It is then refused on solvers other
+            than Euler and DDIM without added noise, whose steps lead from one level to the next.
+        is_pipelines_own: Whether `combine` is what every pipeline does itself: `CFG` alone.
+    """
+
+    name: ClassVar[str]
+    space: Space = "native"
+    needs_next_level: ClassVar[bool] = False
+    is_pipelines_own: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "combine" in vars(cls) and "is_pipelines_own" not in vars(cls):
+            cls.is_pipelines_own = False  # a rule derived from CFG combines in its own way
+
+    @property
+    def needs_flow(self) -> bool:
+        """Whether the rule makes sense for networks that predict a flow velocity only."""
+        return False
+
+    def combine(
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction and the new state.
+
+        Args:
+            predictions: Of every branch, each with shape (B, \\*):
+                ``cond, uncond = predictions.pair(self.space)``.
+            step: Where the run is.
+            w: Guidance scale for this step; 1 means no guidance. A number, a 0-d tensor if
+                gradients are to flow through it, or a tensor of shape (B, 1, ...) where samples
+                have different ones.
+            state: What the last guided step returned for these samples, with shape (B, \\*); None
+                at the first.
+
+        Returns:
+            The guided prediction, with shape (B, \\*), in the rule's space, float32 or the
+            predictions' dtype; and what the next step is to be given, with shape (B, \\*), or None.
+        """
+        raise NotImplementedError
+
+    def __or__(self, policy: Policy) -> Guidance:
+        return Guidance(self, policy)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weighted sum of past predictions.
+
+    Args:
+        cond: Step -> weight of the conditional prediction of that step.
+        uncond: Step -> weight of the unconditional prediction of that step, or of its estimate.
+        guided: Step -> weight of the guided prediction of that step.
+    """
+
+    cond: Mapping[int, float] = field(default_factory=dict)
+    uncond: Mapping[int, float] = field(default_factory=dict)
+    guided: Mapping[int, float] = field(default_factory=dict)
+
+    def terms(self) -> list[tuple[Kind, int, float]]:
+        """(kind, step, weight) of everything whose weight is not 0."""
+        kinds: tuple[tuple[Kind, Mapping[int, float]], ...] = (
+            ("cond", self.cond),
+            ("uncond", self.uncond),
+            ("guided", self.guided),
+        )
+        return [(kind, i, w) for kind, of in kinds for i, w in of.items() if w != 0]
+
+
+Kept = Mapping[tuple[Kind, int], Tensor]
+"""(kind, step) -> what a run keeps of it, with shape (B, \\*), in the policy's space."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one sample does at one step.
+
+    Args:
+        evaluate: The branches that are evaluated: ("cond", "uncond"), ("cond",), or () for a
+            skipped step.
+        factor: What w - 1 is multiplied with; a 0-d tensor if gradients are to flow through it.
+        reuse: Weights of past predictions. Beside ("cond",) the sum is the *estimate* of the
+            unconditional prediction; None: the conditional one stands alone. At a skipped step the
+            sum is the guided prediction. A function is given what the run keeps when the sum is
+            needed, the conditional prediction of this step included.
+    """
+
+    evaluate: tuple[str, ...] = ("cond", "uncond")
+    factor: float | Tensor = 1.0
+    reuse: Weights | Callable[[Kept], Weights] | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether nothing is evaluated."""
+        return not self.evaluate
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the unconditional prediction is estimated."""
+        return self.evaluate == ("cond",) and self.reuse is not None
+
+    @property
+    def changes_combination(self) -> bool:
+        """Whether the guided prediction is another than the pipeline's own at its scale."""
+        return self.skips or isinstance(self.factor, Tensor) or self.factor != 1
+
+
+BOTH = Decision()
+COND = Decision(("cond",))
 
 
 class PolicyState:
-    """What a policy remembers during one run; the base remembers nothing."""
+    """What a policy remembers during one run."""
 
-    def wanted(self, step: Step) -> list[bool]:
-        """For every sample, whether its unconditional branch is to be evaluated at this step."""
+    def decide(self, step: Step) -> Sequence[Decision]:
+        """What every sample does at this step, B decisions."""
         raise NotImplementedError
 
-    def observe(self, step: Step, rows: list[int], gamma: Tensor | None) -> None:
-        """See the predictions of a step; called after every step with a guided sample.
+    def keep_until(self, kind: Kind, step: int) -> int:
+        """The last step that reuses the prediction `kind` of `step`; -1: none does."""
+        return -1
+
+    def observe(self, step: Step, rows: Sequence[int], gamma: Tensor | None, kept: Kept) -> None:
+        """Look at a step at its end; called after every step with a guided sample.
 
         Args:
             step: The step just evaluated.
-            rows: The samples whose both branches were evaluated.
+            rows: The samples that were guided, by predictions or estimates.
             gamma: Cosine of conditional and unconditional prediction in the policy's space, with
-                shape (len(rows),), on the network's device; None if `needs_gamma` is False.
-        """
-
-    def scale(self, step: Step, guidance_scale: float) -> float | Tensor:
-        """w at this step (0-d if to be differentiated by); `guidance_scale` was asked for."""
-        return guidance_scale
-
-    def estimate(self, step: Step, pred_cond: Tensor) -> Tensor | None:
-        """What stands in for the unconditional predictions at a step that evaluates none.
-
-        Asked only of policies with `needs_history`.
-
-        Args:
-            step: The step just evaluated.
-            pred_cond: Conditional prediction in the policy's space, with shape (B, \\*).
-
-        Returns:
-            The estimate in the same space and shape; None: the conditional prediction stands alone.
-        """
-        return None
-
-    def keep(self, step: Step, pred_cond: Tensor, pred_uncond: Tensor) -> None:
-        """Remember the predictions of a guided step, whether evaluated or estimated.
-
-        Asked only of policies with `needs_history`; both have the shape (B, \\*), in its space.
-        """
-
-    def resting(self, step: Step) -> list[int]:
-        """The samples that evaluate nothing at this step, none of them wanted.
-
-        Asked after `wanted`.
-        """
-        return []
-
-    def forecast(self, step: Step) -> Tensor:
-        """Guided predictions in the policy's space, with shape (B, \\*).
-
-        Only those of the samples that rest are read.
-        """
-        raise NotImplementedError
-
-    def wants_guided(self, step: Step) -> bool:
-        """Whether `keep_guided` is to be told what the rule made of this step."""
-        return False
-
-    def keep_guided(self, step: Step, guided: Tensor) -> None:
-        """Remember the guided predictions of a step, in the policy's space.
-
-        Those of samples that rest, in a batch of which others do not, are their forecasts.
-
-        Args:
-            step: The step just evaluated.
-            guided: With shape (B, \\*).
+                shape (len(rows),), on the network's device; None unless `Policy.needs_gamma`.
+            kept: The predictions that `keep_until` has asked for so far.
         """
 
 
@@ -108,43 +255,117 @@ class Policy:
     """Base of all policies. Subclasses are frozen dataclasses of their settings.
 
     Attributes:
-        name: The name by which `pipe(..., guidance=name)` finds the policy.
+        name: The name by which ``pipe(..., guidance=name)`` finds the policy; see `register`.
         needs_gamma: Whether `PolicyState.observe` wants the cosine of the two predictions.
-        needs_history: Whether the policy keeps predictions, to estimate unconditional ones.
-        space: The space in which the cosine is taken and predictions are kept.
-        needs_noise: Whether the policy reads `Step.noise`.
         identity: What the policy's settings were fitted on; None: they hold anywhere.
     """
 
     name: ClassVar[str]
     needs_gamma: ClassVar[bool] = False
-    needs_history: bool = False
-    needs_noise: bool = False
-    space: Space = "native"
     identity: Mapping[str, Any] | None = None
 
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
-        """A fresh state for a run of `batch` samples."""
-        raise NotImplementedError
+    @property
+    def space(self) -> Space | None:
+        """The space in which predictions are compared or kept; None: the policy reads none."""
+        return None
 
-    def may_forecast(self, total: int) -> bool:
-        """Whether in a run of `total` steps any sample may evaluate nothing at a step."""
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the policy reads `Step.level`."""
         return False
 
-    def replaces_combination(self, total: int) -> bool:
-        """Whether a run of `total` steps gets predictions from it that are not to be combined.
+    def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
+        """A fresh state for a run of `batch` samples and `total` steps.
 
-        Even with `CFG`, whose combination is otherwise the pipeline's own.
+        Args:
+            batch: Number of samples, B.
+            total: Number of network evaluations.
+            on_cpu: Whether predictions lie on the CPU, where values are read at once.
+
+        Raises:
+            ValueError: the settings do not fit a run of that length.
         """
-        return self.may_forecast(total)
+        raise NotImplementedError
+
+    def decisions(self, total: int) -> Sequence[Decision] | None:
+        """Every decision that a run of `total` steps may take; None: not known beforehand.
+
+        What cannot be combined with a pipeline's options is refused before the first step by this;
+        what is not known beforehand, at the step where it happens.
+        """
+        return None
 
     @property
     def identities(self) -> tuple[Mapping[str, Any], ...]:
         """What the policy and what it is made of were fitted on."""
         return () if self.identity is None else (self.identity,)
 
-    def __ror__(self, rule) -> Guidance:
+    def __ror__(self, rule: Rule) -> Guidance:
         return Guidance(rule, self)
+
+
+class Fill:
+    """Base of what fills in for predictions that are not evaluated. Frozen dataclasses, too.
+
+    The estimate of an unconditional prediction, and the guided prediction of a skipped step, are
+    each one weighted sum of past predictions; a fill names the weights.
+
+    Attributes:
+        name: The name in saved settings.
+        space: The space of the predictions that are summed.
+        identity: What the weights were fitted on; None: they hold anywhere.
+    """
+
+    name: ClassVar[str]
+    space: Space = "native"
+    identity: Mapping[str, Any] | None = None
+
+    def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """The sum that estimates the unconditional prediction of `step`.
+
+        Args:
+            step: Network evaluation within the run, from 0.
+            evaluated: The earlier steps at which both branches were evaluated, ascending.
+
+        Raises:
+            ValueError: this step cannot be estimated.
+        """
+        raise NotImplementedError
+
+    def reused(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """The sum of guided predictions that `step`, which is skipped, takes for its own.
+
+        Args:
+            step: Step within the run, from 0.
+            evaluated: The earlier steps that were not skipped themselves, ascending.
+
+        Raises:
+            ValueError: this step cannot be skipped.
+        """
+        raise NotImplementedError
+
+    def check_total(self, total: int) -> None:
+        """Refuse runs of a length that the weights do not fit.
+
+        Raises:
+            ValueError: `total` network evaluations are not what they were made for.
+        """
+
+
+class SameForAll(PolicyState):
+    """The same decision for every sample.
+
+    Args:
+        batch: Number of samples.
+        of: Step -> its decision.
+    """
+
+    def __init__(self, batch: int, of: Callable[[Step], Decision]) -> None:
+        self.batch, self.of = batch, of
+
+    def decide(self, step: Step) -> Sequence[Decision]:
+        """See `PolicyState`."""
+        return [self.of(step)] * self.batch
 
 
 @dataclass(frozen=True)
@@ -153,99 +374,13 @@ class Always(Policy):
 
     name: ClassVar[str] = "always"
 
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
-        """A state that wants every sample at every step."""
-        return _Window(batch, lambda step: True)
+    def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
+        """A state that evaluates both branches of every sample."""
+        return SameForAll(batch, lambda step: BOTH)
 
-
-@dataclass(frozen=True)
-class Interval(Policy):
-    """Guidance within a window only; outside it the conditional prediction stands alone.
-
-    Args:
-        start_step, stop_step: Guided while ``start_step <= index < stop_step``; network
-            evaluations counted from 0, so a second-order scheduler has about twice its steps.
-        noise_low, noise_high: Guided while ``noise_low < sigma/alpha <= noise_high``, in units of
-            the data (Kynkäänniemi et al., https://arxiv.org/abs/2404.07724; SDXL: 0.28 and 5.42).
-
-    Raises:
-        ValueError: a window is empty.
-    """
-
-    name: ClassVar[str] = "interval"
-
-    start_step: int = 0
-    stop_step: int | None = None
-    noise_low: float = 0.0
-    noise_high: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.stop_step is not None and self.stop_step <= self.start_step:
-            raise ValueError(f"Interval: empty steps [{self.start_step}, {self.stop_step})")
-        if not self.noise_low < self.noise_high:
-            raise ValueError(f"Interval: empty noise window ({self.noise_low}, {self.noise_high}]")
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether a noise window is set."""
-        return self.noise_low > 0 or self.noise_high < math.inf
-
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
-        """A state that wants every sample within the window."""
-        return _Window(batch, self._inside)
-
-    def _inside(self, step: Step) -> bool:
-        stop = step.total if self.stop_step is None else self.stop_step
-        if not self.start_step <= step.index < stop:
-            return False
-        return not self.needs_noise or self.noise_low < step.noise <= self.noise_high
-
-
-class _Window(PolicyState):
-    """The same answer for every sample."""
-
-    def __init__(self, batch: int, inside) -> None:
-        self.batch, self.inside = batch, inside
-
-    def wanted(self, step: Step) -> list[bool]:
-        return [self.inside(step)] * self.batch
-
-
-class Rule:
-    """Base of all rules. Subclasses are frozen dataclasses of their settings.
-
-    A rule is pure: it reads two predictions, the scale and its own state, and returns the guided
-    prediction and the new state. It knows neither the policy nor a pipeline.
-
-    Attributes:
-        name: The name by which `pipe(..., guidance=name)` finds the rule.
-        space: Where the rule acts: on denoised images ("x0") or on raw network outputs ("native").
-        needs_flow: Whether the rule makes sense for networks that predict a flow velocity only.
-        counts_steps: Whether the state is the number of the run's steps before this one, guided or
-            not, with shape (B, 1), int32, rather than what the rule returned last.
-    """
-
-    name: ClassVar[str]
-    space: Space = "native"
-    needs_flow: bool = False
-    counts_steps: ClassVar[bool] = False
-
-    def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The guided prediction and the new state.
-
-        Args:
-            pred_cond: Conditional prediction in the rule's space, with shape (B, \\*).
-            pred_uncond: Unconditional prediction, with shape (B, \\*).
-            guidance_scale: w; 1 means no guidance.
-            state: What the previous guided step returned for these samples, with shape (B, \\*);
-                None at the first.
-        """
-        raise NotImplementedError
-
-    def __or__(self, policy: Policy) -> Guidance:
-        return Guidance(self, policy)
+    def decisions(self, total: int) -> Sequence[Decision]:
+        """Both branches."""
+        return (BOTH,)
 
 
 @dataclass(frozen=True)
@@ -255,12 +390,15 @@ class Guidance:
     Written ``APG(...) | AdaptiveGuidance(...)``, or as a name such as "apg+ag".
 
     Args:
-        rule: Combines the conditional and the unconditional prediction.
-        policy: Says which samples' unconditional branch is evaluated at a step.
+        rule: Combines the predictions.
+        policy: Says which branches are evaluated at a step.
+
+    Raises:
+        TypeError: a part is not what it should be.
     """
 
-    rule: Rule = field(default_factory=_cfg)
-    policy: Policy = field(default_factory=Always)
+    rule: Rule
+    policy: Policy
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
@@ -276,21 +414,31 @@ class Guidance:
     @property
     def is_plain(self) -> bool:
         """Whether this is classifier-free guidance at every step, the pipelines' own."""
-        return self.rule == _cfg() and isinstance(self.policy, Always)
+        return self.keeps_combination and isinstance(self.policy, Always)
 
     @property
-    def needs_x0(self) -> bool:
-        """Whether denoised images, hence the scheduler's noise levels, are needed."""
-        policy = self.policy
-        reads = policy.needs_gamma or policy.needs_history
-        return self.rule.space == "x0" or (reads and policy.space == "x0")
+    def keeps_combination(self) -> bool:
+        """Whether predictions are combined as the pipeline does it."""
+        return self.rule.is_pipelines_own
 
     @property
-    def needs_noise_level(self) -> bool:
-        """Whether the scheduler's noise levels are needed at all."""
-        return self.needs_x0 or self.policy.needs_noise
+    def needs_level(self) -> bool:
+        """Whether the scheduler's noise levels are needed."""
+        return (
+            "x0" in (self.rule.space, self.policy.space)
+            or self.policy.needs_noise
+            or self.rule.needs_next_level
+        )
+
+    def changes_combination(self, total: int) -> bool:
+        """Whether a run of `total` steps is known to replace the pipeline's own combination."""
+        decisions = self.policy.decisions(total) or ()
+        return not self.keeps_combination or any(d.changes_combination for d in decisions)
+
+    def may_skip(self, total: int) -> bool:
+        """Whether a run of `total` steps may skip one."""
+        decisions = self.policy.decisions(total)
+        return decisions is None or any(d.skips for d in decisions)
 
     def __str__(self) -> str:
-        if isinstance(self.policy, Always):
-            return str(self.rule)
-        return f"{self.rule} | {self.policy}"
+        return str(self.rule) if isinstance(self.policy, Always) else f"{self.rule} | {self.policy}"

@@ -24,6 +24,7 @@ PredictionType = Literal["epsilon", "v_prediction", "flow", "sample"]
 Space = Literal["x0", "native"]
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+SPACES: tuple[str, ...] = get_args(Space)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class NoiseLevel:
     sigma: float | Tensor
     prediction: PredictionType
     sign: int = 1
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the variance-exploding noise level (a host read if on a device)."""
+        alpha, sigma = float(self.alpha), float(self.sigma)
+        return sigma / alpha if alpha else math.inf
 
     def coefficients(self) -> tuple[float | Tensor, float | Tensor]:
         """The pair (a_x, a_p) with ``D = a_x * x_t + a_p * pred``.
@@ -103,6 +110,26 @@ def norm(a: Tensor) -> Tensor:
     return accumulate(a).flatten(1).norm(dim=1)
 
 
+def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
+    """gamma_t per sample over all non-batch dimensions, shape (B,), at least float32.
+
+    1 where the predictions are equal, also where both are zero.
+    """
+    product = norm(pred_cond) * norm(pred_uncond)
+    ratio = dot(pred_cond, pred_uncond) / product.where(product > 0, 1)
+    return ratio.where(product > 0, (norm(pred_cond) == norm(pred_uncond)).to(ratio))
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) to (B, 1, ..., 1) so that it broadcasts against `like`."""
     return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def check_space(owner: str, space: str) -> None:
+    """Refuse a space that is neither "x0" nor "native".
+
+    Raises:
+        ValueError: so it is; the message begins with `owner`.
+    """
+    if space not in SPACES:
+        raise ValueError(f"{owner}: space is 'x0' or 'native', got {space!r}")

@@ -1,44 +1,18 @@
-"""Names of guidance settings, and presets per model family."""
+"""What the names of guidance stand for, and presets per model family."""
 
 from __future__ import annotations
 
-from .base import Always, Guidance, Interval, Policy, Rule
-from .policies.adaptive import AdaptiveGuidance
-from .policies.alternating import Extrapolate, Hold
-from .policies.forecast import Forecast
-from .policies.linear_ag import LinearAG
-from .policies.schedule import Schedule
-from .rules.apg import APG
-from .rules.cfg import CFG
-from .rules.cfg_zero_star import CFGZeroStar
-from .rules.frequency_decoupled import FDG
-from .rules.magnitude_aware import MagnitudeAware
-from .rules.rescale import CFGRescale
-from .rules.tcfg import TCFG
+from .base import Always, Guidance, Policy, Rule
+from .policies import AdaptiveGuidance, Interval
+from .registry import ALIASES, NAMES, register
+from .rules import APG, CFG
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (CFG, APG, CFGRescale, CFGZeroStar, TCFG, MagnitudeAware, FDG)
-}
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy
-    for policy in (
-        Always,
-        Interval,
-        AdaptiveGuidance,
-        LinearAG,
-        Hold,
-        Extrapolate,
-        Forecast,
-        Schedule,
-    )
-}
-# A star is awkward in shells.
-ALIASES: dict[str, str] = {"cfg-zero-star": CFGZeroStar.name}
+register(Always)
 
 # APG: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds are
 # norms over all elements of the latents at the model's native size; here they are per element.
 PRESETS: dict[str, dict[str, Rule | Policy]] = {
-    # The embedded model (examples/emoji), chosen from examples/emoji/tune.py: a threshold that
+    # The embedded model (examples/emoji), chosen by examples/studies/tune.py: a threshold that
     # takes away over a third of the excess saturation of CFG at w = 15 (smaller ones take more,
     # but bound the update at any w); 30 of 40 evaluations over 20 steps of DPM++ 2M at w = 7.5.
     "emoji": {
@@ -64,8 +38,11 @@ LITERATURE: dict[str, Policy] = {
 
 
 def available() -> list[str]:
-    """Every name that `resolve` knows, without aliases and combinations."""
-    return [*RULES, *POLICIES, *LITERATURE]
+    """Every name that `resolve` knows, rules first, without aliases and combinations."""
+    rules = [
+        name for name, make in NAMES.items() if isinstance(make, type) and issubclass(make, Rule)
+    ]
+    return [*rules, *(name for name in NAMES if name not in rules), *LITERATURE]
 
 
 def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None) -> Guidance:
@@ -84,24 +61,35 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     if isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, Rule):
-        return Guidance(rule=guidance)
+        return Guidance(guidance, Always())
     if isinstance(guidance, Policy):
-        return Guidance(policy=guidance)
+        return Guidance(CFG(), guidance)
     if not isinstance(guidance, str):
         raise TypeError(
             f"guidance must be a name, a rule, a policy or None, got {type(guidance).__name__}"
         )
-    parts: dict[str, Rule | Policy] = {}
-    for written in guidance.lower().split("+"):
-        name = ALIASES.get(written, written)
-        kind = "rule" if name in RULES else "policy"
-        if name not in available():
+    rule: Rule | None = None
+    policy: Policy | None = None
+    for name in guidance.lower().split("+"):
+        part = _part(ALIASES.get(name, name), family)
+        if part is None:
             raise ValueError(
                 f"unknown guidance {guidance!r}: known are {', '.join(available())}, "
                 "and a rule with a policy, such as 'apg+ag'"
             )
-        if kind in parts:
-            raise ValueError(f"{guidance!r} names two {'rules' if kind == 'rule' else 'policies'}")
-        preset = LITERATURE.get(name) or PRESETS.get(family or "", {}).get(name)
-        parts[kind] = preset if preset is not None else (RULES | POLICIES)[name]()
-    return Guidance(**parts)
+        if isinstance(part, Rule) and rule is None:
+            rule = part
+        elif isinstance(part, Policy) and policy is None:
+            policy = part
+        else:
+            kind = "rules" if isinstance(part, Rule) else "policies"
+            raise ValueError(f"{guidance!r} names two {kind}")
+    return Guidance(rule or CFG(), policy or Always())
+
+
+def _part(name: str, family: str | None) -> Rule | Policy | None:
+    """What one name stands for; None: nothing."""
+    preset = LITERATURE.get(name) or PRESETS.get(family or "", {}).get(name)
+    if preset is not None:
+        return preset
+    return NAMES[name]() if name in NAMES else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .base import Guidance, Step
+from .base import Decision, Guidance, Kept, Kind, Predictions, Step, Weights
 from .device import LaggedReads, row_index
-from .ops import guide_step, has_formula
-from .policies.adaptive import cosine
+from .ops import guide_step
 from .prediction import NoiseLevel, Space, accumulate, norm
-from .rules.cfg import CFG
 from .trace import StepRecord, Trace
+
+KINDS: dict[Kind, str] = {"cond": "conditional", "uncond": "unconditional", "guided": "guided"}
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -28,65 +31,77 @@ class Run:
         on_cpu: Whether the predictions live on the CPU (device values are then read at once).
         detailed: Record cosines and norms at every step.
 
-    Each step is `plan`, which says what to evaluate, then `combine`. Samples that evaluate nothing
-    (`resting`) take part in `combine` with their `forecast`; where all rest, it alone ends a step.
+    Each step is `plan`, which says what to evaluate, then `combine`. Skipped samples take part in
+    `combine` with what `reused` gives for them; where all are skipped, it alone ends the step.
 
     Attributes:
-        resting: The samples that evaluate nothing at the step last planned.
+        step: The step begun last.
+        rows: The samples whose both branches are to be evaluated at it.
+        skipped: The samples that evaluate nothing at it.
     """
 
     def __init__(
         self, guidance: Guidance, batch: int, total: int, on_cpu: bool, detailed: bool = False
     ) -> None:
         self.guidance, self.batch, self.total, self.detailed = guidance, batch, total, detailed
-        self.policy_state = guidance.policy.start(batch, on_cpu)
+        self.policy_state = guidance.policy.start(batch, total, on_cpu)
         self.rule_state: Tensor | None = None
+        self.kept: dict[tuple[Kind, int], Tensor] = {}
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
-        self.step = Step(-1, total, None)
-        self.resting: list[int] = []
+        self.step = Step(-1, total)
+        self.decisions: Sequence[Decision] = ()
+        self.rows: list[int] = []
+        self.skipped: list[int] = []
 
-    def plan(self, noise: float | None = None) -> list[int]:
+    def plan(
+        self,
+        x_t: Tensor | None = None,
+        level: NoiseLevel | None = None,
+        next_level: NoiseLevel | None = None,
+    ) -> list[int]:
         """Begin a step: the samples whose unconditional branch is to be evaluated.
 
         Args:
-            noise: sigma / alpha of the network's input; None where unknown.
+            x_t: The network's input, with shape (B, \\*); may be None if nobody reads it.
+            level: Noise level of `x_t`; may be None if ``guidance.needs_level`` is False.
+            next_level: Noise level that the solver goes to, for rules that need it.
         """
-        self.begin_step(noise)
-        wanted = self.policy_state.wanted(self.step)
-        self.resting = self.policy_state.resting(self.step)
-        return [row for row in range(self.batch) if wanted[row]]
+        self.begin(x_t, level, next_level)
+        self.decisions = self.policy_state.decide(self.step)
+        evaluated = [decision.evaluate for decision in self.decisions]
+        self.rows = [row for row in range(self.batch) if "uncond" in evaluated[row]]
+        self.skipped = [row for row in range(self.batch) if not evaluated[row]]
+        return self.rows
 
-    def begin_step(self, noise: float | None = None) -> None:
-        """Begin a step without a plan: the pipeline does not guide it."""
+    def begin(
+        self,
+        x_t: Tensor | None = None,
+        level: NoiseLevel | None = None,
+        next_level: NoiseLevel | None = None,
+    ) -> None:
+        """Begin a step without a plan: the pipeline does not guide it. Arguments as of `plan`."""
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
-        self.step, self.resting = Step(self.step.index + 1, self.total, noise), []
+        self.step = Step(self.step.index + 1, self.total, level, next_level, x_t)
+        self.decisions, self.rows, self.skipped = (), [], []
 
     @property
-    def all_rest(self) -> bool:
+    def all_skipped(self) -> bool:
         """Whether the step last planned evaluates nothing at all."""
-        return len(self.resting) == self.batch
+        return len(self.skipped) == self.batch
 
     def combine(
-        self,
-        rows: list[int],
-        pred_cond: Tensor,
-        pred_uncond: Tensor | None,
-        x_t: Tensor,
-        guidance_scale: float,
-        level: NoiseLevel | None,
+        self, pred_cond: Tensor, pred_uncond: Tensor | None, w: float | Tensor, x_t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """End a step: predictions for which classifier-free guidance yields the guided one.
 
         Args:
-            rows: What `plan` returned.
-            pred_cond: Network output of the conditional branch, with shape (B, \\*); of samples
-                that rest, their forecasts.
-            pred_uncond: Network output of the unconditional branch, with shape (len(rows), \\*);
-                None if `rows` is empty: then the policy may give an estimate of it.
-            x_t: Network input, with shape (B, \\*).
-            guidance_scale: w; 1 means no guidance.
-            level: Noise level of `x_t`; may be None if ``guidance.needs_x0`` is False.
+            pred_cond: Network output of the conditional branch, with shape (B, \\*); of skipped
+                samples, what `reused` gives.
+            pred_uncond: Network output of the unconditional branch of the samples in `rows`, with
+                shape (len(rows), \\*); None if there are none.
+            w: The guidance scale; 1 means no guidance.
+            x_t: The network's input, with shape (B, \\*), as far as its channels are guided.
 
         Returns:
             (cond, uncond), both with shape (B, \\*) and the dtype of `pred_cond`, such that
@@ -98,162 +113,184 @@ class Run:
             NonFinitePredictionError: a prediction is NaN or infinite (on other devices than the
                 CPU one step later, or from `finish`).
         """
-        record = StepRecord(self.step.index, self.step.noise, rows, self.resting)
-        self.trace.steps.append(record)
-        policy, rule, state = self.guidance.policy, self.guidance.rule, self.policy_state
-        if not rows:
+        self.step = replace(self.step, x_t=x_t)
+        estimated = [row for row, d in enumerate(self.decisions) if d.estimates]
+        record = self._record(estimated)
+        self._keep("cond", pred_cond, x_t)
+        guided_rows = record.guided
+        if len(guided_rows) < self.batch or estimated:
             self._check_finite(pred_cond)
-            pred_uncond = self._estimate(pred_cond, x_t, level)
-            if pred_uncond is None:
-                self._keep_guided(pred_cond, x_t, level)
-                return pred_cond, pred_cond
-            rows, record.estimated = list(range(self.batch)), True
-        every = len(rows) == self.batch
-        if not every:
-            self._check_finite(pred_cond)
-        index = None if every else row_index(rows, pred_cond.device)
-        cond = pred_cond if every else pred_cond[index]
-        views = _Views(cond, pred_uncond, x_t if every else x_t[index], level)
-        scale = state.scale(self.step, guidance_scale)
-        # A scale that is a tensor may carry a gradient, which the pipeline's own line would lose.
-        own_scale = not isinstance(scale, Tensor) and scale == guidance_scale
-        untouched = isinstance(rule, CFG) and own_scale
-        combine = self._combine_at_once if has_formula(rule) else self._combine_by_rule
-        wanted = not untouched or self._keeps_guided
-        guided = combine(record, views, scale, index, wanted)
-        state.observe(self.step, rows, record.gamma)
-        if policy.needs_history:
-            state.keep(self.step, *views.pair(policy.space))
-        if wanted:
-            guided = _fill(pred_cond, guided, index)
-            self._keep_guided(guided, x_t, level)
-        if untouched:
-            return pred_cond, _fill(pred_cond, pred_uncond, index)
-        return guided, guided
+        if not guided_rows:
+            self._keep("guided", pred_cond, x_t)
+            self._forget()
+            return pred_cond, pred_cond
+        every = len(guided_rows) == self.batch
+        index = None if every else row_index(guided_rows, pred_cond.device)
+        cond = pred_cond if index is None else pred_cond[index]
+        uncond = self._with_estimates(pred_uncond, estimated, guided_rows, pred_cond)
+        factor, untouched = self._factor(guided_rows, cond)
+        if not untouched:
+            w = w if isinstance(factor, float) and factor == 1 else 1 + factor * (w - 1)
+        step = replace(self.step, x_t=x_t if index is None else x_t[index])
+        predictions = Predictions({"cond": cond, "uncond": uncond}, step)
+        untouched = untouched and self.guidance.keeps_combination
+        wanted = not untouched or self._keeps("guided")
+        result = guide_step(
+            self.guidance.rule,
+            predictions,
+            step,
+            w,
+            self._state_of(index),
+            gamma_space=self._gamma_space,
+            want_prediction=wanted,
+            want_update=self.detailed,
+        )
+        self._push_finite(result.finite)
+        self._keep_state(result.state, index)
+        record.gamma = result.gamma
+        if result.update is not None:
+            _measure(record, predictions, self.guidance.rule.space, result.update, w)
+        if index is not None and (untouched or self._keeps("uncond")):
+            uncond = pred_cond.index_copy(0, index, uncond)
+        self._keep("uncond", uncond, x_t)
+        guided = pred_cond
+        if result.prediction is not None:
+            guided = result.prediction
+            if index is not None:
+                guided = pred_cond.index_copy(0, index, guided)
+            self._keep("guided", guided, x_t)
+        self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
+        self._forget()
+        return (pred_cond, uncond) if untouched else (guided, guided)
 
-    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
-        """Guided predictions of the samples that rest; the end of the step if all do.
+    def reused(self, x_t: Tensor) -> Tensor:
+        """Guided predictions of skipped samples; the end of the step if all are skipped.
 
         Args:
             x_t: What is or would be the network's input, with shape (B, \\*).
-            level: As of `combine`.
 
         Returns:
-            Predictions with shape (B, \\*), of which only those of samples that rest mean anything.
+            Predictions with shape (B, \\*), of which only those of skipped samples mean anything.
         """
-        if self.all_rest:
-            record = StepRecord(self.step.index, self.step.noise, [], self.resting)
-            self.trace.steps.append(record)
-        guided = self.policy_state.forecast(self.step)
+        if self.all_skipped:
+            self._record([])
+        guided = self._sum_for(self.skipped)
         if self.guidance.policy.space == "x0":
-            guided = level.from_x0(guided, x_t)
+            guided = self._level().from_x0(guided, x_t)
+        if self.all_skipped:
+            self._forget()
         return guided
 
-    def _combine_at_once(
-        self,
-        record: StepRecord,
-        views: _Views,
-        scale: float | Tensor,
-        index: Tensor | None,
-        wanted: bool,
-    ) -> Tensor | None:
-        """The guided network output if `wanted`, and every scalar of the step from one read."""
-        rule = self.guidance.rule
-        step = guide_step(
-            *views.native,
-            scale,
-            rule,
-            x_t=views.x_t,
-            level=views.level,
-            state=self._state_of(index, views.native[0]),
-            gamma_space=self._gamma_space(views.level),
-            want_prediction=wanted,
-            want_norms=self.detailed,
-            want_finite=True,
-        )
-        self._push_finite(step.finite.amin() > 0)
-        self._keep_state(step.state, index)
-        record.gamma = step.gamma
-        if self.detailed:
-            record.cond_norm, record.update_norm = step.cond_norm, step.update_norm
-            record.parallel_share = step.parallel_share
-            record.scale_factor = _relative(step.update_norm, *views.pair(rule.space), scale)
-        return step.prediction
-
-    def _combine_by_rule(
-        self,
-        record: StepRecord,
-        views: _Views,
-        scale: float | Tensor,
-        index: Tensor | None,
-        wanted: bool,
-    ) -> Tensor:
-        """The same for rules that are no linear combination of the predictions."""
-        self._check_finite(*views.native)
-        space = self._gamma_space(views.level)
-        if space is not None:
-            record.gamma = cosine(*views.pair(space))
-        rule = self.guidance.rule
-        cond, uncond = views.pair(rule.space)
-        guided, state = rule.combine(cond, uncond, scale, self._state_of(index, cond))
-        self._keep_state(state, index)
-        if self.detailed:
-            difference, update = accumulate(cond) - accumulate(uncond), guided - cond
-            record.cond_norm, record.update_norm = norm(cond), norm(update)
-            record.parallel_share = cosine(difference, cond).square()
-            record.scale_factor = _relative(record.update_norm, cond, uncond, scale)
-        return views.back(guided, rule.space).to(views.native[0].dtype)
-
-    def _gamma_space(self, level: NoiseLevel | None) -> Space | None:
-        """Where the cosine of the two predictions is taken; None: nobody asks for it."""
-        policy = self.guidance.policy
-        if policy.needs_gamma:
-            return policy.space
-        if not self.detailed:
-            return None
-        return "x0" if level is not None else "native"
-
-    def leave(self, prediction: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+    def unguided(self, prediction: Tensor, x_t: Tensor) -> None:
         """End a step without guidance: whatever was planned, the unconditional branch never came.
 
         Args:
-            prediction: Network output of the conditional branch, with shape (B, \\*); later
-                forecasts take it for the guided one.
+            prediction: Network output of the conditional branch, with shape (B, \\*); skipped
+                steps later take it for the guided one.
             x_t: Network input, with shape (B, \\*).
-            level: As of `combine`.
         """
-        self.trace.steps.append(StepRecord(self.step.index, self.step.noise, []))
+        self.rows, self.skipped = [], []
+        self._record([])
         self._check_finite(prediction)
-        self._keep_guided(prediction, x_t, level)
+        self._keep("guided", prediction, x_t)
+        self._forget()
 
     def finish(self) -> None:
         """Raise what was still on its way from the device."""
         self._raise_if_not_finite(self.finite.rest())
 
-    def _estimate(self, pred_cond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> Tensor | None:
-        """What stands in for the unconditional network output; None: nothing does."""
-        policy = self.guidance.policy
-        if not policy.needs_history:
-            return None
-        if policy.space == "native":
-            return self.policy_state.estimate(self.step, pred_cond)
-        estimate = self.policy_state.estimate(self.step, level.to_x0(pred_cond, x_t))
-        return None if estimate is None else level.from_x0(estimate, x_t).to(pred_cond.dtype)
+    def _record(self, estimated: list[int]) -> StepRecord:
+        wants_noise = self.guidance.policy.needs_noise or self.detailed
+        level = self.step.level if wants_noise else None
+        noise = None if level is None else level.ratio
+        record = StepRecord(self.step.index, noise, self.rows, self.skipped, estimated)
+        self.trace.steps.append(record)
+        return record
+
+    def _with_estimates(
+        self, evaluated: Tensor | None, estimated: list[int], guided: list[int], cond: Tensor
+    ) -> Tensor:
+        """Unconditional network outputs of the guided samples, with shape (len(guided), \\*)."""
+        if not estimated:
+            if evaluated is None:
+                raise ValueError(f"step {self.step.index} wants the unconditional predictions")
+            return evaluated
+        estimate = self._sum_for(estimated)
+        if self.guidance.policy.space == "x0" and self.step.x_t is not None:
+            estimate = self._level().from_x0(estimate, self.step.x_t)
+        estimate = estimate.to(cond.dtype)
+        if evaluated is not None:
+            estimate = estimate.index_copy(0, row_index(self.rows, cond.device), evaluated)
+        every = len(guided) == self.batch
+        return estimate if every else estimate[row_index(guided, cond.device)]
+
+    def _sum_for(self, rows: Sequence[int]) -> Tensor:
+        """Weighted sums of what was kept, with shape (B, \\*); those of `rows` mean something."""
+        result: Tensor | None = None
+        weights: dict[int, Weights] = {}
+        for row in rows:
+            reuse = self.decisions[row].reuse
+            if reuse is None:
+                raise ValueError(f"step {self.step.index} is skipped without anything to reuse")
+            key = id(reuse)
+            if key not in weights:
+                weights[key] = reuse if isinstance(reuse, Weights) else reuse(self.kept)
+                sum_ = weighted_sum(weights[key], self.kept, self.step.index)
+                if result is None:
+                    result = sum_
+                    continue
+                same = [r for r in rows if self.decisions[r].reuse is reuse]
+                index = row_index(same, sum_.device)
+                result = result.index_copy(0, index, sum_[index])
+        if result is None:
+            raise ValueError("no sample reuses anything")
+        return result
+
+    def _factor(self, rows: Sequence[int], like: Tensor) -> tuple[float | Tensor, bool]:
+        """What w - 1 is multiplied with, and whether that is 1 for every one of `rows`."""
+        factors = [self.decisions[row].factor for row in rows]
+        first = factors[0]
+        if isinstance(first, Tensor) or all(factor == first for factor in factors):
+            return first, not isinstance(first, Tensor) and first == 1
+        values = torch.tensor(factors, dtype=torch.float32, device=like.device)
+        return values.view(-1, *(1,) * (like.ndim - 1)), False
 
     @property
-    def _keeps_guided(self) -> bool:
-        return self.policy_state.wants_guided(self.step)
+    def _gamma_space(self) -> Space | None:
+        """Where the cosine of the two predictions is taken; None: nobody asks for it."""
+        if self.guidance.policy.needs_gamma:
+            return self.guidance.policy.space
+        if not self.detailed:
+            return None
+        return "x0" if self.step.level is not None else "native"
 
-    def _keep_guided(self, guided: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
-        if self._keeps_guided:
-            native = self.guidance.policy.space == "native"
-            kept = guided if native else level.to_x0(guided, x_t)
-            self.policy_state.keep_guided(self.step, kept)
+    def _level(self) -> NoiseLevel:
+        if self.step.level is None:
+            raise ValueError("denoised images need the noise level of the scheduler")
+        return self.step.level
 
-    def _state_of(self, index: Tensor | None, pred_cond: Tensor) -> Tensor | None:
-        if self.guidance.rule.counts_steps:
-            shape, device = (len(pred_cond), 1), pred_cond.device
-            return torch.full(shape, self.step.index, dtype=torch.int32, device=device)
+    def _keeps(self, kind: Kind) -> bool:
+        last = self.policy_state.keep_until(kind, self.step.index)
+        return last >= self.step.index + (kind != "cond")
+
+    def _keep(self, kind: Kind, prediction: Tensor, x_t: Tensor) -> None:
+        """Keep a prediction, with shape (B, \\*), in the policy's space if anything reuses it."""
+        if not self._keeps(kind):
+            return
+        if self.guidance.policy.space == "x0":
+            kept = self._level().to_x0(prediction, x_t)
+        else:
+            kept = prediction.clone()  # the pipeline may go on using the tensor itself
+        self.kept[kind, self.step.index] = kept
+
+    def _forget(self) -> None:
+        """Drop what no later step reuses."""
+        index = self.step.index
+        for kind, made in list(self.kept):
+            if self.policy_state.keep_until(kind, made) <= index:
+                del self.kept[kind, made]
+
+    def _state_of(self, index: Tensor | None) -> Tensor | None:
         if index is None or self.rule_state is None:
             return self.rule_state
         return self.rule_state[index]
@@ -266,15 +303,14 @@ class Run:
             self.rule_state = state.new_zeros(self.batch, *state.shape[1:])
         self.rule_state = self.rule_state.index_copy(0, index, state)
 
-    def _check_finite(self, *predictions: Tensor) -> None:
-        flags = [torch.isfinite(prediction).all() for prediction in predictions]
-        self._push_finite(torch.stack(flags).all())
+    def _check_finite(self, prediction: Tensor) -> None:
+        self._push_finite(torch.isfinite(prediction).all())
 
     def _push_finite(self, finite: Tensor) -> None:
         self.finite.push(self.step.index, self.step.index, finite)
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
 
-    def _raise_if_not_finite(self, values) -> None:
+    def _raise_if_not_finite(self, values: Iterable[tuple[int, bool]]) -> None:
         for step, finite in values:
             if not finite:
                 raise NonFinitePredictionError(
@@ -283,32 +319,40 @@ class Run:
                 )
 
 
-class _Views:
-    """The two predictions in either space, converted at most once."""
+def weighted_sum(weights: Weights, kept: Kept, step: int) -> Tensor:
+    """A sum of kept predictions, with shape (B, \\*), in float32 (float64 if they are).
 
-    def __init__(self, cond: Tensor, uncond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
-        self.native, self.x_t, self.level = (cond, uncond), x_t, level
-        self.x0: tuple[Tensor, Tensor] | None = None
+    Args:
+        weights: Of the sum.
+        kept: What the run keeps.
+        step: The step that it is for, named in errors.
 
-    def pair(self, space: Space) -> tuple[Tensor, Tensor]:
-        if space == "native":
-            return self.native
-        if self.x0 is None:
-            if self.level is None:
-                raise ValueError("denoised images need the noise level of the scheduler")
-            self.x0 = tuple(self.level.to_x0(pred, self.x_t) for pred in self.native)
-        return self.x0
-
-    def back(self, guided: Tensor, space: Space) -> Tensor:
-        return guided if space == "native" else self.level.from_x0(guided, self.x_t)
-
-
-def _relative(update_norm: Tensor, cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """An update in units of plain guidance's, shape (B,)."""
-    plain = (scale - 1) * norm(accumulate(cond) - accumulate(uncond))
-    return update_norm / plain.where(plain > 0, 1)
+    Raises:
+        ValueError: a prediction that it needs was never made, or all weights are 0.
+    """
+    total: Tensor | None = None
+    for kind, made, weight in weights.terms():
+        if (kind, made) not in kept:
+            raise ValueError(
+                f"step {step} needs the {KINDS[kind]} prediction of step {made}, at which the "
+                "pipeline did not guide"
+            )
+        term = kept[kind, made]
+        total = accumulate(term) * weight if total is None else total.add_(term, alpha=weight)
+    if total is None:
+        raise ValueError(f"step {step} reuses nothing: all weights are 0")
+    return total
 
 
-def _fill(base: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
-    """`base` with `values` at `index` (everywhere if None)."""
-    return values if index is None else base.index_copy(0, index, values)
+def _measure(
+    record: StepRecord, predictions: Predictions, space: Space, update: Tensor, w: float | Tensor
+) -> None:
+    """Norms of a step in the rule's space, each with shape (B,)."""
+    cond, uncond = predictions.pair(space)
+    difference = accumulate(cond) - accumulate(uncond)
+    record.cond_norm, record.update_norm = norm(cond), norm(update)
+    product = record.cond_norm * norm(difference)
+    cosine = (difference * accumulate(cond)).flatten(1).sum(1) / product.where(product > 0, 1)
+    record.parallel_share = cosine.square().clamp(max=1)
+    plain = norm((w - 1) * difference)
+    record.scale_factor = record.update_norm / plain.where(plain > 0, 1)

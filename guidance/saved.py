@@ -4,62 +4,74 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .base import Guidance, Policy, Rule
-from .policies.fill import ExtrapolateDifference, HoldDifference, StandIn
-from .policies.linear_ag import Coefficients
-from .presets import POLICIES, RULES
+from .base import Fill, Guidance, Policy, Rule
+from .files import write_json
+from .policies import AdaptiveGuidance, Pattern, extrapolate, forecast, hold, linear_ag
+from .registry import TYPES, Part, part_name
 
-FORMAT = "pilotage-guidance-1"
-STAND_INS: dict[str, type[StandIn]] = {
-    stand_in.name: stand_in for stand_in in (HoldDifference, ExtrapolateDifference, Coefficients)
-}
-KINDS = {"rule": RULES, "policy": POLICIES, "stand-in": STAND_INS}
+FORMAT = "pilotage-guidance-2"
+FIRST_FORMAT = "pilotage-guidance-1"  # of version 0.1
 
 
 def to_dict(guidance: Guidance) -> dict[str, Any]:
-    """A rule and a policy as dictionaries ready for JSON."""
-    return {"rule": _settings(guidance.rule), "policy": _settings(guidance.policy)}
+    """A rule and a policy as dictionaries ready for JSON.
+
+    Raises:
+        ValueError: a part is not registered, or has settings that could not be loaded again.
+    """
+    plain = {"rule": _plain(guidance.rule), "policy": _plain(guidance.policy)}
+    if from_dict(json.loads(json.dumps(plain))) != guidance:
+        raise ValueError(
+            f"'{guidance}' has settings that JSON does not keep: use numbers, texts, lists and "
+            "registered parts"
+        )
+    return plain
 
 
-def from_dict(config: dict[str, Any]) -> Guidance:
+def from_dict(config: Mapping[str, Any]) -> Guidance:
     """Inverse of `to_dict`.
 
     Raises:
         ValueError: unknown names or settings.
+        TypeError: settings that a part does not have.
     """
-    return Guidance(*(_part(kind, config[kind]) for kind in ("rule", "policy")))
+    rule, policy = _part("rule", config["rule"]), _part("policy", config["policy"])
+    return Guidance(rule, policy)
 
 
-def save_guidance(path: Path, guidance: Guidance, measured: dict[str, Any] | None = None) -> None:
-    """Write settings to a JSON file, under a temporary name first.
+def save_guidance(
+    path: Path | str, guidance: Guidance, measured: Mapping[str, Any] | None = None
+) -> None:
+    """Write settings to a JSON file, whole or not at all.
 
     Args:
         path: File to write. In the folder ``guidance`` of a saved pipeline its stem is a name that
             ``pipe(..., guidance=name)`` knows.
         guidance: What to save.
         measured: Figures to keep beside the settings; not read back.
+
+    Raises:
+        ValueError: the settings could not be loaded again.
     """
-    content = {"format": FORMAT, "guidance": to_dict(guidance), "measured": measured or {}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_json(path, {"format": FORMAT, "guidance": to_dict(guidance), "measured": measured or {}})
 
 
 def load_guidance(path: str | Path) -> Guidance:
-    """Settings from a file that `save_guidance` wrote.
+    """Settings from a file that `save_guidance` wrote, also that of version 0.1.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another kind, or names something unknown.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.get("format") == FIRST_FORMAT:
+            return _from_first(content["guidance"])
         if content.get("format") != FORMAT:
             raise ValueError(f"its format is {content.get('format')!r}, expected {FORMAT!r}")
         return from_dict(content["guidance"])
@@ -67,26 +79,69 @@ def load_guidance(path: str | Path) -> Guidance:
         raise ValueError(f"{path} is not a file of guidance settings: {error}") from error
 
 
-def _settings(part: Rule | Policy | StandIn) -> dict[str, Any]:
-    settings: dict[str, Any] = {"name": part.name}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if field.default == math.inf and value == math.inf:
-            continue  # An open end (a default) stays out: JSON knows no infinity.
-        settings[field.name] = _settings(value) if is_dataclass(value) else _plain(value)
-    return settings
-
-
 def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+    """A setting as JSON knows it; a part as its name and settings, a number without end as text."""
+    if isinstance(value, Pattern):
+        return {"pattern": {f.name: getattr(value, f.name) for f in fields(value)}}
+    if isinstance(value, (Rule, Policy, Fill)):
+        kind, name = part_name(value)
+        settings = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
+        return {kind: name, **settings}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"number": str(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
 
 
-def _part(kind: str, config: dict[str, Any]) -> Any:
-    settings, known = dict(config), KINDS[kind]
-    name = settings.pop("name")
+def _value(value: Any) -> Any:
+    """Inverse of `_plain`."""
+    if isinstance(value, dict):
+        if "pattern" in value:
+            return Pattern(**value["pattern"])
+        if "number" in value:
+            return float(value["number"])
+        for kind in TYPES:
+            if kind in value:
+                return _part(kind, value)
+    return value
+
+
+def _part(kind: str, config: Mapping[str, Any]) -> Any:
+    settings, known = dict(config), TYPES[kind]
+    name = settings.pop(kind)
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
-    for key in ("stand_in", "coefficients"):
-        if isinstance(settings.get(key), dict):
-            settings[key] = _part("stand-in", settings[key])
-    return known[name](**settings)
+    return known[name](**{key: _value(value) for key, value in settings.items()})
+
+
+def _from_first(config: Mapping[str, Any]) -> Guidance:
+    """Settings as version 0.1 wrote them."""
+    rule = {"rule" if key == "name" else key: v for key, v in config["rule"].items()}
+    settings = dict(config["policy"])
+    name = settings.pop("name")
+    for old, new in (("stand_in", "fill"), ("head", "first"), ("tail", "then")):
+        if old in settings:
+            settings[new] = settings.pop(old)
+    for key in ("fill", "coefficients"):
+        if key in settings:
+            settings[key] = _first_fill(settings[key])
+    if settings.get("then") in ("hold", "extrapolate", "linear"):
+        settings["then"] = "estimate"
+    make: Any = {
+        "hold": hold,
+        "extrapolate": extrapolate,
+        "linear-ag": linear_ag,
+        "forecast": forecast,
+        "ag": AdaptiveGuidance,
+    }.get(name) or TYPES["policy"].get(name)
+    if make is None:
+        raise ValueError(f"unknown policy {name!r}")
+    return Guidance(_part("rule", rule), make(**settings))
+
+
+def _first_fill(config: Mapping[str, Any]) -> Part:
+    settings = {"fill" if key == "name" else key: value for key, value in config.items()}
+    if any(settings.pop("intercept", ())):
+        raise ValueError("its coefficients have an intercept, which is no more: fit them again")
+    return _part("fill", settings)

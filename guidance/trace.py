@@ -18,17 +18,17 @@ class StepRecord:
         index: Network evaluation within the run, from 0.
         noise: sigma / alpha of the network's input; None where unknown.
         rows: The samples whose both branches were evaluated.
-        resting: The samples that evaluated nothing: their guided prediction is a forecast.
-        gamma: Cosine of the two predictions, with shape (len(rows),): in the policy's space, or for
-            policies without one on denoised images where the noise level is known.
-        estimated: Whether the unconditional predictions of this step are estimates; `rows` is then
-            empty, and what follows is of every sample.
+        skipped: The samples that evaluated nothing and reused past guided predictions.
+        estimated: The samples whose unconditional prediction is an estimate.
+        gamma: Cosine of the two predictions of the `guided` samples, with shape (len(guided),): in
+            the policy's space, or for policies without one on denoised images where the noise level
+            is known.
         cond_norm: L2 norm of the conditional prediction in the rule's space, likewise.
         update_norm: L2 norm of guided minus conditional prediction in the rule's space, likewise.
         scale_factor: `update_norm` in units of plain guidance's, (w - 1) times the norm of the
             difference of the two predictions; 1 for CFG.
-        parallel_share: Squared cosine between that difference (APG: with its momentum) and the
-            conditional prediction: the share of its square that is parallel to the picture.
+        parallel_share: Squared cosine between that difference and the conditional prediction: the
+            share of its square that is parallel to the picture.
 
     The tensors stay on the network's device until they are read.
     """
@@ -36,20 +36,25 @@ class StepRecord:
     index: int
     noise: float | None
     rows: list[int]
-    resting: list[int] = field(default_factory=list)
-    estimated: bool = False
+    skipped: list[int] = field(default_factory=list)
+    estimated: list[int] = field(default_factory=list)
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
     update_norm: Tensor | None = None
     scale_factor: Tensor | None = None
     parallel_share: Tensor | None = None
 
-    def as_dict(self) -> dict:
+    @property
+    def guided(self) -> list[int]:
+        """The samples that were guided, by predictions or estimates, ascending."""
+        return sorted({*self.rows, *self.estimated})
+
+    def as_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
         values = {name: getattr(self, name) for name in MEASURED}
         lists = {name: v.float().tolist() for name, v in values.items() if v is not None}
         plain = {"step": self.index, "noise": self.noise, "rows": self.rows}
-        return plain | {"resting": self.resting, "estimated": self.estimated} | lists
+        return plain | {"skipped": self.skipped, "estimated": self.estimated} | lists
 
 
 @dataclass
@@ -61,16 +66,16 @@ class Trace:
 
     @property
     def nfe(self) -> list[int]:
-        """Network evaluations of every sample: 1 a step, 2 where both branches ran, 0 at rest."""
+        """Network evaluations of every sample: 1 a step, 2 with both branches, 0 if skipped."""
         counts = [len(self.steps)] * self.batch
         for step in self.steps:
             for row in step.rows:
                 counts[row] += 1
-            for row in step.resting:
+            for row in step.skipped:
                 counts[row] -= 1
         return counts
 
-    def as_dicts(self) -> list[dict]:
+    def as_dicts(self) -> list[dict[str, Any]]:
         """One dictionary a step, ready for JSON."""
         return [step.as_dict() for step in self.steps]
 
@@ -88,7 +93,7 @@ class Trace:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "trace.plot() needs matplotlib: pip install matplotlib"
-            ) from (error)
+            ) from error
         if not self.steps:
             raise ValueError("a trace without steps cannot be plotted")
         measured = [n for n in MEASURED if any(getattr(s, n) is not None for s in self.steps)]
@@ -110,7 +115,7 @@ class Trace:
 
     def _evaluations(self) -> list[list[tuple[int, float]]]:
         """(step, evaluations of a sample on average), one line."""
-        evaluated = [len(s.rows) - len(s.resting) for s in self.steps]
+        evaluated = [len(s.rows) - len(s.skipped) for s in self.steps]
         return [[(s.index, 1 + n / self.batch) for s, n in zip(self.steps, evaluated, strict=True)]]
 
     def _series(self, name: str) -> list[list[tuple[int, float]]]:
@@ -119,7 +124,6 @@ class Trace:
         for step in self.steps:
             values = getattr(step, name)
             if values is not None:
-                rows = range(self.batch) if step.estimated else step.rows
-                for row, value in zip(rows, values.float().tolist(), strict=True):
+                for row, value in zip(step.guided, values.float().tolist(), strict=True):
                     lines[row].append((step.index, value))
         return [line for line in lines if line]

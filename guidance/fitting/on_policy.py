@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..base import Policy, PolicyState, Step
-from ..policies.linear_ag import Coefficients
+from ..policies.fill import Coefficients
 from ..policies.schedule import Choice, Schedule
 from .regression import ridge_regression
 

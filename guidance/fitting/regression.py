@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..policies.linear_ag import Coefficients, Target
+from ..policies.fill import Coefficients
 from ..prediction import Space
+
+Target = Literal["uncond", "difference"]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .solver import INDEX
+from .columns import INDEX
 
 BLOCK = 1024
 C_X, C_P, K_P = (tl.constexpr(INDEX[name]) for name in ("c_x", "c_p", "k_p"))

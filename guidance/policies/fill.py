@@ -1,19 +1,18 @@
-r"""What stands in for predictions that are not evaluated.
+r"""What fills in for predictions that are not evaluated: weighted sums of past ones.
 
-The estimate of an unconditional prediction is one weighted sum of predictions that a run has
-already seen,
+.. math:: \hat u_t = \sum_{i \le t} \beta^c_{t,i} \, c_i + \sum_{i < t} \beta^u_{t,i} \, u_i,
+    \qquad \hat g_t = \sum_{i < t} \beta^g_{t,i} \, g_i
 
-.. math:: \hat u_t = \sum_{i \le t} \beta^c_{t,i} \, c_i + \sum_{i < t} \beta^u_{t,i} \, u_i + b_t
+estimate the unconditional prediction of a step that evaluates the conditional branch alone, and the
+guided prediction of a step that is skipped; :math:`g_i` is what the rule made of step i. Where
+:math:`u_i` was itself estimated, the estimate takes its place. The weights are a formula (the last
+value held, or the last two continued) or fitted (LinearAG).
 
-so a stand-in only has to name its weights. Where :math:`u_i` was itself estimated, the estimate
-takes its place.
-
-At a step that evaluates neither branch the guided prediction is forecast from earlier ones,
-
-.. math:: \hat g_t = \sum_{i < t} \beta^g_{t,i} \, g_i
-
-with :math:`g_i` what the rule made of step i. (Solvers of higher order do likewise with weights of
-their own, https://arxiv.org/abs/2211.01095; fitted, the weights know the network as well.)
+References:
+    Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
+    Models", AAAI 2025, https://arxiv.org/abs/2312.12487 (LinearAG)
+    Lu et al., "DPM-Solver++", https://arxiv.org/abs/2211.01095 (solvers of higher order use past
+    predictions likewise, with weights of their own)
 """
 
 from __future__ import annotations
@@ -22,131 +21,82 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..prediction import Space
+from ..base import Fill, Weights
+from ..prediction import Space, check_space
+from ..registry import register
 
 
+def _last(step: int, evaluated: Sequence[int], skipped: bool = False) -> int:
+    if not evaluated:
+        what, branch = ("skipped", "anything") if skipped else ("estimated", "both branches")
+        raise ValueError(f"step {step} is to be {what}, but no step before it evaluates {branch}")
+    return evaluated[-1]
+
+
+@register
 @dataclass(frozen=True)
-class Weights:
-    """The weighted sum that estimates one prediction.
-
-    Args:
-        cond: Step i -> weight of the conditional prediction of step i.
-        uncond: Step i -> weight of the unconditional prediction of step i.
-        intercept: Added to every element.
-        guided: Step i -> weight of the guided prediction of step i.
-    """
-
-    cond: dict[int, float] = field(default_factory=dict)
-    uncond: dict[int, float] = field(default_factory=dict)
-    intercept: float = 0.0
-    guided: dict[int, float] = field(default_factory=dict)
-
-
-class StandIn:
-    """Base of all stand-ins. Subclasses are frozen dataclasses of their settings.
-
-    Attributes:
-        name: The name in saved settings.
-        space: The space of the predictions that are summed.
-        identity: What it was fitted on; None: it holds anywhere.
-    """
-
-    name: ClassVar[str]
-    space: Space = "native"
-    identity: Mapping[str, Any] | None = None
-
-    def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """The sum that estimates the unconditional prediction of `step`.
-
-        Args:
-            step: Network evaluation within the run, from 0.
-            evaluated: The earlier steps at which both branches were evaluated, ascending.
-
-        Raises:
-            ValueError: this step cannot be estimated.
-        """
-        raise NotImplementedError
-
-    def forecast(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """The sum of guided predictions that takes the place of the one of `step`.
-
-        Args:
-            step: Step within the run, from 0.
-            evaluated: The earlier steps that were not forecast themselves, ascending.
-
-        Raises:
-            ValueError: this step cannot be forecast.
-        """
-        raise ValueError(f"{self.name}: guided predictions cannot be forecast")
-
-    def check_total(self, total: int) -> None:
-        """Refuse runs of a length that the stand-in does not fit.
-
-        Raises:
-            ValueError: `total` network evaluations are not what it was made for.
-        """
-
-    def _last(self, step: int, evaluated: Sequence[int], forecast: bool = False) -> int:
-        if not evaluated:
-            what = "anything" if forecast else "the unconditional branch"
-            raise ValueError(
-                f"{self.name}: step {step} is to be {'forecast' if forecast else 'estimated'}, but "
-                f"no step before it evaluates {what}"
-            )
-        return evaluated[-1]
-
-
-@dataclass(frozen=True)
-class HoldDifference(StandIn):
+class HoldDifference(Fill):
     r"""The last difference is held: :math:`\hat u_t = c_t - (c_k - u_k)`, k the last real step.
 
-    So is the last guided prediction, where one is to be forecast.
+    So is the last guided prediction, where a step is skipped.
 
     Args:
         space: "native" holds the difference of network outputs, "x0" that of denoised images.
+
+    Raises:
+        ValueError: the space is unknown.
     """
 
     name: ClassVar[str] = "hold"
 
     space: Space = "native"
 
-    def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """See `StandIn`."""
-        last = self._last(step, evaluated)
+    def __post_init__(self) -> None:
+        check_space("HoldDifference", self.space)
+
+    def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        last = _last(step, evaluated)
         return Weights({step: 1.0, last: -1.0}, {last: 1.0})
 
-    def forecast(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """See `StandIn`."""
-        return Weights(guided={self._last(step, evaluated, forecast=True): 1.0})
+    def reused(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        return Weights(guided={_last(step, evaluated, skipped=True): 1.0})
 
 
+@register
 @dataclass(frozen=True)
-class ExtrapolateDifference(StandIn):
+class ExtrapolateDifference(Fill):
     r"""The last two real differences are continued on a straight line over the steps.
 
     .. math:: \hat u_t = c_t - \left( \Delta_k + \frac{t - k}{k - j} (\Delta_k - \Delta_j) \right),
         \qquad \Delta_i = c_i - u_i
 
     with j < k the last two steps that evaluated both branches. With one such step it is held.
-    Guided predictions are forecast likewise, from the last two that were not forecast themselves.
+    Guided predictions of skipped steps likewise, from the last two steps that were not skipped.
 
     Args:
         space: "native" continues the difference of network outputs, "x0" that of denoised images.
+
+    Raises:
+        ValueError: the space is unknown.
     """
 
     name: ClassVar[str] = "extrapolate"
 
     space: Space = "native"
 
-    def weights(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """See `StandIn`."""
-        weights = self._line(step, evaluated, self._last(step, evaluated))
-        cond = {step: 1.0} | {i: -weight for i, weight in weights.items()}
-        return Weights(cond, weights)
+    def __post_init__(self) -> None:
+        check_space("ExtrapolateDifference", self.space)
 
-    def forecast(self, step: int, evaluated: Sequence[int]) -> Weights:
-        """See `StandIn`."""
-        return Weights(guided=self._line(step, evaluated, self._last(step, evaluated, True)))
+    def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        weights = self._line(step, evaluated, _last(step, evaluated))
+        return Weights({step: 1.0} | {i: -weight for i, weight in weights.items()}, weights)
+
+    def reused(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        return Weights(guided=self._line(step, evaluated, _last(step, evaluated, skipped=True)))
 
     def _line(self, step: int, evaluated: Sequence[int], last: int) -> dict[int, float]:
         """Weights with which values at the last two steps make the one at `step`."""
@@ -155,3 +105,76 @@ class ExtrapolateDifference(StandIn):
         before = evaluated[-2]
         slope = (step - last) / (last - before)
         return {last: 1 + slope, before: -slope}
+
+
+@register
+@dataclass(frozen=True)
+class Coefficients(Fill):
+    """Fitted weights for a run of T steps: those of LinearAG, and those of skipped steps.
+
+    Args:
+        cond: Row t holds the weights of the conditional predictions 0 .. t.
+        uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1. Fitted to one
+            schedule (`guided` is given), the estimate of any other step is left at c_t: none.
+        guided: Row t holds the weights of the guided predictions 0 .. t - 1 at a skipped step t,
+            all 0 where none was fitted; empty: no step can be skipped.
+        space: The space of the predictions they were fitted on.
+        identity: What they were fitted on (see `pilotage.pipelines.fitting.fitted`); pipelines
+            refuse them elsewhere. None: not checked.
+
+    Raises:
+        ValueError: the rows are not as described.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    cond: tuple[tuple[float, ...], ...]
+    uncond: tuple[tuple[float, ...], ...]
+    guided: tuple[tuple[float, ...], ...] = ()
+    space: Space = "native"
+    identity: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("cond", "uncond", "guided"):
+            object.__setattr__(self, name, tuple(tuple(row) for row in getattr(self, name)))
+        steps = len(self.cond)
+        lengths = [[len(row) for row in rows] for rows in (self.cond, self.uncond)]
+        if lengths != [list(range(1, steps + 1)), list(range(steps))] or not steps:
+            raise ValueError(
+                "Coefficients: row t must hold t + 1 conditional and t unconditional weights, got "
+                f"rows of {lengths[0]} and {lengths[1]}"
+            )
+        if self.guided and [len(row) for row in self.guided] != list(range(steps)):
+            raise ValueError("Coefficients: row t must hold t weights of guided predictions")
+        check_space("Coefficients", self.space)
+
+    def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        _last(step, evaluated)
+        if self.guided and self.cond[step] == (0,) * step + (1,) and not any(self.uncond[step]):
+            raise ValueError(
+                f"these coefficients hold no estimate of step {step}: fit them to the schedule "
+                "(pilotage fit --on-policy, pilotage search --fitted --between estimate)"
+            )
+        return Weights(dict(enumerate(self.cond[step])), dict(enumerate(self.uncond[step])))
+
+    def reused(self, step: int, evaluated: Sequence[int]) -> Weights:
+        """See `Fill`."""
+        weights = dict(enumerate(self.guided[step])) if step < len(self.guided) else {}
+        if not any(weights.values()):
+            raise ValueError(
+                f"these coefficients hold no weights for skipping step {step}: fit them to the "
+                "schedule (pilotage fit --on-policy --then forecast, pilotage search --fitted)"
+            )
+        return Weights(guided=weights)
+
+    def check_total(self, total: int) -> None:
+        """See `Fill`."""
+        if total != len(self.cond):
+            raise ValueError(
+                f"coefficients fitted for {len(self.cond)} steps cannot guide a run of {total}: "
+                "use as many steps, or fit them for that number"
+            )
+
+    def __str__(self) -> str:
+        return f"Coefficients({len(self.cond)} steps)"

@@ -23,8 +23,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..base import Rule
-from ..prediction import Space, accumulate, dot, norm, per_sample
+from ..base import Predictions, Rule, Step
+from ..prediction import Space, accumulate, check_space, dot, norm, per_sample
+from ..registry import register
 
 ThresholdUnit = Literal["l2", "rms"]
 
@@ -32,7 +33,7 @@ ThresholdUnit = Literal["l2", "rms"]
 def apg(
     pred_cond: Tensor,
     pred_uncond: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     momentum_buffer: Tensor | None = None,
     *,
     eta: float = 0.0,
@@ -45,7 +46,7 @@ def apg(
     Args:
         pred_cond: Conditional denoised image D_c, with shape (B, \\*).
         pred_uncond: Unconditional denoised image D_u, with shape (B, \\*).
-        guidance_scale: w; 1 means no guidance.
+        guidance_scale: w; 1 means no guidance. A number, or a tensor that broadcasts.
         momentum_buffer: The unscaled m of the previous step, with shape (B, \\*), or None.
         eta: Weight of the parallel part; 1 keeps all of it, 0 (the paper) removes it.
         norm_threshold: r, the radius of the ball the update is rescaled into; 0 switches it off.
@@ -76,6 +77,7 @@ def apg(
     return denoised + scale * update, buffer
 
 
+@register
 @dataclass(frozen=True)
 class APG(Rule):
     """Adaptive projected guidance.
@@ -110,20 +112,19 @@ class APG(Rule):
             raise ValueError(f"APG: norm_threshold must be >= 0, got {self.norm_threshold}")
         if self.threshold_unit not in ("l2", "rms"):
             raise ValueError(f"APG: threshold_unit is 'l2' or 'rms', got {self.threshold_unit!r}")
-        if self.space not in ("x0", "native"):
-            raise ValueError(f"APG: space is 'x0' or 'native', got {self.space!r}")
+        check_space("APG", self.space)
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `apg`."""
-        return apg(
-            pred_cond,
-            pred_uncond,
-            guidance_scale,
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `apg`; the state is its momentum buffer."""
+        guided, buffer = apg(
+            *predictions.pair(self.space),
+            w,
             state,
             eta=self.eta,
             norm_threshold=self.norm_threshold,
             momentum=self.momentum,
             threshold_unit=self.threshold_unit,
         )
+        return guided, buffer if self.momentum != 0 else None

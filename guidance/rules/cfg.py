@@ -13,16 +13,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..base import Rule
+from ..base import Predictions, Rule, Step
+from ..registry import register
 
 
-def cfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float) -> Tensor:
+def cfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance; the same in every affine prediction space.
 
     Args:
         pred_cond: Conditional prediction p_c, with shape (B, \\*).
         pred_uncond: Unconditional prediction p_u, with shape (B, \\*).
-        guidance_scale: w; 1 means no guidance.
+        guidance_scale: w; 1 means no guidance. A number, or a tensor that broadcasts.
 
     Returns:
         The guided prediction, with shape (B, \\*) and the inputs' dtype.
@@ -30,14 +31,16 @@ def cfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float) -> Tensor
     return pred_uncond + guidance_scale * (pred_cond - pred_uncond)
 
 
+@register
 @dataclass(frozen=True)
 class CFG(Rule):
     """Plain classifier-free guidance, the pipelines' own rule."""
 
     name: ClassVar[str] = "cfg"
+    is_pipelines_own: ClassVar[bool] = True
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: None = None
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `cfg`."""
-        return cfg(pred_cond, pred_uncond, guidance_scale), None
+        return cfg(*predictions.pair("native"), w), None

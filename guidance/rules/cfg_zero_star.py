@@ -22,45 +22,38 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Rule
+from ..base import Predictions, Rule, Step
 from ..prediction import accumulate, dot, per_sample
+from ..registry import register
 
 
 def cfg_zero_star(
     pred_cond: Tensor,
     pred_uncond: Tensor,
-    guidance_scale: float,
-    steps_done: Tensor | None = None,
+    guidance_scale: float | Tensor,
     *,
-    zero_steps: int = 1,
     optimized_scale: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Guidance with an optimized scale and zeroed first steps, on velocities.
+) -> Tensor:
+    """Guidance with an optimized scale of the unconditional velocity.
 
     Args:
         pred_cond: Conditional velocity v_c, with shape (B, \\*).
         pred_uncond: Unconditional velocity v_u, with shape (B, \\*).
-        guidance_scale: w; 1 means no guidance.
-        steps_done: Steps already taken by each sample, with shape (B, 1); None at the first.
-        zero_steps: k, the number of first steps whose velocity is zero.
+        guidance_scale: w; 1 means no guidance. A number, or a tensor that broadcasts.
         optimized_scale: False sets s to 1.
 
     Returns:
-        The guided velocity, with shape (B, \\*), in float32 (float64 if the inputs are), and the
-        new number of steps, with shape (B, 1).
+        The guided velocity, with shape (B, \\*), in float32 (float64 if the inputs are).
     """
     cond, uncond = accumulate(pred_cond), accumulate(pred_uncond)
-    if steps_done is None:
-        steps_done = torch.zeros(len(cond), 1, dtype=torch.int32, device=cond.device)
     if optimized_scale:
         # No epsilon, unlike the authors' code: an all-zero unconditional velocity stays zero.
         square = dot(uncond, uncond)
         uncond = per_sample(dot(cond, uncond) / square.where(square > 0, 1), uncond) * uncond
-    guided = cond + (guidance_scale - 1) * (cond - uncond)
-    moving = per_sample(steps_done >= zero_steps, guided)
-    return guided.where(moving, 0), steps_done + 1
+    return cond + (guidance_scale - 1) * (cond - uncond)
 
 
+@register
 @dataclass(frozen=True)
 class CFGZeroStar(Rule):
     """CFG-Zero*, for flow models.
@@ -80,7 +73,6 @@ class CFGZeroStar(Rule):
     """
 
     name: ClassVar[str] = "cfg-zero*"
-    counts_steps: ClassVar[bool] = True
 
     zero_steps: int = 1
     optimized_scale: bool = True
@@ -97,14 +89,10 @@ class CFGZeroStar(Rule):
         return self.zero_steps > 0
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `cfg_zero_star`; the state is the number of steps done."""
-        return cfg_zero_star(
-            pred_cond,
-            pred_uncond,
-            guidance_scale,
-            state,
-            zero_steps=self.zero_steps,
-            optimized_scale=self.optimized_scale,
-        )
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """See `cfg_zero_star`; in the first steps of the run, guided or not, 0."""
+        cond, uncond = predictions.pair("native")
+        if step.index < self.zero_steps:
+            return torch.zeros_like(cond), None
+        return cfg_zero_star(cond, uncond, w, optimized_scale=self.optimized_scale), None

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import Rule
+from ..base import Predictions, Rule, Step
 from ..prediction import accumulate
+from ..registry import register
 
 LowScaleUnit = Literal["relative", "absolute"]
 
@@ -38,8 +39,8 @@ LowScaleUnit = Literal["relative", "absolute"]
 def fdg(
     pred_cond: Tensor,
     pred_uncond: Tensor,
-    guidance_scale: float,
-    low_guidance_scale: float,
+    guidance_scale: float | Tensor,
+    low_guidance_scale: float | Tensor,
     *,
     levels: int = 2,
 ) -> Tensor:
@@ -102,6 +103,7 @@ def _blur(image: Tensor) -> Tensor:
     return image
 
 
+@register
 @dataclass(frozen=True)
 class FDG(Rule):
     """Frequency-decoupled guidance: the pipeline's scale for detail, a lower one for structure.
@@ -138,9 +140,9 @@ class FDG(Rule):
             raise ValueError(f"FDG: levels must be a whole number >= 2, got {self.levels!r}")
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: None = None
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `fdg`."""
         relative = self.low_scale_unit == "relative"
-        low = 1 + self.low_scale * (guidance_scale - 1) if relative else self.low_scale
-        return fdg(pred_cond, pred_uncond, guidance_scale, low, levels=self.levels), None
+        low = 1 + self.low_scale * (w - 1) if relative else self.low_scale
+        return fdg(*predictions.pair("native"), w, low, levels=self.levels), None

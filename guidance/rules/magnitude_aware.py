@@ -22,19 +22,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Rule
-from ..prediction import Space, accumulate, norm, per_sample
+from ..base import Predictions, Rule, Step
+from ..prediction import Space, accumulate, check_space, norm, per_sample
+from ..registry import register
 
 
 def magnitude_aware(
-    pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, *, alpha: float = 8.0
+    pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float | Tensor, *, alpha: float = 8.0
 ) -> Tensor:
     """Guidance whose scale falls with the relative length of the update.
 
     Args:
         pred_cond: Conditional prediction p_c, with shape (B, \\*).
         pred_uncond: Unconditional prediction p_u, with shape (B, \\*).
-        guidance_scale: w, the scale of an infinitely small update; 1 means no guidance.
+        guidance_scale: w, the scale of an infinitely small update; 1 means no guidance. A number,
+            or a tensor that broadcasts.
         alpha: How fast the scale falls with r, a ratio of norms over all elements of a sample.
 
     Returns:
@@ -44,9 +46,10 @@ def magnitude_aware(
     update = cond - uncond
     # 0 / 0, where nothing is damped: no update or alpha = 0 on an all-zero p_u.
     damping = torch.exp((-alpha * norm(update) / norm(uncond)).nan_to_num(0.0))
-    return cond + per_sample((guidance_scale - 1) * damping, update) * update
+    return cond + (guidance_scale - 1) * per_sample(damping, update) * update
 
 
+@register
 @dataclass(frozen=True)
 class MagnitudeAware(Rule):
     """Guidance whose scale falls with the relative length of the update.
@@ -71,11 +74,10 @@ class MagnitudeAware(Rule):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"MagnitudeAware: alpha must be finite and >= 0, got {self.alpha}")
-        if self.space not in ("x0", "native"):
-            raise ValueError(f"MagnitudeAware: space is 'x0' or 'native', got {self.space!r}")
+        check_space("MagnitudeAware", self.space)
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: None = None
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `magnitude_aware`."""
-        return magnitude_aware(pred_cond, pred_uncond, guidance_scale, alpha=self.alpha), None
+        return magnitude_aware(*predictions.pair(self.space), w, alpha=self.alpha), None

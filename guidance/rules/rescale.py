@@ -22,20 +22,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Rule
-from ..prediction import Space, accumulate, norm, per_sample
+from ..base import Predictions, Rule, Step
+from ..prediction import Space, accumulate, check_space, norm, per_sample
+from ..registry import register
 from .cfg import cfg
 
 
 def cfg_rescale(
-    pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, *, phi: float = 0.7
+    pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float | Tensor, *, phi: float = 0.7
 ) -> Tensor:
     """Classifier-free guidance with its standard deviation rescaled.
 
     Args:
         pred_cond: Conditional prediction p_c, with shape (B, \\*).
         pred_uncond: Unconditional prediction p_u, with shape (B, \\*).
-        guidance_scale: w; 1 means no guidance.
+        guidance_scale: w; 1 means no guidance. A number, or a tensor that broadcasts.
         phi: Share of the rescaled prediction; 0 is classifier-free guidance.
 
     Returns:
@@ -56,6 +57,7 @@ def _deviation(pred: Tensor) -> Tensor:
     return norm(flat - flat.mean(1, keepdim=True))
 
 
+@register
 @dataclass(frozen=True)
 class CFGRescale(Rule):
     """Classifier-free guidance with its standard deviation rescaled.
@@ -76,11 +78,10 @@ class CFGRescale(Rule):
     def __post_init__(self) -> None:
         if not 0 <= self.phi <= 1:
             raise ValueError(f"CFGRescale: phi must be between 0 and 1, got {self.phi}")
-        if self.space not in ("x0", "native"):
-            raise ValueError(f"CFGRescale: space is 'x0' or 'native', got {self.space!r}")
+        check_space("CFGRescale", self.space)
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: None = None
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `cfg_rescale`."""
-        return cfg_rescale(pred_cond, pred_uncond, guidance_scale, phi=self.phi), None
+        return cfg_rescale(*predictions.pair(self.space), w, phi=self.phi), None

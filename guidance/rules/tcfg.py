@@ -32,8 +32,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Rule
-from ..prediction import Space, accumulate, dot, per_sample
+from ..base import Predictions, Rule, Step
+from ..prediction import Space, accumulate, check_space, dot, per_sample
+from ..registry import register
 
 
 def tangential_damping(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
@@ -57,13 +58,13 @@ def tangential_damping(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
     return per_sample(share_cond, cond) * cond + per_sample(share_uncond, uncond) * uncond
 
 
-def tcfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float) -> Tensor:
+def tcfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance with tangential damping.
 
     Args:
         pred_cond: Conditional prediction p_c, with shape (B, \\*).
         pred_uncond: Unconditional prediction p_u, with shape (B, \\*).
-        guidance_scale: w; 1 means no guidance.
+        guidance_scale: w; 1 means no guidance. A number, or a tensor that broadcasts.
 
     Returns:
         The guided prediction, with shape (B, \\*), in float32 (float64 if the inputs are).
@@ -72,6 +73,7 @@ def tcfg(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float) -> Tenso
     return cond + (guidance_scale - 1) * (cond - tangential_damping(pred_cond, pred_uncond))
 
 
+@register
 @dataclass(frozen=True)
 class TCFG(Rule):
     """Classifier-free guidance with tangential damping. It has no strength to set.
@@ -89,11 +91,10 @@ class TCFG(Rule):
     space: Space = "native"
 
     def __post_init__(self) -> None:
-        if self.space not in ("x0", "native"):
-            raise ValueError(f"TCFG: space is 'x0' or 'native', got {self.space!r}")
+        check_space("TCFG", self.space)
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float, state: None = None
+        self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `tcfg`."""
-        return tcfg(pred_cond, pred_uncond, guidance_scale), None
+        return tcfg(*predictions.pair(self.space), w), None

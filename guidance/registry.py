@@ -1,0 +1,122 @@
+"""Names: what ``guidance="..."``, saved files, the command line and reports know.
+
+Built-in methods come in by the same door as one's own:
+
+    @register
+    @dataclass(frozen=True)
+    class Mine(Rule):
+        name: ClassVar[str] = "mine"
+        strength: float = 1.0
+
+        def combine(self, predictions, step, w, state): ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, cast
+
+from .base import Fill, Policy, Rule
+
+Part = Rule | Policy | Fill
+T = TypeVar("T")
+
+KINDS: dict[str, type] = {"rule": Rule, "policy": Policy, "fill": Fill}
+"""What settings are made of."""
+
+TYPES: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+"""Kind -> name -> class, for saved settings."""
+
+NAMES: dict[str, Callable[[], Rule | Policy]] = {}
+"""Name -> what makes the rule or policy that ``guidance=`` takes it for."""
+
+ALIASES: dict[str, str] = {}
+"""Second names, for shells and habits."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9.*_-]*")
+
+
+def register(thing: T, *, name: str | None = None, alias: str | None = None) -> T:
+    """Make a rule, policy or fill known by its name; also as a decorator.
+
+    Args:
+        thing: A class of frozen dataclass type derived from `Rule`, `Policy` or `Fill`, known by
+            its ``name``; or, with `name`, a function without required arguments that makes a
+            configured rule or policy (settings with a name).
+        name: Name of such a function.
+        alias: A second name.
+
+    Returns:
+        `thing` itself.
+
+    Raises:
+        TypeError: it is none of these, or settings of it could not be saved.
+        ValueError: the name is taken, or has other characters than a-z, 0-9 and ``. * _ -``.
+    """
+    if isinstance(thing, type):
+        kind = next((k for k, base in KINDS.items() if issubclass(thing, base)), None)
+        params = getattr(thing, "__dataclass_params__", None)
+        if kind is None or params is None or not params.frozen:
+            raise TypeError(
+                f"{thing.__name__} cannot be registered: expected a frozen dataclass derived from "
+                "Rule, Policy or Fill"
+            )
+        if "name" not in vars(thing):
+            raise TypeError(f"{thing.__name__} has no name of its own: give it `name = ...`")
+        name = cast(Any, thing).name
+        known = TYPES[kind].get(_checked(name))
+        if known is not None and _place(known) != _place(thing):
+            raise ValueError(f"the {kind} {name!r} is {known.__module__}.{known.__name__} already")
+        if kind != "fill":
+            _add(name, cast("Callable[[], Rule | Policy]", thing), replaces=known)
+        TYPES[kind][name] = thing
+    elif callable(thing) and name is not None:
+        _add(_checked(name), cast("Callable[[], Rule | Policy]", thing), replaces=None)
+    else:
+        raise TypeError(f"register takes a class, or a function with name=..., got {thing!r}")
+    if alias is not None:
+        ALIASES[_checked(alias)] = name
+    return thing
+
+
+def part_name(part: Part) -> tuple[str, str]:
+    """(kind, name) under which a part's class is registered.
+
+    Raises:
+        ValueError: it is not; what is saved could not be loaded again.
+    """
+    for kind, types in TYPES.items():
+        for name, known in types.items():
+            if type(part) is known:
+                return kind, name
+    raise ValueError(
+        f"{type(part).__name__} has no name, so that settings of it could not be loaded again: "
+        "pilotage.guidance.register(...) gives it one"
+    )
+
+
+def _add(name: str, make: Callable[[], Rule | Policy], replaces: type | None) -> None:
+    taken = NAMES.get(name)
+    if taken is not None and taken is not replaces and _place(taken) != _place(make):
+        raise ValueError(f"the guidance {name!r} exists already: choose another name")
+    NAMES[name] = make
+
+
+def _place(thing: Any) -> tuple[str, str]:
+    """Where something is defined: a module that is run again may register its classes again."""
+    return thing.__module__, thing.__qualname__
+
+
+def _checked(name: Any) -> str:
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(
+            f"a name consists of a-z, 0-9 and . * _ - and does not begin with a sign, got {name!r}"
+        )
+    return name
+
+
+def is_settings(value: Any) -> bool:
+    """Whether a value within settings is itself a part with settings."""
+    return is_dataclass(value) and isinstance(value, tuple(KINDS.values()))
