@@ -6,6 +6,8 @@ reason, where a pipeline has no guidance or keeps its branches in a way that is 
 ``pipelines/SUPPORT.md`` lists what is.
 """
 
+from typing import Any
+
 import diffusers
 
 from .analytic import model as analytic
@@ -49,12 +51,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     stock = getattr(diffusers, name, None) if not name.startswith("_") else None
     if not (isinstance(stock, type) and issubclass(stock, diffusers.DiffusionPipeline)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return guided_class(stock)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in dir(diffusers) if name.endswith("Pipeline"))])
