@@ -71,7 +71,8 @@ def guide_step(
 
         if has_kernel(rule, step) and not want_update:
             with torch.cuda.device_of(cond):  # Triton launches on the current device
-                return launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+                done = launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+            return GuideStep(*done)
         if impl == "fused":
             raise ValueError(f"there is no fused kernel for {rule} at this step")
     finite = torch.isfinite(cond).all() & torch.isfinite(uncond).all()
