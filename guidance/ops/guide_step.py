@@ -45,7 +45,8 @@ def guide_step(
     """Guide a step's predictions, and measure what policies and traces ask for.
 
     `Rule.combine` defines the result. A Triton kernel computes the same in float32, in one launch
-    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`.
+    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`; where
+    there are several samples, one more joins their flags to `finite`.
 
     Args:
         rule: The rule.
