@@ -45,7 +45,8 @@ def guide_step(
     """Guide a step's predictions, and measure what policies and traces ask for.
 
     `Rule.combine` defines the result. A Triton kernel computes the same in float32, in one launch
-    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`.
+    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`; where
+    there are several samples, one more joins their flags to `finite`.
 
     Args:
         rule: The rule.
@@ -71,7 +72,8 @@ def guide_step(
 
         if has_kernel(rule, step) and not want_update:
             with torch.cuda.device_of(cond):  # Triton launches on the current device
-                return launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+                done = launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+            return GuideStep(*done)
         if impl == "fused":
             raise ValueError(f"there is no fused kernel for {rule} at this step")
     finite = torch.isfinite(cond).all() & torch.isfinite(uncond).all()
