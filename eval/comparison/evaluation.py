@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics import images
-from ..metrics.pictures import batches
-from .sampling import Samples, Setting, mean_nfe
+from ..metrics.alignment import Alignment
+from ..metrics.bootstrap import grouped_interval
+from ..metrics.extractors import Extractor
+from ..metrics.frechet import frechet_distance, frechet_interval
+from ..metrics.images import PER_PICTURE, TO_BASELINE
+from ..metrics.kid import kernel_distance
+from ..metrics.precision_recall import density_coverage, precision_recall
+from ..pictures import batches
+from .plan import Samples, Setting
 
 DISTANCE_RESAMPLES = 100
 PICTURES_AT_ONCE = 64
-PER_PICTURE = ("saturation", "contrast", "colourfulness")  # functions of `images`
-TO_BASELINE = ("ssim", "psnr")
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,27 @@ class Cell:
 
 
 class Evaluation:
-    """Evaluates the cells of a comparison, a few pictures at a time."""
+    """Evaluates the cells of a comparison, a few pictures at a time.
+
+    Args:
+        cells: What to evaluate.
+        output: Folder of the comparison.
+        reference: Real pictures, with shape (N, 3, H, W), in [0, 1], or None.
+        extractor: Pictures to features; needed with `reference` only.
+        alignment: What scores pictures by their prompts, or None.
+    """
 
     def __init__(
         self,
         cells: Sequence[Cell],
         output: Path,
         reference: Tensor | None,
-        extractor: Any,
-        alignment: Any,
+        extractor: Extractor | None,
+        alignment: Alignment | None,
     ) -> None:
         self.cells, self.output, self.reference = cells, output, reference
         self.extractor, self.alignment = extractor, alignment
-        self.gallery = None if reference is None else _features(extractor, reference)
+        self.gallery = None if reference is None else self._features(reference)
 
     def rows(self, progress: bool) -> list[dict[str, Any]]:
         """One dictionary a cell."""
@@ -66,13 +78,17 @@ class Evaluation:
         bar = tqdm(self.cells, unit="setting", desc="metrics", disable=not progress)
         return [self._row(cell) for cell in bar]
 
-    def real(self) -> dict[str, float] | None:
-        """The same statistics of the reference pictures."""
-        if self.reference is None:
+    def real(self) -> dict[str, Any] | None:
+        """The statistics of single pictures, of the reference."""
+        if (reference := self.reference) is None:
             return None
-        return {
-            name: rounded(getattr(images, name)(self.reference).mean()) for name in PER_PICTURE
-        } | {"n": len(self.reference)}
+        means = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
+        return means | {"n": len(reference)}
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        if self.extractor is None:
+            raise ValueError("a reference needs an extractor of features")
+        return self.extractor(pictures).cpu()
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         samples, setting = cell.samples, cell.setting
@@ -85,7 +101,7 @@ class Evaluation:
             "w": setting.scale,
             "steps": setting.steps,
             "n": len(samples.paths),
-            "nfe": rounded(mean_nfe(samples)),
+            "nfe": rounded(samples.mean_nfe),
             "nfe_range": [min(samples.nfe), max(samples.nfe)],
             "seconds": rounded(samples.seconds),
             "effective_guidance": self._effective(cell),
@@ -99,7 +115,7 @@ class Evaluation:
             row[f"{name}_interval"] = _interval(value[kept], list(compress(groups, kept)))
         if "psnr" in values:
             row["n_equal"] = int(values["psnr"].isinf().sum())
-        if features is not None:
+        if features is not None and self.gallery is not None:
             row |= distribution_metrics(self.gallery, features, groups)
         return row
 
@@ -112,23 +128,21 @@ class Evaluation:
         for start in range(0, len(samples.paths), PICTURES_AT_ONCE):
             part = slice(start, start + PICTURES_AT_ONCE)
             pictures = load_files(samples.paths[part])
-            for name in PER_PICTURE:
-                values.setdefault(name, []).append(getattr(images, name)(pictures))
+            found = {name: metric(pictures) for name, metric in PER_PICTURE.items()}
             if others is not None:
                 baseline = load_files(others[part])
-                for name in TO_BASELINE:
-                    value = getattr(images, name)(pictures, baseline)
-                    values.setdefault(name, []).append(value)
+                found |= {name: metric(pictures, baseline) for name, metric in TO_BASELINE.items()}
             if self.alignment is not None:
-                score = self.alignment.score(pictures, samples.prompts[part])
-                values.setdefault("alignment", []).append(score.cpu())
+                found["alignment"] = self.alignment.score(pictures, samples.prompts[part]).cpu()
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
             if self.gallery is not None:
-                features.append(_features(self.extractor, pictures))
+                features.append(self._features(pictures))
         joined = {name: torch.cat(parts) for name, parts in values.items()}
         return joined, torch.cat(features) if features else None
 
     def _effective(self, cell: Cell) -> float | None:
-        """Effective guidance (see the module); None where it could not be measured."""
+        """Effective guidance (see `comparison`); None where it could not be measured."""
         setting = cell.setting
         if cell.baseline is None or cell.kind == "equal nfe":
             return rounded(setting.scale)
@@ -160,11 +174,6 @@ def distribution_metrics(
         fake: Features of the generated pictures, with shape (M, D).
         groups: See `frechet_interval`.
     """
-    from ..metrics.bootstrap import frechet_interval
-    from ..metrics.frechet import frechet_distance
-    from ..metrics.kid import kernel_distance
-    from ..metrics.precision_recall import density_coverage, precision_recall
-
     values: dict[str, Any] = {}
     least = min(len(real), len(fake))
     if least > 1:
@@ -172,13 +181,10 @@ def distribution_metrics(
         ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES, groups=groups)
         values["fd_interval"] = [rounded(end) for end in ends]
         values["kid"] = rounded(kernel_distance(real, fake).value)
-    for names, metric, k in (
-        (("precision", "recall"), precision_recall, 3),
-        (("density", "coverage"), density_coverage, 5),
-    ):
+    for metric, k in ((precision_recall, 3), (density_coverage, 5)):
         if least > k:
             found = metric(real, fake, k)
-            values |= {name: rounded(value) for name, value in zip(names, found, strict=True)}
+            values |= {name: rounded(value) for name, value in found._asdict().items()}
     return values
 
 
@@ -187,14 +193,8 @@ def load_files(paths: Sequence[Path]) -> Tensor:
     return next(batches(paths, len(paths)))
 
 
-def _features(extractor: Any, pictures: Tensor) -> Tensor:
-    return extractor(pictures).cpu()
-
-
 def _interval(values: Tensor, groups: Sequence[Hashable]) -> list[float | None] | None:
     """Bootstrap interval of the mean; None for one group of pictures, or NaN."""
-    from ..metrics.bootstrap import grouped_interval
-
     if len(set(groups)) < 2 or values.isnan().any():
         return None
     return [rounded(end) for end in grouped_interval(values, groups)]

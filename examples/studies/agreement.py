@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.inception import fidelity_modules, torchmetrics
-from pilotage.eval.metrics.options import Json, report
+from pilotage.eval.options import Json, report
 
 
 class _Pass(nn.Module):

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from pilotage.eval.cli import main
-from pilotage.eval.comparison.compare import read_prompts
 from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.evaluation import Evaluation
-from pilotage.eval.comparison.sampling import Setting
+from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
+from pilotage.eval.prompts import read_prompts
 
 from .comparisons import made_up
 
@@ -100,7 +100,7 @@ def test_two_processes_make_the_same_files(monkeypatch, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*BASICS, "--steps", "2", "--seeds", "3", "--batch-size", "2", "--no-report"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += ["-m", "pilotage.eval.comparison.compare"]
+    launch += ["-m", "pilotage.eval", "compare"]
     result = subprocess.run(
         [*launch, *options, "-o", str(two)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

@@ -7,15 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotage.eval.comparison.sampling import (
-    Plan,
-    Setting,
-    evaluations,
-    generate,
-    sample_seed,
-    steps_for_nfe,
-    update_norms,
-)
+from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_norms
+from pilotage.eval.comparison.plan import Plan, Setting, sample_seed
+from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Gram, LinearAG, fit_coefficients
 from pilotage.pipelines import guided

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pilotage.eval.cli import MODULES
+from pilotage.eval.cli import COMMANDS
 from pilotage.eval.metrics import extractors
 from pilotage.eval.metrics.cmmd import cmmd
 from pilotage.eval.metrics.features import folder_features
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.images import psnr, saturation, ssim
 from pilotage.eval.metrics.kid import kernel_distance
-from pilotage.eval.metrics.pictures import load_pictures
 from pilotage.eval.metrics.precision_recall import precision_recall
+from pilotage.eval.pictures import load_pictures
 
 from ..test_cli import run
 
@@ -172,14 +172,14 @@ def test_statistics_do_for_real_pictures(monkeypatch, tmp_path, folders, network
     assert found["interval"][0] <= found["fd"] <= found["interval"][1]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(monkeypatch, capsys, name):
     assert run(monkeypatch, name, "--help") == 0
     assert f"pilotage {name}" in capsys.readouterr().out
 
 
 def test_module_command(folders):
-    command = [sys.executable, "-m", "pilotage.eval.metrics.saturation", str(folders[0])]
+    command = [sys.executable, "-m", "pilotage.eval", "saturation", str(folders[0])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "saturation: " in done.stdout
 
