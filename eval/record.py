@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def info() -> dict[str, Any]:
         ``presets``: model family -> name -> settings, written out; the family "any (literature)"
         holds published settings for no model in particular.
     """
-    families = {**PRESETS, "any (literature)": LITERATURE}
+    families: dict[str, Mapping[str, object]] = {**PRESETS, "any (literature)": LITERATURE}
     return {
         "versions": versions(),
         "machine": machine(),

@@ -54,8 +54,8 @@ def fid(
 
     if resamples:
         check_resampling(resamples)
-    options = {"least": (2, 2), "batch_size": batch_size, "resize": resize, "device": device}
-    pair = load_pair(real, fake, extractor, resamples > 0, real_statistics=True, **options)
+    settings = real, fake, extractor, device, batch_size, resize
+    pair = load_pair(*settings, keep=resamples > 0, least=(2, 2), real_statistics=True)
     # Kept features spare small sets the eigenvectors of a D x D matrix.
     one, two = (x.statistics if x.values is None else x.values for x in pair)
     name = "fid" if extractor.partition(":")[0] == "inception" else "fd"
@@ -80,9 +80,9 @@ def kid(
     from .features import load_pair
     from .kid import kernel_distance
 
-    least = (subset_size if subsets else 2,) * 2
-    options = {"least": least, "batch_size": batch_size, "resize": resize, "device": device}
-    one, two = load_pair(real, fake, extractor, True, **options)
+    count = subset_size if subsets else 2
+    least = (count, count)
+    one, two = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
     found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
     std = {} if found.std is None else {"std": found.std}
     report({"kid": found.value, **std, **_sources(one, two)}, json)
@@ -101,8 +101,7 @@ def cmmd(
     from .cmmd import cmmd as distance
     from .features import load_pair
 
-    options = {"batch_size": batch_size, "resize": resize, "device": device}
-    one, two = load_pair(real, fake, extractor, True, **options)
+    one, two = load_pair(real, fake, extractor, device, batch_size, resize)
     report({"cmmd": distance(one.rows(), two.rows()), **_sources(one, two)}, json)
 
 
@@ -122,8 +121,7 @@ def precision_recall(
     from .precision_recall import density_coverage, precision_recall
 
     least = (max(k, k_coverage) + 1, k + 1)
-    options = {"least": least, "batch_size": batch_size, "resize": resize, "device": device}
-    pair = load_pair(real, fake, extractor, True, **options)
+    pair = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
     rows = pair[0].rows(), pair[1].rows()
     values = precision_recall(*rows, k)._asdict() | density_coverage(*rows, k_coverage)._asdict()
     report(values | _sources(*pair), json)

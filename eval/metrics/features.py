@@ -267,7 +267,11 @@ def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
 
 
 def load_features(
-    source: str | Path, extractor: Extractor, keep: bool = True, **options: Any
+    source: str | Path,
+    extractor: Extractor,
+    keep: bool = True,
+    batch_size: int = 32,
+    resize: int | None = None,
 ) -> Features:
     """Features of a folder (`folder_features`), or of a ``.npz`` made with the same extractor.
 
@@ -277,33 +281,35 @@ def load_features(
     if Path(source).suffix == ".npz":
         found = Features.load(source)
         try:
-            require_same(found.tags, _tags(extractor, options.get("resize"), found.tags.data))
+            require_same(found.tags, _tags(extractor, resize, found.tags.data))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         return found
-    return folder_features(source, extractor, keep=keep, **options)
+    return folder_features(source, extractor, batch_size, resize, keep)
 
 
 def load_pair(
     real: Path,
     fake: Path,
     extractor: str,
-    keep: bool,
+    device: str = "cpu",
+    batch_size: int = 32,
+    resize: int | None = None,
+    *,
+    keep: bool = True,
     least: tuple[int, int] = (1, 1),
     real_statistics: bool = False,
-    device: str = "cpu",
-    **options: Any,
 ) -> tuple[Features, Features]:
     """Features of two folders or ``.npz`` files; what can be refused early is.
 
     Args:
         real, fake: Folders or files.
         extractor: Its name, see `load_extractor`.
+        device: Where it computes.
+        batch_size, resize: See `folder_features`.
         keep: The features themselves are needed.
         least: Pictures needed of `real` and of `fake`.
         real_statistics: Of `real`, statistics do even if `keep`.
-        device: Where the extractor computes.
-        options: See `folder_features`.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -319,7 +325,7 @@ def load_pair(
     network = load_extractor(extractor, device=device)
     for source in (real, fake):
         if source not in counts:
-            found[source] = load_features(source, network, keep, **options)
+            found[source] = load_features(source, network, keep, batch_size, resize)
             counts[source] = found[source].statistics.count
     for source, needed in zip((real, fake), least, strict=True):
         if counts[source] < needed:
@@ -330,5 +336,5 @@ def load_pair(
             found[source].rows()
     for source in counts:
         if source not in found:
-            found[source] = load_features(source, network, keep, **options)
+            found[source] = load_features(source, network, keep, batch_size, resize)
     return found[real], found[fake]
