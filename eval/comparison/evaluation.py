@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..metrics.alignment import Alignment
-from ..metrics.bootstrap import grouped_interval
 from ..metrics.extractors import Extractor
 from ..metrics.frechet import frechet_distance, frechet_interval
-from ..metrics.images import PER_PICTURE, TO_BASELINE
+from ..metrics.images import PER_PICTURE
 from ..metrics.kid import kernel_distance
+from ..metrics.per_picture import mean_and_interval, measure
 from ..metrics.precision_recall import density_coverage, precision_recall
-from ..pictures import batches
 from .plan import Samples, Setting
 
 DISTANCE_RESAMPLES = 100
-PICTURES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,9 @@ class Evaluation:
     ) -> None:
         self.cells, self.output, self.reference = cells, output, reference
         self.extractor, self.alignment = extractor, alignment
-        self.gallery = None if reference is None else self._features(reference)
+        self.gallery: Tensor | None = None
+        if reference is not None and extractor is not None:
+            self.gallery = extractor(reference).cpu()
 
     def rows(self, progress: bool) -> list[dict[str, Any]]:
         """One dictionary a cell."""
@@ -84,11 +83,6 @@ class Evaluation:
             return None
         means = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
         return means | {"n": len(reference)}
-
-    def _features(self, pictures: Tensor) -> Tensor:
-        if self.extractor is None:
-            raise ValueError("a reference needs an extractor of features")
-        return self.extractor(pictures).cpu()
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         samples, setting = cell.samples, cell.setting
@@ -107,39 +101,25 @@ class Evaluation:
             "effective_guidance": self._effective(cell),
             "folder": os.path.relpath(samples.paths[0].parent, self.output),
         }
-        values, features = self._per_picture(cell)
+        base = None if cell.baseline is None else self.cells[cell.baseline].samples
+        values = measure(
+            samples.paths,
+            None if base is None else base.paths,
+            samples.prompts,
+            self.alignment,
+            None if self.gallery is None else self.extractor,
+        )
+        features = values.pop("features", None)
         groups = independent(samples.prompts)
         for name, value in values.items():
-            kept = ~value.isinf()  # equal pictures have no finite PSNR
-            row[name] = rounded(value[kept].double().mean())
-            row[f"{name}_interval"] = _interval(value[kept], list(compress(groups, kept)))
+            mean, ends = mean_and_interval(value, groups)
+            row[name] = rounded(mean)
+            row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
         if "psnr" in values:
             row["n_equal"] = int(values["psnr"].isinf().sum())
-        if features is not None and self.gallery is not None:
+        if self.gallery is not None and features is not None:
             row |= distribution_metrics(self.gallery, features, groups)
         return row
-
-    def _per_picture(self, cell: Cell) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Values of every picture, and their features."""
-        samples = cell.samples
-        values: dict[str, list[Tensor]] = {}
-        features = []
-        others = None if cell.baseline is None else self.cells[cell.baseline].samples.paths
-        for start in range(0, len(samples.paths), PICTURES_AT_ONCE):
-            part = slice(start, start + PICTURES_AT_ONCE)
-            pictures = load_files(samples.paths[part])
-            found = {name: metric(pictures) for name, metric in PER_PICTURE.items()}
-            if others is not None:
-                baseline = load_files(others[part])
-                found |= {name: metric(pictures, baseline) for name, metric in TO_BASELINE.items()}
-            if self.alignment is not None:
-                found["alignment"] = self.alignment.score(pictures, samples.prompts[part]).cpu()
-            for name, value in found.items():
-                values.setdefault(name, []).append(value)
-            if self.gallery is not None:
-                features.append(self._features(pictures))
-        joined = {name: torch.cat(parts) for name, parts in values.items()}
-        return joined, torch.cat(features) if features else None
 
     def _effective(self, cell: Cell) -> float | None:
         """Effective guidance (see `comparison`); None where it could not be measured."""
@@ -188,19 +168,7 @@ def distribution_metrics(
     return values
 
 
-def load_files(paths: Sequence[Path]) -> Tensor:
-    """Pictures as float32 (N, 3, H, W) in [0, 1]; errors name the file."""
-    return next(batches(paths, len(paths)))
-
-
-def _interval(values: Tensor, groups: Sequence[Hashable]) -> list[float | None] | None:
-    """Bootstrap interval of the mean; None for one group of pictures, or NaN."""
-    if len(set(groups)) < 2 or values.isnan().any():
-        return None
-    return [rounded(end) for end in grouped_interval(values, groups)]
-
-
-def rounded(value: Any) -> float | None:
-    """Six significant digits; None for NaN and infinity."""
-    number = float(value)
-    return float(f"{number:.6g}") if abs(number) < float("inf") else None
+def rounded(value: float | Tensor | None) -> float | None:
+    """Six significant digits; None for none, NaN and infinity."""
+    number = math.nan if value is None else float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .hub import describe, from_pretrained, pixel_values
 from .ridge import RidgeAlignment
 
-__all__ = ["Alignment", "CLIPAlignment", "RidgeAlignment", "load_scorer", "rank_accuracy"]
+__all__ = ["Alignment", "CLIPAlignment", "RidgeAlignment", "load_scorer"]
 
 
 class Alignment(Protocol):
@@ -80,25 +80,6 @@ class CLIPAlignment(nn.Module):
         out = self.network(**text, pixel_values=pixels)
         cosine = torch.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
         return 100 * cosine.clamp(min=0)
-
-
-def rank_accuracy(similarity: Tensor, k: int = 1) -> float:
-    """Share of rows whose own column is among the k most similar (retrieval at k).
-
-    Ties count against: a column as similar as the own one ranks before it.
-
-    Args:
-        similarity: With shape (N, N); row i belongs to column i.
-        k: Ranks that count as found.
-    """
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or not len(similarity):
-        raise ValueError(f"expected similarities (N, N), got shape {tuple(similarity.shape)}")
-    if not similarity.isfinite().all():
-        raise ValueError("similarities contain NaN or infinity")
-    if not 1 <= k <= len(similarity):
-        raise ValueError(f"k must be between 1 and {len(similarity)}, got {k}")
-    before = (similarity >= similarity.diagonal()[:, None]).sum(1) - 1
-    return float((before < k).double().mean())
 
 
 def load_scorer(

@@ -131,7 +131,7 @@ def saturation(
     folder: Folder, batch_size: BatchSize = 32, resize: Resize = None, json: Json = None
 ) -> None:
     """Saturation, contrast and colourfulness of pictures, with 95 % intervals."""
-    from .folders import colour_statistics
+    from .per_picture import colour_statistics
 
     report(colour_statistics(folder, batch_size, resize), json)
 
@@ -143,7 +143,7 @@ def similarity(
     json: Json = None,
 ) -> None:
     """SSIM and PSNR of pictures to those of the same name in another folder."""
-    from .folders import folder_similarity
+    from .per_picture import folder_similarity
 
     report(folder_similarity(folder, baseline, batch_size), json)
 
@@ -170,7 +170,7 @@ def alignment(
 
     from ..pictures import load_pictures, picture_files, prompt_of
     from .alignment import load_scorer
-    from .folders import folder_alignment
+    from .per_picture import folder_alignment
     from .ridge import RidgeAlignment
 
     files = picture_files(folder)
