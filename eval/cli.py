@@ -194,9 +194,9 @@ def _write(
 
 def info(json: Json = None) -> None:
     """Versions, guidance names and presets."""
-    from .record import info as gathered
+    from . import record
 
-    found = gathered()
+    found = record.info()
     if json is not None:
         report(found, json)
         return

@@ -58,11 +58,12 @@ def check_target(path: Path, suffix: str | None = None) -> None:
 
 
 def report(values: dict[str, Any], json_file: Path | None) -> None:
-    """Print a command's values, a line each; or write them as JSON too, ``-`` to print only that.
+    """Print a command's values, one a line, and write them as JSON if asked.
 
     Args:
         values: Names and values, ready for JSON.
-        json_file: What ``--json`` was given.
+        json_file: A file to write, with command, machine and versions; ``-``: print JSON, and
+            nothing else; None: no JSON.
     """
     if json_file == Path("-"):
         typer.echo(json.dumps(values))
