@@ -112,8 +112,7 @@ def measure(
         real: Features of real pictures, (N, D).
         count: Pictures generated with each setting.
     """
-    from pilotage.eval.metrics.bootstrap import frechet_interval
-    from pilotage.eval.metrics.frechet import frechet_distance
+    from pilotage.eval.metrics.frechet import frechet_distance, frechet_interval
 
     results = []
     for name, scheduler, steps in tqdm(rows, desc="teleport"):

@@ -41,7 +41,7 @@ def test_writes_a_token_and_continues(monkeypatch, tmp_path, pictures, capsys):
     assert load_file(output / "learned_embeds.safetensors")[WORD].shape == (1, 192)
     assert json.loads((output / "personalization.json").read_text())["steps"] == 2
     assert (output / "previews" / "step-000002.png").is_file()
-    assert not list(output.rglob("*.partial"))
+    assert not list(output.rglob("*.partial*"))
 
 
 @pytest.mark.parametrize(
