@@ -14,7 +14,7 @@ from ...pipelines.seam.noise_levels import prediction_type_of
 def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float] | None:
     """Norm of (guided - conditional) as denoised images, mean over all steps, of each sample.
 
-    Steps without guidance count as 0; steps at which a sample evaluated nothing do not count. None
+    Steps without guidance count as 0; steps that a sample skipped do not count. None
     where a noise level is not known, or is infinite and the network predicts noise: its denoised
     image does not exist there.
 
@@ -27,7 +27,7 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
     totals = torch.zeros(trace.batch, dtype=torch.float64)
     counts = torch.full((trace.batch,), len(trace.steps))
     for step in trace.steps:
-        counts[step.resting] -= 1
+        counts[step.skipped] -= 1
         if step.update_norm is None:
             continue
         factor = 1.0
@@ -35,8 +35,7 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
             if step.noise is None:
                 return None
             factor = _x0_factor(step.noise, prediction)
-        rows = list(range(trace.batch)) if step.estimated else step.rows
-        totals[rows] += factor * step.update_norm.double().cpu()
+        totals[step.guided] += factor * step.update_norm.double().cpu()
     means = totals / counts
     return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
 

@@ -62,7 +62,7 @@ def check_call(pipe: Any, plan: Plan) -> list[Guidance]:
     for setting, guidance in zip(plan.settings, guidances, strict=True):
         if setting.scale <= 1 and not guidance.is_plain:
             raise ValueError(f"{setting.label}: guidance needs a scale > 1")
-        if guidance.needs_noise_level:
+        if guidance.needs_level:
             check_scheduler(pipe.scheduler)
     return guidances
 

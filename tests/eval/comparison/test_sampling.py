@@ -11,7 +11,7 @@ from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_nor
 from pilotage.eval.comparison.plan import Plan, Setting, sample_seed
 from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
-from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Gram, LinearAG, fit_coefficients
+from pilotage.guidance import APG, AdaptiveGuidance, Gram, fit_coefficients, forecast, linear_ag
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.identity import pipeline_identity
 from pilotage.pipelines.quantization.quantize import quantize
@@ -112,12 +112,12 @@ def test_update_norm_is_that_of_denoised_images(pipe, tmp_path):
     assert one.update == pytest.approx(two.update, rel=1e-3) and min(one.update) > 0
 
 
-@pytest.mark.parametrize("tail", [Forecast(head=0), AdaptiveGuidance(-1.0, tail="forecast")])
-def test_steps_at_rest_do_not_count_towards_the_mean_update(pipe, tail):
-    guidance = APG() | tail
+@pytest.mark.parametrize("policy", [forecast(first=0), AdaptiveGuidance(-1.0, then="forecast")])
+def test_skipped_steps_do_not_count_towards_the_mean_update(pipe, policy):
+    guidance = APG() | policy
     pipe(PROMPTS, guidance=guidance, num_inference_steps=4, detailed_trace=True)
     first, rest, second, last = pipe.guidance_trace.steps
-    assert [len(step.resting) for step in pipe.guidance_trace.steps] == [0, 3, 0, 3]
+    assert [len(step.skipped) for step in pipe.guidance_trace.steps] == [0, 3, 0, 3]
     assert rest.update_norm is last.update_norm is None
     expected = (first.update_norm + second.update_norm) / 2
     found = update_norms(pipe.guidance_trace, guidance, pipe.scheduler)
@@ -185,7 +185,7 @@ def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):
     steps = 3
     cond, uncond = torch.randn(2, steps, 2, 9, generator=torch.Generator().manual_seed(0))
     policies = [
-        LinearAG(coefficients=fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
+        linear_ag(fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
         for ridge in (0.1, 0.2)
     ]
     assert str(policies[0]) == str(policies[1])
