@@ -208,7 +208,7 @@ class Personalizer:
         widths, tables = self.networks.widths, [t.weight for t in self.networks.tables]
         trainer = TokenTrainer(
             self.loss,
-            plan.build(initial, widths, tables, seed),
+            plan.build(initial, tables, seed),
             (vectors, sum(widths)),
             lambda step: data.batch(step),
             points_per_call=points_per_call,
