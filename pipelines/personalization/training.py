@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...guidance.files import atomic
 from ...guidance.zeroth_order import Search
 from ..processes import processes
 from .loss import TokenBatch, TokenLoss
@@ -113,7 +113,7 @@ class TokenTrainer:
         count, token = len(self.held_out), self.vectors[None]
         sums = torch.zeros(-(-count // rows))
         for i in range(self.process.process_index, len(sums), self._world):
-            part = self.held_out.part(i * rows, (i + 1) * rows)
+            part = self.held_out.rows(slice(i * rows, (i + 1) * rows))
             sums[i] = self.loss(token, part).float().cpu()[0] * len(part)
         value = self._sum(sums).double().sum().item() / count
         if all(value < other for _, _, other in self.evaluations):
@@ -129,7 +129,7 @@ class TokenTrainer:
         return min(values[-patience:]) >= min(values[:-patience])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint (safetensors, its header has the JSON) and rename it into place."""
+        """Write a checkpoint (safetensors, its header has the JSON), whole or not at all."""
         state = {f"search.{k}": v.contiguous().clone() for k, v in self.search.state_dict().items()}
         state["best"] = self.best.contiguous().clone()
         state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
@@ -139,10 +139,8 @@ class TokenTrainer:
             "evaluations": self.evaluations,
             "settings": self.settings,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(state, partial, metadata={"personalization": json.dumps(record)})
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            save_file(state, partial, metadata={"personalization": json.dumps(record)})
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: the same steps follow as without the interruption.
@@ -166,8 +164,9 @@ class TokenTrainer:
         )
         if differing:
             raise CheckpointError(
-                f"the checkpoint {path} was made with other settings ({', '.join(differing)}): "
-                "use the same ones, another output folder, or delete it to begin anew"
+                f"the checkpoint {path} was made with other settings ({', '.join(differing)}) or "
+                "by another version: use the same ones, another output folder, or delete it to "
+                "begin anew"
             )
         self.search.load_state_dict(
             {k.removeprefix("search."): v for k, v in state.items() if k.startswith("search.")}

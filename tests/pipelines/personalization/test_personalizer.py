@@ -1,9 +1,11 @@
 """The personalizer on tiny pipelines: its loss, its inputs, its runs."""
 
 import dataclasses
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pilotage.eval.embedded import load_embedded
+from pilotage.pipelines.personalization import (
+    PRESETS,
+    CheckpointError,
+    DiffusionTokenLoss,
+    Personalizer,
+    add_token,
+    recipe,
+)
 from pilotage.pipelines.personalization.data import TokenData
-from pilotage.pipelines.personalization.files import add_token
 from pilotage.pipelines.personalization.inputs import extended, load_images, prompt_ids
-from pilotage.pipelines.personalization.loss import DiffusionTokenLoss
-from pilotage.pipelines.personalization.personalizer import Personalizer
-from pilotage.pipelines.personalization.recipes import PRESETS, recipe
-from pilotage.pipelines.personalization.training import CheckpointError
-from pilotage.pipelines.processes import processes as processes_that_share
-from pilotage.pipelines.quantization.quantize import quantize
+from pilotage.pipelines.processes import processes
+from pilotage.pipelines.quantization import quantize
 
 from ...families import FAMILIES
 
@@ -506,36 +511,6 @@ def test_other_families_are_refused(family):
         DiffusionTokenLoss(build(family))
 
 
-def processes(count, folder):
-    """Run this file's `main` in `count` gloo processes; the token of the first one."""
-    port = 29_500 + os.getpid() % 400 + count
-    running = []
-    for rank in range(count):
-        environment = {
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        if count > 1:
-            environment |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        command = [sys.executable, "-m", "tests.pipelines.test_personalization", str(folder)]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    try:
-        for process in running:
-            assert process.wait(timeout=120) == 0
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-    return load_file(folder / "learned_embeds.safetensors")[WORD]
-
-
 def main(folder):
     """A run with fixed calls, two of them a step; each process evaluates its share."""
     torch.set_num_threads(1)
@@ -544,18 +519,48 @@ def main(folder):
     options = SHORT | {"output": folder, "directions": 3, "points_per_call": 2}
     options |= {"words": 2, "steps": 11}  # nine steps of known words, two of the descent
     token = personalizer.fit(pictures(), WORD, word(pipe), **options)
-    assert processes_that_share().num_processes == world
+    assert processes().num_processes == world
     everything = token.forwards + len(token.evaluations) * SHORT["held_out_rows"]
     assert (personalizer.networks.forwards < everything) == (world > 1)
 
 
+def one_of(count, rank, port, folder):
+    """`main` as one of `count` processes that share the work."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    main(folder)
+
+
+def several(count, folder):
+    """Fork `count` processes that share the work; the first to fail ends the others.
+
+    Only a process without threads may fork: not the one that runs the tests.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    running = [
+        context.Process(target=one_of, args=(count, rank, port, folder), daemon=True)
+        for rank in range(count)
+    ]
+    for process in running:
+        process.start()
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in running):
+            sys.exit("a process failed")
+        running = [process for process in running if process.exitcode is None]
+
+
 def test_processes_agree(tmp_path):
-    """Of four processes two have nothing to do."""
+    """Of three processes one has nothing to do."""
     main(tmp_path / "1")
-    one = load_file(tmp_path / "1" / "learned_embeds.safetensors")[WORD]
-    for count in (2, 4):
-        assert torch.equal(one, processes(count, tmp_path / str(count)))
+    command = [sys.executable, "-m", __name__, "3", str(tmp_path / "3")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    one, three = (load_file(tmp_path / n / "learned_embeds.safetensors")[WORD] for n in "13")
+    assert torch.equal(one, three)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    several(int(sys.argv[1]), Path(sys.argv[2]))
