@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...guidance.zeroth_order import generator
 from ..fitting.identity import network_hash
+from ..seam.noise_levels import prediction_type_of
 from .files import text_encoders
 
 
@@ -99,7 +100,8 @@ class DiffusionTokenLoss:
     all the same: sharing it would need the UNet's inside.
 
     Raises:
-        ValueError: the pipeline is of another family.
+        ValueError: the pipeline is of another family, or its scheduler's noise levels are not
+            known.
     """
 
     def __init__(self, pipe: Any, max_rows: int = 0) -> None:
@@ -124,10 +126,8 @@ class DiffusionTokenLoss:
         self.widths = tuple(table.weight.shape[1] for table in self.tables)
         self.vocabularies = tuple(len(tokenizer) for _, _, tokenizer in parts)
         self.pixels_per_latent = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        self.prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"the prediction type {self.prediction!r} is not known")
-        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        self.prediction = prediction_type_of(pipe.scheduler)
+        if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
         self.forwards = 0
 
@@ -141,14 +141,14 @@ class DiffusionTokenLoss:
         parts = {"unet": self.pipe.unet, "vae": self.pipe.vae, **self.encoders}
         hashes = {name: network_hash(part, name) for name, part in parts.items()}
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
-        return {**hashes, "dtype": dtype, **self.process_identity}
+        return {**hashes, "dtype": dtype, **self.noise_identity}
 
     @property
-    def process_identity(self) -> dict[str, str]:
+    def noise_identity(self) -> dict[str, str]:
         """What the noised latents and their targets depend on."""
         levels = self.pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes()
-        noise = hashlib.sha256(levels).hexdigest()
-        return {"prediction_type": self.prediction, "noise levels": noise}
+        digest = hashlib.sha256(levels).hexdigest()
+        return {"prediction_type": self.prediction, "noise levels": digest}
 
     @property
     def device(self) -> torch.device:

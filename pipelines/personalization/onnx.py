@@ -259,7 +259,7 @@ class OnnxTokenLoss(DiffusionTokenLoss):
     def identity(self) -> dict[str, Any]:
         """As of `DiffusionTokenLoss`; the graphs' files stand for the networks."""
         found = {"vae": network_hash(self.pipe.vae, "vae"), "precision": self.precision}
-        found.update(self.process_identity)
+        found.update(self.noise_identity)
         for name in GRAPHS:
             digest = hashlib.sha256()
             for file in sorted(graph_path(self.folder, name, self.precision).parent.iterdir()):

@@ -207,8 +207,8 @@ class Personalizer:
             plan.build(initial, [table.weight for table in self.networks.tables], seed),
             (vectors, sum(self.networks.widths)),
             lambda step: data.batch(step),
-            points_per_call=points_per_call,
-            settings={
+            points_per_call,
+            {
                 "recipe": asdict(plan) | {"steps": None},
                 "seed": seed,
                 "placeholder": placeholder,

@@ -1,6 +1,7 @@
 """The personalizer on tiny pipelines: its loss, its inputs, its runs."""
 
 import dataclasses
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -101,7 +102,7 @@ def test_all_tokens_in_one_call_are_as_one_by_one(family):
 def test_no_call_of_a_run_has_more_rows_than_allowed():
     pipe, calls = build(), []
     pipe.unet.register_forward_pre_hook(lambda _m, args: calls.append(len(args[0])))
-    options = SHORT | {"batch": 4, "held_out_rows": 9}
+    options = SHORT | {"batch": 4, "held_out_rows": 9, "steps": 2}
     Personalizer(pipe, max_rows=3).fit(pictures(), WORD, word(pipe), **options)
     assert max(calls) == 3
 
@@ -219,6 +220,7 @@ def test_fit(family, preset, tmp_path):
 
 
 def test_the_loss_falls_on_the_embedded_model():
+    """After the fifteen steps of known words, and by the descent from there."""
     pipe = load_embedded()
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste("red", (12, 12, 52, 52))
@@ -227,13 +229,13 @@ def test_the_loss_falls_on_the_embedded_model():
         WORD,
         "star",
         templates=["noto style {}"],
-        steps=32,
-        evaluate_every=16,
-        held_out_rows=16,
+        steps=22,
+        evaluate_every=15,
+        held_out_rows=8,
         progress=False,
     )
-    first, *later = (value for _, _, value in token.evaluations)
-    assert all(value < 0.9 * first for value in later)
+    first, words, last = (value for _, _, value in token.evaluations)
+    assert words < 0.9 * first and last < words
 
 
 def test_any_closure_will_do():
@@ -380,6 +382,8 @@ def test_a_loss_that_is_not_finite_loses_nothing(tmp_path):
     with pytest.raises(FloatingPointError, match="step 4"):
         Personalizer(pipe, loss=loss).fit(pictures(), WORD, word(pipe), **options)
     assert load_file(tmp_path / "learned_embeds.safetensors")[WORD].isfinite().all()
+    record = json.loads((tmp_path / "personalization.json").read_text(), parse_constant=forbidden)
+    assert record["evaluations"][-1] == [4, 32, None]
 
 
 def test_a_checkpoint_of_other_settings_or_damaged(tmp_path):
