@@ -153,7 +153,7 @@ def quantize_onnx(loss: OnnxTokenLoss, calibration: Sequence[tuple[Tensor, Token
     Args:
         loss: The closure on the float32 graphs.
         calibration: Embeddings (K, m, d) and batches, over all timesteps that will be used; the
-            ranges are the extremes seen.
+            ranges are the extremes found there.
 
     Raises:
         ValueError: no calibration data, or `loss` is not on the float32 graphs.

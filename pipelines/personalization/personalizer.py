@@ -143,7 +143,7 @@ class Personalizer:
             patience: Stop after this many held-out losses without improvement; 0 never does.
             seed: Of everything that is drawn.
             output: Folder for the token, checkpoint and previews; None writes nothing. A run that
-                is interrupted or fails leaves the best token so far and a checkpoint in it.
+                is interrupted or fails writes the best token so far and a checkpoint there.
             checkpoint_every: Steps between checkpoints.
             resume: Continue from a checkpoint in `output`.
             preview_every: Steps between pictures of the word; 0 is never.

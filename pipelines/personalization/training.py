@@ -18,7 +18,6 @@ from ...guidance.zeroth_order import Search
 from ..processes import processes
 from .loss import TokenBatch, TokenLoss
 
-
 HELD_OUT_ROWS_PER_CALL = 8
 
 

@@ -3,7 +3,7 @@
 Two thirds of a Stable Diffusion UNet's weights sit in convolutions, which torchao does not cover:
 they get the layers of `int8.py`. Linear layers go to torchao or to the same layers. A
 pipeline that diffusers has already quantized (torchao, bitsandbytes, quanto, GGUF) keeps what it
-has; its convolutions, left in full precision there, are quantized here.
+has; its convolutions, which stay in full precision there, are quantized here.
 """
 
 from __future__ import annotations
