@@ -16,7 +16,7 @@ from .analytic.teleport import GaussianTeleport
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
-from .personalization.personalizer import LearnedToken, Personalizer
+from .personalization import LearnedToken, Personalizer
 from .schedulers import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
