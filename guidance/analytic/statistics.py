@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 from collections.abc import Callable
@@ -57,8 +56,7 @@ class DatasetStatistics:
         basis: Orthonormal directions, float64 (n, r); stationary: complex128 (H, W // 2 + 1, C, C).
         residual: Variance of every direction outside the basis.
         identity: What the numbers come from: "pixels" ("[-1, 1]" or "as given"), "data" (a hash of
-            the images, whatever their order) and "version" (of this package); "mirrored" if mirror
-            images were added.
+            the images, whatever their order); "mirrored" if mirror images were added.
     """
 
     shape: tuple[int, ...]
@@ -150,11 +148,7 @@ class DatasetStatistics:
             eigenvalues=values,
             basis=basis if kind == "stationary" else basis.contiguous(),
             residual=rest,
-            identity={
-                "pixels": pixels,
-                "data": f"{total.hash:032x}",
-                "version": importlib.metadata.version("pilotage"),
-            },
+            identity={"pixels": pixels, "data": f"{total.hash:032x}"},
         )
 
     def apply(self, residual: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -214,7 +208,7 @@ class DatasetStatistics:
         mean, (a, b) = self._mean(x), (_column(sigma, x) ** 2 for sigma in (sigma_from, sigma_to))
         moved = self.apply(
             x - alpha_from * mean,
-            lambda v: ((b + alpha_to**2 * v) / (a + alpha_from**2 * v)).sqrt(),
+            lambda v: ((b + alpha_to * alpha_to * v) / (a + alpha_from * alpha_from * v)).sqrt(),
         )
         return alpha_to * mean + moved
 
@@ -291,7 +285,7 @@ class DatasetStatistics:
         """Read what `save` wrote.
 
         Args:
-            identity: Entries that the file's identity must have ("pixels", "data", "version").
+            identity: Entries that the file's identity must have ("pixels", "data").
 
         Raises:
             FileNotFoundError: no such file.

@@ -19,7 +19,7 @@ from pilotage.pipelines import (
     GaussianTeleport,
     noise_level,
 )
-from pilotage.pipelines.analytic.model import encode_images
+from pilotage.pipelines.analytic import encode_images
 
 from ... import components
 
