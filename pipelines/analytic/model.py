@@ -54,7 +54,7 @@ def noise_schedule_of(scheduler: Any) -> dict[str, Any]:
     return known | {"prediction_type": prediction_type_of(scheduler), "flow": bool(flow)}
 
 
-class AnalyticDenoiserModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
     """A denoiser computed from images, called like a ``UNet2DModel``.
 
     Build it with `from_images`; the arguments here are what is saved in ``config.json``.
@@ -71,6 +71,7 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             What the scheduler expects of its network; see `noise_schedule_of`.
     """
 
+    config_name: Any  # diffusers' own bases disagree about its type
     images: Tensor
     labels: Tensor | None
     anchor: Tensor
