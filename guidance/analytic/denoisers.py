@@ -17,7 +17,7 @@ from .images import checked, load_images
 from .posterior import Box, Source, Whole, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
-from .statistics import DatasetStatistics
+from .statistics import DatasetStatistics, Sigma
 
 
 class Denoiser(ABC):
@@ -83,31 +83,14 @@ class Denoiser(ABC):
 
     @overload
     def __call__(
-        self,
-        y: Tensor,
-        sigma: float | Tensor,
-        labels: Tensor | None = ...,
-        *,
-        return_info: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        y: Tensor,
-        sigma: float | Tensor,
-        labels: Tensor | None = ...,
-        *,
-        return_info: Literal[True],
+        self, y: Tensor, sigma: Sigma, labels: Tensor | None = ..., *, return_info: Literal[True]
     ) -> tuple[Tensor, Info]: ...
 
+    @overload
+    def __call__(self, y: Tensor, sigma: Sigma, labels: Tensor | None = ...) -> Tensor: ...
+
     def __call__(
-        self,
-        y: Tensor,
-        sigma: float | Tensor,
-        labels: Tensor | None = None,
-        *,
-        return_info: bool = False,
+        self, y: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_info: bool = False
     ) -> Tensor | tuple[Tensor, Info]:
         """Posterior mean of the clean images.
 
@@ -174,7 +157,7 @@ class Denoiser(ABC):
 class OptimalDenoiser(Denoiser):
     """Posterior mean under the empirical distribution: whole images, all of them.
 
-    It reproduces training images at low noise, and never leaves any out.
+    At low noise it reproduces training images.
     """
 
     def _denoise(

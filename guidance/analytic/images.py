@@ -137,9 +137,7 @@ def stream(
 
 
 def _alike(
-    items: Iterator[tuple[Tensor, Any]],
-    files: list[Path],
-    accept: Accept | None,
+    items: Iterator[tuple[Tensor, Any]], files: list[Path], accept: Accept | None
 ) -> Iterator[tuple[Tensor, Any]]:
     """The items, all of one shape and kind; `files` says what they are called, if anything."""
     names, first = ("shape", "dtype", "with a label"), None
@@ -210,10 +208,7 @@ def _is_pair(source: Any) -> bool:
 
 
 def _tensor_blocks(
-    images: Tensor,
-    labels: Tensor | None,
-    chunk: int,
-    value_range: tuple[float, float] | None,
+    images: Tensor, labels: Tensor | None, chunk: int, value_range: tuple[float, float] | None
 ) -> Iterator[Block]:
     if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")

@@ -108,7 +108,7 @@ class _Attribution:
     def update(
         self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, rank: Tensor
     ) -> None:
-        """`rank` says how a block's best candidate compares with those of other blocks."""
+        """Take in a block; `rank` (g,) compares its best candidates with those of other blocks."""
         self.square[rows] *= scale**2
         self.square[rows] += torch.linalg.vecdot(weights, weights)
         better = rank > self.best[rows]

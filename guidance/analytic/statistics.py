@@ -137,7 +137,10 @@ class DatasetStatistics:
         else:
             values, basis = descending(total.second / count)
         if kind == "low_rank":
-            rank = min(default_rank(n, count) if rank is None else rank, len(values), n - 1)
+            # Half of what N images span: the eigenvalues beyond are mostly the noise of the
+            # estimate, and their mean is what the isotropic residual stands for.
+            rank = max(1, min(RANK, n // 2, count // 2)) if rank is None else rank
+            rank = min(rank, len(values), n - 1)
             values, basis = values[:rank], basis[:, :rank]
             rest = max(total.total / count - float(values.sum()), 0.0) / (n - rank)
         return cls(
@@ -264,19 +267,12 @@ class DatasetStatistics:
         rest = (self.dimension - shares.numel()) * square / (self.residual + square)
         return (float(shares.sum()) + rest) / self.dimension
 
-    def variance(self) -> float:
-        """Trace of the covariance: the summed variance of all coordinates."""
-        if self.kind == "stationary":
-            return float((self.eigenvalues.sum(-1) * self._multiplicity()).sum())
-        rest = (self.dimension - self.eigenvalues.numel()) * self.residual
-        return float(self.eigenvalues.sum()) + rest
-
     def save(self, path: str | Path) -> None:
         """Write everything as safetensors with its identity, whole or not at all."""
         from safetensors.torch import save_file
 
-        facts = {k: getattr(self, k) for k in ("shape", "count", "kind", "residual", "identity")}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors, facts = self.parts()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with atomic(path) as partial:
             save_file(tensors, partial, {"statistics": json.dumps(facts)})
 
@@ -309,16 +305,17 @@ class DatasetStatistics:
                 raise ValueError(
                     f"{path}: {key} is {facts['identity'].get(key)!r}, expected {wanted!r}"
                 )
-        return cls.from_tensors(tensors, facts)
+        return cls.from_parts(tensors, facts)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Mean, eigenvalues and basis, all real: what files hold."""
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What files hold: real tensors, and what JSON can hold."""
         basis = torch.view_as_real(self.basis) if self.basis.is_complex() else self.basis
-        return {"mean": self.mean, "eigenvalues": self.eigenvalues, "basis": basis}
+        tensors = {"mean": self.mean, "eigenvalues": self.eigenvalues, "basis": basis}
+        return tensors, {k: getattr(self, k) for k in ("count", "kind", "residual", "identity")}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> DatasetStatistics:
-        """The inverse of `tensors`, with the remaining fields by name in `facts`."""
+    def from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> DatasetStatistics:
+        """The inverse of `parts`."""
         mean, basis = tensors["mean"], tensors["basis"]
         return cls(
             shape=tuple(mean.shape),
@@ -388,15 +385,6 @@ def resolve_kind(kind: str, n: int, count: int, form: str) -> str:
             'use kind="low_rank" (or "auto")'
         )
     return kind
-
-
-def default_rank(n: int, count: int) -> int:
-    """Directions of a low-rank covariance: min(256, n / 2, N / 2), at least one.
-
-    Half of what N images span: the eigenvalues beyond are mostly the noise of the estimate, and
-    their mean is what the isotropic residual stands for.
-    """
-    return max(1, min(RANK, n // 2, count // 2))
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,14 +147,8 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
         if images.dtype != torch.uint8:
             images = images.float()
-        tensors = statistics.tensors()
-        facts = {
-            "count": statistics.count,
-            "kind": statistics.kind,
-            "residual": statistics.residual,
-            "identity": statistics.identity,
-            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        }
+        tensors, facts = statistics.parts()
+        facts["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
         model = cls(
             method=method,
             options=options,
@@ -188,7 +182,7 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         """Mean and covariance of the images."""
         facts = self.config["statistics"]
         tensors = {name: getattr(self, name) for name in facts["tensors"]}
-        return DatasetStatistics.from_tensors(tensors, facts)
+        return DatasetStatistics.from_parts(tensors, facts)
 
     def set_method(self, method: str, **options: Any) -> None:
         """Change the denoiser; images and statistics stay.
@@ -226,25 +220,14 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
 
     @overload
     def denoise(
-        self,
-        y: Tensor,
-        sigma: float,
-        labels: Tensor | None = ...,
-        return_info: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def denoise(
-        self,
-        y: Tensor,
-        sigma: float,
-        labels: Tensor | None = ...,
-        *,
-        return_info: Literal[True],
+        self, y: Tensor, sigma: float, labels: Tensor | None = ..., *, return_info: Literal[True]
     ) -> tuple[Tensor, Info]: ...
 
+    @overload
+    def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = ...) -> Tensor: ...
+
     def denoise(
-        self, y: Tensor, sigma: float, labels: Tensor | None = None, return_info: bool = False
+        self, y: Tensor, sigma: float, labels: Tensor | None = None, *, return_info: bool = False
     ) -> Tensor | tuple[Tensor, Info]:
         """The denoised images of y = x0 + sigma z, all at one noise level.
 

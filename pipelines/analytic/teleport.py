@@ -16,8 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -81,21 +80,13 @@ def trusted_sigma(statistics: DatasetStatistics, share: float = EXPLAINED) -> fl
     return high
 
 
-@dataclass(frozen=True)
-class _Jump:
-    """A jump still to come.
+class _Jump(NamedTuple):
+    """A jump that is still to come."""
 
-    Args:
-        source: Level of the pipeline's initial noise.
-        target: Level that the network's first input is moved to.
-        after: Level that the sample is moved to by a first ``step`` that makes the jump.
-        on_input: Whether the network's input was moved already.
-    """
-
-    source: Level
-    target: Level
-    after: Level
-    on_input: bool = False
+    source: Level  # of the pipeline's initial noise
+    target: Level  # where the network's first input is moved to
+    after: Level  # where the sample is moved to if the first ``step`` has to do it
+    on_input: bool = False  # whether the network's input was moved already
 
 
 class GaussianTeleport(SchedulerMixin):
@@ -112,8 +103,8 @@ class GaussianTeleport(SchedulerMixin):
         statistics: Of what the network denoises: pixels in [-1, 1], or scaled latents.
         sigma_skip: sigma / alpha down to which the closed form is trusted; "auto" for the level at
             which it explains 99.9 % of the score; infinity for the stock scheduler.
-        jump: When the sample is moved. "input": before the network first sees it, which takes a
-            pipeline that hands it to ``scale_model_input`` first. "step": in the first ``step``,
+        jump: When the sample is moved. "input": before it first reaches the network, which takes
+            a pipeline that hands it to ``scale_model_input`` first. "step": in the first ``step``,
             after an evaluation of no use; works everywhere. "auto": "input" or "step" where the
             scheduler leaves no choice (samples of exploding variance, no ``scale_model_input``),
             else a start one evaluation early, which becomes the one of no use in pipelines that
@@ -214,7 +205,7 @@ class GaussianTeleport(SchedulerMixin):
         """See the stock scheduler; what the network is given first is the teleported sample."""
         if self._jump is not None and self.jump != "step":
             self._check_first(timestep)
-            self._jump = replace(self._jump, on_input=True)
+            self._jump = self._jump._replace(on_input=True)
             sample = teleport(self.statistics, sample, self._jump.source, self._jump.target)
         return self.stock_class.scale_model_input(self, sample, timestep, *args, **kwargs)
 

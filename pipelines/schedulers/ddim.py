@@ -26,9 +26,10 @@ from .fused import FusedScheduler, table_of
 
 
 class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
-    """See `DDIMScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`DDIMScheduler` with its step in one kernel on CUDA, which never waits for the device.
 
-    As with that, a step depends on its timestep alone: the table has a row per training timestep.
+    Its samples are those of the stock scheduler but for rounding. As there, a step depends on its
+    timestep alone: the table has a row per training timestep.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type

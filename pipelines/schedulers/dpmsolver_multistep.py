@@ -31,9 +31,10 @@ from .fused import FusedScheduler, table_of
 
 
 class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepScheduler):
-    """See `DPMSolverMultistepScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`DPMSolverMultistepScheduler` with its step in one kernel on CUDA.
 
-    Of its algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
+    Its samples are those of the stock scheduler but for rounding; no step waits for the device. It
+    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type

@@ -25,9 +25,10 @@ from .fused import FusedScheduler, refuse_integer, table_of
 
 
 class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
-    """See `EulerDiscreteScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`EulerDiscreteScheduler` with its step in one kernel on CUDA, without device reads.
 
-    With `s_churn` > 0 its own step is taken.
+    Its samples are those of the stock scheduler but for rounding. With `s_churn` > 0 the stock
+    scheduler's own step is taken.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type

@@ -24,10 +24,11 @@ from .fused import FusedScheduler, refuse_integer, table_of
 
 
 class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteScheduler):
-    """See `FlowMatchEulerDiscreteScheduler`; the same trajectory, one launch, no host syncs.
+    """`FlowMatchEulerDiscreteScheduler` with its step in one kernel on CUDA.
 
-    Its sigmas stay on the host. With `stochastic_sampling` its own step is taken; timesteps that
-    differ from token to token are refused.
+    Its samples are those of the stock scheduler but for rounding; no step waits for the device, as
+    the sigmas are kept on the host. With `stochastic_sampling` the stock scheduler's own step is
+    taken; timesteps that differ from token to token are refused.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type

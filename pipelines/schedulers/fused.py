@@ -16,12 +16,12 @@ from ...guidance.ops.solver import COLUMNS, INDEX, SolverStep
 
 
 class FusedScheduler:
-    """First base of a fused scheduler; the second is the stock scheduler whose place it takes.
+    """First base class of a fused scheduler; the second is the stock scheduler it replaces.
 
     Configuration, timesteps, noise and sigmas (kept on the host) are the stock scheduler's.
 
     Attributes:
-        stock_class: That scheduler.
+        stock_class: The stock scheduler's class.
     """
 
     stock_class: ClassVar[Any]

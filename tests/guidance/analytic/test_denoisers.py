@@ -73,7 +73,7 @@ def test_masked_denoisers_equal_the_dense_oracle(sigma, chunk):
         "ls": oracles.window_weights(SHAPE, 3),
     }
     for name, rows in weights.items():
-        # The package keeps soft weights in float32; the oracle must see the same numbers.
+        # The package keeps soft weights in float32; the oracle must have the same numbers.
         rows = rows.float() if name == "soft" else rows
         denoiser = DENOISERS[name](X, chunk=chunk, **LATENTS)
         found, info = denoiser(y, sigma, return_info=True)

@@ -1,4 +1,4 @@
-"""The fused schedulers against the stock ones they stand for."""
+"""The fused schedulers against the stock ones they replace."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ def build(cls, settings):
 
 
 def network(x, t, kind):
-    """A smooth deterministic stand-in for a network, with outputs of the size of real ones."""
+    """A smooth function in place of a network, with outputs of the size of real ones."""
     wave = torch.sin(3 * x.flip(-1) + float(t) / 300) * torch.cos(x.roll(1, 2))
     guess = 0.6 * torch.tanh(x) + 0.3 * wave
     return x - guess if kind == "flow" else {"epsilon": 0.9 * x - 0.4 * wave}.get(kind, guess)
