@@ -1,7 +1,11 @@
 """Integer products against the dense float64 oracle, at the query that was rounded."""
 
+import ctypes
+import math
 import platform
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +17,41 @@ from ...oracles.analytic import coordinatewise
 # Like the tests on CUDA: what needs the instructions can only run where there are any.
 needs_processor = pytest.mark.skipif(integer.missing() != "", reason=integer.missing())
 EPS = torch.finfo(torch.float32).eps
+
+
+def at(pointer, shape, kind):
+    """The array that a pointer given to the kernel points to."""
+    return np.ctypeslib.as_array((kind * math.prod(shape)).from_address(pointer)).reshape(shape)
+
+
+def in_numpy(
+    packed, first, last, mask, digits, factors, out, outputs, stride, queries, planes, worker, _
+):
+    """What ``kernel.c`` computes, in float64, on machines that cannot run it."""
+    if worker:
+        return 0
+    tiles, groups, chunks = -(-last // 16), -(-outputs // 16), stride // 64
+    u = at(packed, (tiles, chunks, 16, 16, 4), ctypes.c_uint8).transpose(0, 3, 1, 2, 4)
+    u = u.reshape(tiles * 16, stride)[first:last].astype(float)
+    m = at(mask, (groups * 16, stride), ctypes.c_uint8)[:outputs].astype(float)
+    d = at(digits, (queries, planes, stride), ctypes.c_int8).astype(float)
+    f = at(factors, (queries, planes + 1), ctypes.c_double)
+    products_ = np.einsum("qp,qpj,ij->qij", f[:, :planes], d, u)
+    logits = (products_ + f[:, planes, None, None] * u**2) @ m.T  # (queries, candidates, outputs)
+    weights = 2.0 ** (logits - logits.max(1, keepdims=True))
+    mean = np.einsum("qim,im->qm", weights, u[:, :outputs]) / weights.sum(1)
+    at(out, (queries, outputs), ctypes.c_float)[:] = mean
+    return 0
+
+
+@pytest.fixture(params=["kernel", "numpy"])
+def library(request, monkeypatch):
+    """The compiled kernel where it runs, and everywhere the same formula in numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(products, "load", lambda: (SimpleNamespace(posterior=in_numpy), ""))
+        monkeypatch.setattr(products, "missing", lambda: "")
+    elif integer.missing():
+        pytest.skip(integer.missing())
 
 
 def seeded(number):
@@ -62,10 +101,9 @@ def test_packing_puts_every_byte_where_the_kernel_looks_for_it():
     assert packed.long().sum() == flat.long().sum()  # padded with zeros
 
 
-@needs_processor
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.8, 1.0])
 @pytest.mark.parametrize("sigma", [0.02, 0.5, 3.0, 40.0])
-def test_kernel_is_the_posterior_mean_at_the_rounded_query(share, sigma):
+def test_kernel_is_the_posterior_mean_at_the_rounded_query(share, sigma, library):
     images, y, mask = problem(203, (3, 5, 7), share, sigma)
     near, _ = rounded(y, sigma)
     exact, _, _ = coordinatewise(near, decode(images, torch.float64), sigma, mask)
@@ -75,9 +113,8 @@ def test_kernel_is_the_posterior_mean_at_the_rounded_query(share, sigma):
     assert (found - exact).abs().max() <= 16 * EPS
 
 
-@needs_processor
 @pytest.mark.parametrize("candidates", [(0, 1), (5, 6), (16, 32), (7, 150), (33, 203), (200, 203)])
-def test_only_the_candidates_asked_for_count(candidates):
+def test_only_the_candidates_asked_for_count(candidates, library):
     images, y, mask = problem(203, (1, 10, 10), 0.3, 0.7)
     near, _ = rounded(y, 0.7)
     some = decode(images[slice(*candidates)], torch.float64)
@@ -135,8 +172,7 @@ def test_logits_beyond_the_digits_of_float32_keep_a_winner():
     assert (found - decode(images[:5])).abs().max() <= 16 * EPS
 
 
-@needs_processor
-def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot():
+def test_the_local_denoiser_uses_it_and_falls_back_where_it_cannot(library):
     images, y, _ = problem(400, (1, 8, 8), 1.0, 0.4)
     labels = torch.arange(400) % 3
     denoiser = LocalDenoiser(images, labels, tau=0.1)
