@@ -127,6 +127,9 @@ def test_saved_and_loaded_is_the_same(data, tmp_path):
     assert again.unet.images.dtype == torch.uint8 and again.unet.mean.dtype == torch.float64
     assert again.unet.config.options == {"tau": 0.3}
     assert torch.equal(run(again), before)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("pipelines.analytic.model", "pipelines.analytic"))
+    assert torch.equal(run(quiet(AnalyticDenoisingPipeline.from_pretrained(tmp_path))), before)
     model = AnalyticDenoiserModel.from_pretrained(tmp_path / "unet")
     assert model.statistics.identity == pipe.unet.statistics.identity
 
