@@ -18,6 +18,8 @@ def image_files(
 ) -> list[Path]:
     """The image files of a folder, sorted by path; empty if there are none or no such folder.
 
+    Hidden files are left out: among them are those that an interrupted writer leaves behind.
+
     Args:
         folder: Where they lie.
         suffixes: Ends of their names, in lower case; names are compared without regard to case.
@@ -25,7 +27,8 @@ def image_files(
     """
     folder = Path(folder)
     found = folder.rglob("*") if nested else folder.glob("*")
-    return sorted(file for file in found if file.suffix.lower() in suffixes and file.is_file())
+    known = (f for f in found if f.suffix.lower() in suffixes and not f.name.startswith("."))
+    return sorted(file for file in known if file.is_file())
 
 
 def read_image(source: str | Path | BinaryIO | Image.Image, upright: bool = True) -> Image.Image:
@@ -47,7 +50,10 @@ def read_image(source: str | Path | BinaryIO | Image.Image, upright: bool = True
             with Image.open(source) as image:
                 image.load()
         return ImageOps.exif_transpose(image) if upright else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError),  # PIL's, by format
+        *(TypeError, AttributeError),  # no file at all
+    ) as error:
         raise ValueError(str(error)) from error
 
 

@@ -18,7 +18,6 @@ from pilotage.pipelines import (
     guided,
     noise_level,
 )
-from pilotage.pipelines.seam import seam
 
 from ...families import FAMILIES
 from ...syncs import HostReads
@@ -370,7 +369,12 @@ def test_a_guided_loop_reads_nothing_back(guidance, loops, monkeypatch):
 
     As on a device, where a stop takes effect a step later; the samples stop at different steps.
     """
-    monkeypatch.setattr(seam, "Run", lambda g, n, total, on_cpu, detailed: Run(g, n, total, False))
+    init = Run.__init__
+
+    def on_device(self, guidance, batch, total, on_cpu, detailed=False):
+        init(self, guidance, batch, total, False, detailed)
+
+    monkeypatch.setattr(Run, "__init__", on_device)
     adaptive = "Adaptive" in str(guidance)
     pipe, call = loops[adaptive]
     found = []
