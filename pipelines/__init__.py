@@ -10,9 +10,7 @@ from typing import Any
 
 import diffusers
 
-from .analytic import model as analytic
-from .analytic.model import AnalyticDenoiserModel
-from .analytic.teleport import GaussianTeleport
+from .analytic import AnalyticDenoiserModel, AnalyticDenoisingPipeline, GaussianTeleport
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
@@ -26,8 +24,6 @@ from .schedulers import (
 from .seam.layouts import LayoutError
 from .seam.noise_levels import UnknownSchedulerError, noise_level
 from .seam.support import LAYOUTS
-
-AnalyticDenoisingPipeline = guided_class(analytic.AnalyticDenoisingPipeline)
 
 __all__ = [
     "LAYOUTS",

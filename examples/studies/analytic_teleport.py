@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import GaussianTeleport
-from pilotage.pipelines.analytic.model import encode_images
+from pilotage.pipelines.analytic import encode_images
 
 Sampler = Callable[[Any, int, int, int], Tensor]  # scheduler, steps, first seed, count -> pictures
 
