@@ -308,14 +308,13 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         alpha, sigma = self.levels(t)
         if sigma == 0:
             raise ValueError(f"timestep {t:g} has no noise: there is nothing to predict")
-        prediction = self.config["prediction_type"]
         if alpha > 0:
             x0 = self.denoise(x / alpha, sigma / alpha, labels)
-        elif prediction == "epsilon":
-            return x  # noise alone
-        else:  # every image is as likely
+        else:  # pure noise: every image is as likely
             x0 = self.denoise(torch.zeros_like(x), math.inf, labels)
-        return NoiseLevel(alpha, sigma, prediction).from_x0(x0, x)
+        if self.config["prediction_type"] == "epsilon":  # not as below: alpha may be 0
+            return (x - alpha * x0) / sigma
+        return NoiseLevel(alpha, sigma, self.config["prediction_type"]).from_x0(x0, x)
 
 
 def _check_method(method: str) -> None:
