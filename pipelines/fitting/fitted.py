@@ -36,13 +36,16 @@ def negative_argument(pipe: Any, negative_prompt: str | None, count: int) -> dic
 
 
 def run_identity(
-    pipe: Any, num_inference_steps: int, scales: tuple[float, float], negative_prompt: str | None
+    pipe: Any,
+    num_inference_steps: int | None,
+    scales: tuple[float, float],
+    negative_prompt: str | None,
 ) -> dict[str, Any]:
     """What a run is, as far as its predictions depend on it; ready for JSON.
 
     Args:
         pipe: The pipeline.
-        num_inference_steps: Steps asked for.
+        num_inference_steps: Steps asked for; None where the call has no such argument.
         scales: Lowest and highest guidance scale.
         negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
 

@@ -12,8 +12,9 @@ from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.tuning.calibration import SLACK, agreement, calibrate, cost_curve
 from pilotage.eval.tuning.options import name_it
-from pilotage.eval.tuning.policy_search import Candidate, pareto, search
+from pilotage.eval.tuning.policy_search import search
 from pilotage.eval.tuning.relaxed_search import ScaledSteps, relaxed_search, schedules
+from pilotage.eval.tuning.store import Candidate, pareto
 from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import (
     AdaptiveGuidance,
@@ -40,14 +41,14 @@ def trials(pipe):
     return Trials(pipe, PROMPTS, num_inference_steps=STEPS)
 
 
-@pytest.mark.parametrize("tail", ["cond", "forecast"])
-def test_costs_are_known_before_any_run(trials, tail):
+@pytest.mark.parametrize("then", ["cond", "forecast"])
+def test_costs_are_known_before_any_run(trials, then):
     """The curve from plain guidance against real runs of Adaptive Guidance."""
     for space, gamma in agreement(trials).items():
-        curve = cost_curve(gamma, tail=tail)
+        curve = cost_curve(gamma, then=then)
         assert [cost for _, cost in curve] == sorted(cost for _, cost in curve)
         for threshold, cost in curve[:: max(1, len(curve) // 3)]:
-            _, nfe = trials.run(AdaptiveGuidance(threshold, space, tail=tail))
+            _, nfe = trials.run(AdaptiveGuidance(threshold, space, then=then))
             assert sum(nfe) / len(nfe) == pytest.approx(cost)
 
 
@@ -147,7 +148,7 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
     wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
     with _differentiable(pipe):
         w.requires_grad_(True)
-        latents = _latents(trials, 0, ScaledSteps(w))
+        latents = _latents(trials, 0, ScaledSteps((w - 1) / 6.5))
         torch.testing.assert_close(latents, target, rtol=1e-5, atol=1e-5)
         loss = (latents - 1).square().mean()
         loss.backward()
@@ -158,7 +159,9 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
     for sign in (1, -1):
         moved = w.detach() + sign * step * torch.tensor([0.0, 1.0, 0.0])
         with torch.no_grad():
-            losses.append((_latents(trials, 0, ScaledSteps(moved)) - 1).square().mean().item())
+            losses.append(
+                (_latents(trials, 0, ScaledSteps((moved - 1) / 6.5)) - 1).square().mean().item()
+            )
     assert w.grad[1].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.02)
 
 
@@ -193,7 +196,7 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
         assert quality == pytest.approx(candidate.quality, abs=2e-3)
         assert nfe == candidate.nfe == candidate.schedule.nfe(6)
         assert set(candidate.schedule.choices) == {"both", between}
-    assert len({c.schedule.stand_in for c in found.front}) == len(found.front)
+    assert len({c.schedule.fill for c in found.front}) == len(found.front)
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
@@ -206,7 +209,7 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     with pytest.raises(ValueError, match="its between differs"):
         search(pipe, PROMPTS, fitted=True, checkpoint=path, **other)
     with pytest.raises(ValueError, match="makes estimates of its own"):
-        search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
+        search(pipe, PROMPTS, fitted=True, fill=HoldDifference(), **options)
     with pytest.raises(ValueError, match="between is forecast or estimate"):
         search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
 
@@ -231,27 +234,27 @@ def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
     options = ["--floor", 0.5, "--rounds", 1, "--coefficients", linear]
     assert run(monkeypatch, "search", *common, *options, "-o", found) == 0
     assert "load_guidance" in capsys.readouterr().out
-    assert load_guidance(found).policy.stand_in == load_guidance(linear).policy.coefficients
-    assert run(monkeypatch, "fit", *common, "--steered", "-o", linear) == 0
+    assert load_guidance(found).policy.fill == load_guidance(linear).policy.fill
+    assert run(monkeypatch, "fit", *common, "--on-policy", "-o", linear) == 0
     assert "distance held out" in capsys.readouterr().out
-    steered = ["--steered", "--tail", "forecast"]
-    assert run(monkeypatch, "fit", *common, *steered, "-o", tmp_path / "tail.json") == 0
-    assert load_guidance(tmp_path / "tail.json").policy.tail == "forecast"
-    assert run(monkeypatch, "fit", *common, "--tail", "forecast", "-o", linear) == 2
-    assert "--steered" in capsys.readouterr().err
+    on_policy = ["--on-policy", "--then", "forecast"]
+    assert run(monkeypatch, "fit", *common, *on_policy, "-o", tmp_path / "skips.json") == 0
+    assert load_guidance(tmp_path / "skips.json").policy.choices.then == "forecast"
+    assert run(monkeypatch, "fit", *common, "--then", "forecast", "-o", linear) == 2
+    assert "--on-policy" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
-    assert "its stand_in differs" in capsys.readouterr().err
+    assert "its fill differs" in capsys.readouterr().err
     found = tmp_path / "fitted.json"
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
-    assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
+    assert load_guidance(found).policy.fill != load_guidance(linear).policy.fill
     assert run(monkeypatch, "search", *common, "--fitted", "--between", "cond", "-o", found) == 2
     assert "--between is" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
     assert "makes its own estimates" in capsys.readouterr().err
-    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "forecast", "-o", ag) == 0
-    assert load_guidance(ag).policy.tail == "forecast"
-    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "none", "-o", ag) == 2
-    assert "--tail is" in capsys.readouterr().err
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--then", "forecast", "-o", ag) == 0
+    assert load_guidance(ag).policy.then == "forecast"
+    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--then", "none", "-o", ag) == 2
+    assert "--then is" in capsys.readouterr().err
     assert run(monkeypatch, "calibrate", *common, "-o", ag) == 2
     assert "--nfe or --ssim" in capsys.readouterr().err
     assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
@@ -280,8 +283,8 @@ def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
     assert "Is a directory" in capsys.readouterr().err
     if command == ["fit"]:
         for option in (["--target", "uncond"], ["--checkpoint", tmp_path / "kept"]):
-            assert run(monkeypatch, *command, prompts, "--steered", *option) == 2
-            assert "--steered regresses no target" in capsys.readouterr().err
+            assert run(monkeypatch, *command, prompts, "--on-policy", *option) == 2
+            assert "--on-policy regresses no target" in capsys.readouterr().err
 
 
 def test_only_a_file_in_the_models_folder_is_a_name(pipe, monkeypatch, tmp_path):
@@ -298,7 +301,7 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
     assert len(pipe.guidance_trace.plot().axes) == 2, "evaluations and gamma"
     pipe(PROMPTS[:2], **options | {"guidance": "forecast"})
     evaluated = pipe.guidance_trace.plot().axes[0].lines[0].get_ydata().tolist()
-    assert evaluated == [0 if s.resting else 2 for s in pipe.guidance_trace.steps]
+    assert evaluated == [0 if s.skipped else 2 for s in pipe.guidance_trace.steps]
     assert sum(evaluated) == pipe.guidance_trace.nfe[0] < 2 * STEPS
     pipe(PROMPTS[:2], **options, detailed_trace=True)
     trace = pipe.guidance_trace
