@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,21 @@ def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
         with torch.no_grad():
             weight.mul_(0.5)
     pipe(**call)
+
+
+def test_files_of_another_version_hold(pipe, found):
+    """Version 0.1 kept its own number in the identity; new fits do not, and nobody looks at it."""
+    identity = found.coefficients.identity
+    assert "pilotage" not in identity
+    old = replace(found.coefficients, identity=identity | {"pilotage": "0.0"})
+    call = {"num_inference_steps": STEPS, "output_type": "latent"}
+    pipe(PROMPTS[:1], guidance=linear_ag(old), **call)
+    with pytest.raises(ValueError, match="scheduler was 'X'"):
+        pipe(
+            PROMPTS[:1],
+            guidance=linear_ag(replace(old, identity=identity | {"scheduler": "X"})),
+            **call,
+        )
 
 
 @pytest.mark.parametrize("how", ["regressed", "on policy"])

@@ -9,8 +9,7 @@ from pilotage.guidance import CFG, Guidance, Schedule, hold, linear_ag
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter, fit_schedule
 
-PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus", "blob style penguin"]
-PROMPTS += ["flat style rose"]
+PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 5
 CHOICES = ("both", "both", "estimate", "cond", "estimate")
 
@@ -24,7 +23,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def fitter(pipe):
-    return ScheduleFitter(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=2)
+    return ScheduleFitter(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1)
 
 
 def run(pipe, guidance):
@@ -44,14 +43,14 @@ def test_a_schedule_does_what_it_was_fitted_to(pipe, fitter):
     finally:
         handle.remove()
     assert pipe.unet is network
-    assert max(sizes) <= 4 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
+    assert max(sizes) <= 2 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
     again, nfe = run(pipe, found.schedule)
     assert nfe == [STEPS + 2] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     plain, _ = run(pipe, "cfg")
     torch.testing.assert_close(fitter.states[-1], plain, rtol=1e-3, atol=1e-3)
-    assert (found.trajectories, found.held_out) == (4, 1)
-    apart = (again[:4] - plain[:4]).square().sum() / plain[:4].square().sum()
+    assert (found.trajectories, found.held_out) == (2, 1)
+    apart = (again[:2] - plain[:2]).square().sum() / plain[:2].square().sum()
     assert found.distance[-1] == pytest.approx(apart.item(), rel=1e-2)
     assert found.distance[:2] == (0.0, 0.0)
     with pytest.raises(ValueError, match="num_inference_steps was 5, here it is 4"):
@@ -109,7 +108,7 @@ def test_steps_that_were_not_fitted_are_not_estimated(fitter):
         choices[index] = choice
         with pytest.raises(ValueError, match=message):
             Schedule(choices, fill=found)
-    with pytest.raises(ValueError, match="hold no estimate of step 4"):
+    with pytest.raises(ValueError, match="hold no estimate of step 1"):
         linear_ag(found, first=0.6, then="estimate")
 
 
@@ -119,15 +118,15 @@ def test_other_schedulers(pipe):
     try:
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
         with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
-            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
-        found = fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+        found = fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
         assert 0 < found.distance[2] < 0.2
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
             stock.config, rescale_betas_zero_snr=False
         )
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
-            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
     finally:
         pipe.scheduler = stock
 
