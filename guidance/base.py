@@ -391,14 +391,14 @@ class Guidance:
 
     Args:
         rule: Combines the predictions.
-        policy: Says which branches are evaluated at a step.
+        policy: Says which branches are evaluated at a step; both at every step by default.
 
     Raises:
         TypeError: a part is not what it should be.
     """
 
     rule: Rule
-    policy: Policy
+    policy: Policy = field(default_factory=Always)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):

@@ -61,7 +61,7 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     if isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, Rule):
-        return Guidance(guidance, Always())
+        return Guidance(guidance)
     if isinstance(guidance, Policy):
         return Guidance(CFG(), guidance)
     if not isinstance(guidance, str):

@@ -34,14 +34,15 @@ def to_dict(guidance: Guidance) -> dict[str, Any]:
 
 
 def from_dict(config: Mapping[str, Any]) -> Guidance:
-    """Inverse of `to_dict`.
+    """Inverse of `to_dict`; also of what version 0.1 wrote.
 
     Raises:
         ValueError: unknown names or settings.
         TypeError: settings that a part does not have.
     """
-    rule, policy = _part("rule", config["rule"]), _part("policy", config["policy"])
-    return Guidance(rule, policy)
+    if "name" in config["rule"]:
+        return _from_first(config)
+    return Guidance(_part("rule", config["rule"]), _part("policy", config["policy"]))
 
 
 def save_guidance(
@@ -70,9 +71,7 @@ def load_guidance(path: str | Path) -> Guidance:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.get("format") == FIRST_FORMAT:
-            return _from_first(content["guidance"])
-        if content.get("format") != FORMAT:
+        if content.get("format") not in (FORMAT, FIRST_FORMAT):
             raise ValueError(f"its format is {content.get('format')!r}, expected {FORMAT!r}")
         return from_dict(content["guidance"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,7 +115,7 @@ def _part(kind: str, config: Mapping[str, Any]) -> Any:
 
 
 def _from_first(config: Mapping[str, Any]) -> Guidance:
-    """Settings as version 0.1 wrote them."""
+    """Settings as version 0.1 wrote them: parts by their "name", with other words."""
     rule = {"rule" if key == "name" else key: v for key, v in config["rule"].items()}
     settings = dict(config["policy"])
     name = settings.pop("name")

@@ -13,13 +13,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from ..guidance import CFG, Guidance, Policy, Rule, Trace, load_guidance
+from ..guidance import Guidance, Policy, Rule, Trace, load_guidance
 from .families import resolve_for
 from .fitting.fitted import check_identity
 from .seam.layouts import Layout, LayoutError
-from .seam.noise_levels import check_scheduler, prediction_type_of
-from .seam.seam import Seam, attached
-from .seam.support import layout_of
+from .seam.noise_levels import check_guidance
+from .seam.patch import attached
+from .seam.support import DRIVERS, layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 
@@ -127,22 +127,19 @@ class GuidedMixin:
         for identity in settings.policy.identities:
             scale = scales[layout.denoisers[0]] + layout.scale_offset
             check_identity(self, identity, bound.arguments, scale)
-        if settings.needs_noise_level or detailed_trace:
-            check_scheduler(self.scheduler)
-        if settings.rule.needs_flow and prediction_type_of(self.scheduler) != "flow":
-            raise ValueError(
-                f"'{settings.rule}' is for networks that predict a flow velocity, the one of this "
-                f"pipeline predicts {prediction_type_of(self.scheduler)!r}"
-            )
-        seam = Seam(self, settings, layout, scales, bound.arguments, detailed_trace)
+        eta = bound.arguments.get("eta") or 0.0
+        check_guidance(settings, self.scheduler, detailed_trace, eta)
+        driver = DRIVERS[type(layout)](
+            self, settings, layout, scales, bound.arguments, detailed_trace
+        )
         self._guidance_trace = None
         try:
-            with attached(self, seam):
+            with attached(self, layout.denoisers, driver):
                 output = stock_call(self, *args, **kwargs)
-            seam.finish()
+            driver.finish()
         finally:
-            if seam.run is not None:
-                self._guidance_trace = seam.run.trace
+            if driver.begun is not None:
+                self._guidance_trace = driver.begun.trace
         return output
 
 
@@ -195,7 +192,7 @@ def _checked_scales(
             f"without a negative prompt {pipeline_class.__name__} evaluates one branch, {nothing} "
             "negative_prompt='', or guidance=None"
         )
-    if not isinstance(guidance.rule, CFG):
+    if not guidance.keeps_combination:
         layout.check_options(arguments, guidance)
     scales = dict.fromkeys(layout.denoisers, scale)
     second = arguments.get("guidance_scale_2")

@@ -25,7 +25,7 @@ from ..guidance.rules import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
 from .seam.layouts import LayoutError
-from .seam.noise_levels import check_scheduler, noise_level, ratio
+from .seam.noise_levels import check_guidance, noise_level
 
 # Modular pipelines whose guider gets predictions in the scheduler's own convention (Z-Image negates
 # its network's output before) of the latents alone -> the argument of the denoiser that holds them.
@@ -44,6 +44,11 @@ NETWORK_INPUTS: dict[str, str] = {
 NOT_THE_SCHEDULER = (
     "the scheduler of the pipeline this guider is bound to is not the one that runs: bind it to "
     "the pipeline it is a component of"
+)
+
+NO_SKIPPING = (
+    "'{}' skips steps, which a modular pipeline cannot: use the ordinary pipeline, or a schedule "
+    "without forecasts"
 )
 
 
@@ -87,7 +92,7 @@ class Guider(BaseGuidance):
         )
         self.guidance_scale = guidance_scale
         self._pipe: weakref.ref | None = None
-        self._course = _Course()
+        self._shared = _Shared()
         self._rows: list[int] | None = None
         self._level: NoiseLevel | None = None
         self._sample: Tensor | list[Tensor] | None = None
@@ -116,12 +121,12 @@ class Guider(BaseGuidance):
 
         Whole batches are evaluated: see `passes` for what that cost.
         """
-        return self._course.trace
+        return self._shared.trace
 
     @property
     def passes(self) -> int:
         """Passes of a batch through the network in the last run, 1 or 2 a step."""
-        steps = self._course.trace.steps if self._course.trace else []
+        steps = self._shared.trace.steps if self._shared.trace else []
         return sum(2 if step.rows else 1 for step in steps)
 
     def bind(self, pipe: ModularPipeline) -> Guider:
@@ -149,6 +154,11 @@ class Guider(BaseGuidance):
             )
         self._pipe = weakref.ref(pipe) if known else None
         self.guidance = resolve_for(pipe, self._given)
+        if self.guidance.rule.needs_next_level:
+            raise ValueError(
+                f"'{self.guidance.rule}' needs a solver without added noise, which a guider cannot "
+                "check: use it with guided(pipeline)"
+            )
         if self.guidance.policy.identities:
             raise ValueError(
                 f"'{self.guidance}' was fitted for one model, scheduler and negative prompt, which "
@@ -162,7 +172,7 @@ class Guider(BaseGuidance):
         For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``.
         """
         partner = self.new(guidance_scale=guidance_scale)
-        partner._course = self._course
+        partner._shared = self._shared
         return partner
 
     def new(self, **kwargs: Any) -> Guider:
@@ -172,6 +182,15 @@ class Guider(BaseGuidance):
         copy = type(self)(**(settings | kwargs))
         pipe = self._pipe and self._pipe()
         return copy if pipe is None else copy.bind(pipe)
+
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
+        """See `ConfigMixin`.
+
+        Raises:
+            ValueError: the rule or policy is not registered and could not be loaded again.
+        """
+        to_dict(self.guidance)
+        super().save_config(*args, **kwargs)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[BlockState]:
         """Begin a step: the conditions of each pass, the conditional one first.
@@ -220,7 +239,7 @@ class Guider(BaseGuidance):
             LayoutError: no step was begun, or the predictions do not fit it.
             NonFinitePredictionError: a prediction is NaN or infinite.
         """
-        run, rows = self._course.run, self._rows
+        run, rows = self._shared.run, self._rows
         if run is None or rows is None:
             raise LayoutError("a guider's predictions came before its prepare_inputs")
         if len(pred_cond) != run.batch or (pred_uncond is None) != (not rows):
@@ -234,12 +253,12 @@ class Guider(BaseGuidance):
             kept = pred_uncond[row_index(rows, pred_uncond.device)]
         scale = self.guidance_scale
         if self.num_conditions == 1:
-            run.leave(pred_cond, x_t, self._level)
+            run.unguided(pred_cond, x_t)
             cond = uncond = pred_cond
         else:
-            cond, uncond = run.combine(rows, pred_cond, kept, x_t, scale, self._level)
+            cond, uncond = run.combine(pred_cond, kept, scale, x_t)
         self._rows = self._level = self._sample = None
-        self._course.end_step()
+        self._shared.end_step()
         pred = cond if cond is uncond else cfg(cond, uncond, scale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -272,27 +291,26 @@ class Guider(BaseGuidance):
 
     def _begin_step(self, make_batch) -> list[BlockState]:
         cond = make_batch(0, self._input_predictions[0])
-        pipe, course, step = self._bound_pipe(), self._course, self._step
+        pipe, shared, step = self._bound_pipe(), self._shared, self._step
         if step is None:
             raise LayoutError("a guider's prepare_inputs came before set_state")
         scheduler = None if pipe is None else pipe.scheduler
-        needs_level = self.guidance.needs_noise_level or self.detailed_trace
-        if step == 0 or (self._is_free and step != course.next_step):
-            if needs_level:
-                check_scheduler(scheduler)
+        needs_level = self.guidance.needs_level or self.detailed_trace
+        if step == 0 or (self._is_free and step != shared.next_step):
+            if not self._is_free:
+                check_guidance(self.guidance, scheduler, self.detailed_trace, eta=0.0)
             batch, on_cpu = _batch_of(cond)
             total = _evaluations(scheduler, self._timestep) or self._num_inference_steps
-            if self.guidance.policy.may_forecast(total):
-                raise ValueError(
-                    f"'{self.guidance}' has steps that evaluate nothing, which a modular pipeline "
-                    "cannot leave out: use the ordinary pipeline, or a schedule without forecasts"
-                )
+            decisions = self.guidance.policy.decisions(total) or ()
+            if any(decision.skips for decision in decisions):
+                raise ValueError(NO_SKIPPING.format(self.guidance))
             run = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
-            course.begin(run, exact=scheduler is not None)
-        course.begin_step(step, scheduler)
+            shared.begin(run, exact=scheduler is not None)
+        shared.begin_step(step, scheduler)
         self._level = noise_level(scheduler, self._timestep) if needs_level else None
-        wants_noise = self.guidance.policy.needs_noise or self.detailed_trace
-        rows = course.run.plan(ratio(self._level) if wants_noise else None)
+        rows = shared.run.plan(None, self._level)
+        if shared.run.skipped:
+            raise ValueError(NO_SKIPPING.format(self.guidance))
         self._rows = rows if self.num_conditions == 2 else []
         return [cond, make_batch(1, self._input_predictions[1])] if self._rows else [cond]
 
@@ -311,8 +329,8 @@ class Guider(BaseGuidance):
         return x_t
 
 
-class _Course:
-    """The run that a guider and its partners are in, and how far it is."""
+class _Shared:
+    """The run that a guider and its partners share, and how far it is."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -380,5 +398,10 @@ def _batch_of(batch: BlockState) -> tuple[int, bool]:
 
 
 def _to_config(guidance: str | Rule | Policy | Guidance) -> str | dict[str, Any]:
-    """A name as it is, objects as dictionaries ready for JSON."""
-    return guidance if isinstance(guidance, str) else to_dict(resolve(guidance))
+    """A name as it is, objects as dictionaries ready for JSON, or written out if unregistered."""
+    if isinstance(guidance, str):
+        return guidance
+    try:
+        return to_dict(resolve(guidance))
+    except ValueError:  # `save_config` refuses it
+        return str(resolve(guidance))

@@ -53,7 +53,6 @@ def cfg_zero_star(
     return cond + (guidance_scale - 1) * (cond - uncond)
 
 
-@register
 @dataclass(frozen=True)
 class CFGZeroStar(Rule):
     """CFG-Zero*, for flow models.
@@ -96,3 +95,6 @@ class CFGZeroStar(Rule):
         if step.index < self.zero_steps:
             return torch.zeros_like(cond), None
         return cfg_zero_star(cond, uncond, w, optimized_scale=self.optimized_scale), None
+
+
+register(CFGZeroStar, alias="cfg-zero-star")  # a star is awkward in shells

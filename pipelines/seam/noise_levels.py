@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import NoiseLevel, PredictionType
+from ...guidance import Guidance, NoiseLevel, PredictionType
 
 # Schedulers whose network input at timestep t has alpha^2 = alphas_cumprod[t].
 BY_TIMESTEP = {
@@ -42,6 +42,8 @@ BY_FLOW_SIGMA = {
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
 }
+# Solvers whose step is one of `check_first_order`, the fused ones included (they have these names).
+FIRST_ORDER = {"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
 PREDICTIONS: dict[str, PredictionType] = {
     "epsilon": "epsilon",
     "v_prediction": "v_prediction",
@@ -53,6 +55,30 @@ PREDICTIONS: dict[str, PredictionType] = {
 
 class UnknownSchedulerError(ValueError):
     """The noise levels of a scheduler are not known to Pilotage."""
+
+
+def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: float) -> None:
+    """Raise if a rule or policy does not fit a scheduler and what its network predicts.
+
+    Args:
+        guidance: Rule and policy.
+        scheduler: A diffusers scheduler.
+        detailed: Whether cosines and norms are recorded at every step.
+        eta: DDIM's share of added noise in this call.
+
+    Raises:
+        UnknownSchedulerError: the scheduler is not known, or not one that the rule is for.
+        ValueError: the rule is for flow models only.
+    """
+    if guidance.needs_level or detailed:
+        check_scheduler(scheduler)
+    if guidance.rule.needs_next_level:
+        check_first_order(scheduler, eta)
+    if guidance.rule.needs_flow and prediction_type_of(scheduler) != "flow":
+        raise ValueError(
+            f"'{guidance.rule}' is for networks that predict a flow velocity, the one of this "
+            f"pipeline predicts {prediction_type_of(scheduler)!r}"
+        )
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -102,7 +128,51 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     if name in BY_TIMESTEP:
         square = _alpha_squared(scheduler, timestep)
         return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
-    sigma = float(_sigma(scheduler, timestep))
+    return _of_sigma(scheduler, float(_sigma(scheduler, timestep)), prediction)
+
+
+def check_first_order(scheduler: Any, eta: float) -> None:
+    """Raise unless every step leads from one noise level to the next without added noise.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        eta: DDIM's share of added noise in this call.
+
+    Raises:
+        UnknownSchedulerError: it is another solver than Euler and DDIM, or changes the step.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    changed = [o for o in ("clip_sample", "thresholding", "stochastic_sampling") if config.get(o)]
+    if name not in FIRST_ORDER or changed or (name == "DDIMScheduler" and eta):
+        found = ", ".join([name, *changed, *(["eta"] if eta else [])])
+        raise UnknownSchedulerError(
+            f"this rule is for {', '.join(sorted(FIRST_ORDER))} without clipping and without added "
+            f"noise (eta = 0), got {found}"
+        )
+
+
+def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
+    """The noise level that the scheduler's current step leads to; see `check_first_order`.
+
+    Args:
+        scheduler: As of `noise_level`.
+        timestep: As of `noise_level`.
+    """
+    prediction = prediction_type_of(scheduler)
+    if type(scheduler).__name__ != "DDIMScheduler":
+        sigma = float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1])
+        return _of_sigma(scheduler, sigma, prediction)
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    following = torch.as_tensor(timestep).reshape(-1)[0].long() - stride
+    table = scheduler.alphas_cumprod.to(following.device)
+    final = scheduler.final_alpha_cumprod.to(following.device)
+    square = torch.where(following >= 0, table[following.clamp(min=0)], final)
+    return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
+
+
+def _of_sigma(scheduler: Any, sigma: float, prediction: PredictionType) -> NoiseLevel:
+    """The noise level of an entry of a scheduler's sigma table."""
+    name = type(scheduler).__name__
     if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
         if scheduler.config.get("invert_sigmas", False):  # the table holds the picture's share
             return NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
@@ -121,8 +191,8 @@ def _alpha_squared(scheduler: Any, timestep: Tensor | float) -> Tensor:
     return scheduler._alpha_cumprod(first, first.device).squeeze()  # Wuerstchen's closed form
 
 
-def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
-    """The entry of the scheduler's sigma table (kept on the host) that its next step will use."""
+def _sigma_index(scheduler: Any, timestep: Tensor | float) -> int:
+    """Place in the scheduler's sigma table (kept on the host) that its next step will use."""
     index = scheduler.step_index
     if index is None:
         index = getattr(scheduler, "begin_index", None)
@@ -132,6 +202,12 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
         first = torch.as_tensor(timestep).reshape(-1)[0]
         found = (scheduler.timesteps == first.to(scheduler.timesteps.device)).nonzero()
         index = int(found[0]) if len(found) else 0
+    return index
+
+
+def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
+    """The entry of the sigma table that the scheduler's next step will use."""
+    index = _sigma_index(scheduler, timestep)
     if not getattr(scheduler, "state_in_first_order", True):
         name = type(scheduler).__name__
         if name == "KDPM2DiscreteScheduler":
@@ -139,9 +215,3 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
         if name == "KDPM2AncestralDiscreteScheduler":
             return scheduler.sigmas_interpol[index - 1]
     return scheduler.sigmas[index]
-
-
-def ratio(level: NoiseLevel) -> float:
-    """sigma / alpha, the variance-exploding noise level (a host read if on a device)."""
-    alpha = torch.as_tensor(level.alpha, dtype=torch.float64)
-    return float(torch.as_tensor(level.sigma, dtype=torch.float64) / alpha)

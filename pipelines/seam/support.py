@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .batched import BatchedDriver
+from .driver import Driver
+from .in_turn import InTurnDriver
 from .layouts import Batched, Layout, LayoutError, TwoCalls
 
 UNCOND_COND = Batched()
@@ -90,6 +93,9 @@ REFUSED: dict[str, str] = {
     "StableDiffusionInstructPix2PixPipeline": THREE_BRANCHES,
     "StableDiffusionXLInstructPix2PixPipeline": THREE_BRANCHES,
 }
+
+
+DRIVERS: dict[type[Layout], type[Driver]] = {Batched: BatchedDriver, TwoCalls: InTurnDriver}
 
 
 def layout_of(pipeline_class: type) -> Layout:

@@ -21,7 +21,7 @@ def test_objects():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="'apgg'.*cfg, apg.*ag"):
+    with pytest.raises(ValueError, match="'apgg'.*apg, cfg.*ag"):
         resolve("apgg")
 
 

@@ -19,6 +19,7 @@ from pilotage.guidance import (
 
 LEVEL = NoiseLevel(0.6, 0.8, "v_prediction")
 W = 5.0
+RATIO = 0.8 / 0.6  # sigma / alpha of LEVEL
 
 
 def trajectory(steps, batch=3, seed=0):
@@ -37,14 +38,14 @@ def drive(guidance, steps=6, batch=3, select=None, **options):
     guided = []
     for cond, uncond, x_t in trajectory(steps, batch):
         cond, uncond, x_t = cond[rows_of], uncond[rows_of], x_t[rows_of]
-        rows = run.plan(noise=1.5)
-        if run.all_rest:
-            guided.append(run.forecast(x_t, LEVEL))
+        rows = run.plan(x_t, LEVEL)
+        if run.all_skipped:
+            guided.append(run.reused(x_t))
             continue
-        if run.resting:
+        if run.skipped:
             cond = cond.clone()
-            cond[run.resting] = run.forecast(x_t, LEVEL)[run.resting]
-        c, u = run.combine(rows, cond, uncond[rows] if rows else None, x_t, W, LEVEL)
+            cond[run.skipped] = run.reused(x_t)[run.skipped]
+        c, u = run.combine(cond, uncond[rows] if rows else None, W, x_t)
         guided.append(u + W * (c - u))
     run.finish()
     return guided, run
@@ -108,8 +109,8 @@ def test_views_of_one_network_give_one_result(guidance):
             level = NoiseLevel(alpha * scale, sigma * scale, kind)
             x_t = (scale * (alpha * cond + sigma * noise)).double()
             native = [level.from_x0(denoised.double(), x_t) for denoised in (cond, uncond)]
-            rows = run.plan()
-            c, u = run.combine(rows, native[0], native[1][rows] if rows else None, x_t, W, level)
+            rows = run.plan(x_t, level)
+            c, u = run.combine(native[0], native[1][rows] if rows else None, W, x_t)
             guided.append(level.to_x0(u + W * (c - u), x_t))
         results.append(torch.stack(guided))
         costs.append(run.trace.nfe)
@@ -120,9 +121,9 @@ def test_views_of_one_network_give_one_result(guidance):
 
 @pytest.mark.parametrize("space", ["x0", "native"])
 @pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=0.5, momentum=0.0)])
-def test_a_forecast_tail_keeps_guidance_at_the_same_cost(rule, space):
+def test_forecasts_afterwards_keep_guidance_at_the_same_cost(rule, space):
     """Past its threshold a sample is guided and holds what guided it in turn, at its own pace."""
-    steps, policy = 7, AdaptiveGuidance(0.99, space, tail="forecast")
+    steps, policy = 7, AdaptiveGuidance(0.99, space, then="forecast")
     plain, _ = drive(Guidance(rule), steps)
     stopped, dropped = drive(rule | AdaptiveGuidance(0.99, space), steps)
     got, run = drive(rule | policy, steps)
@@ -132,7 +133,7 @@ def test_a_forecast_tail_keeps_guidance_at_the_same_cost(rule, space):
         assert run.trace.nfe[row] == 2 * k + (steps - k) // 2 * 2
         for t, (_, _, x_t) in enumerate(trajectory(steps)):
             rests = t >= k and (t - k) % 2 == 0
-            assert (row in run.trace.steps[t].resting) is rests
+            assert (row in run.trace.steps[t].skipped) is rests
             expected = plain[t][row]
             if rests:
                 before = [x for _, _, x in trajectory(steps)][t - 1]
@@ -152,8 +153,8 @@ def test_lag_delays_every_decision_by_exactly_that():
 
 def test_interval_by_step_and_by_noise():
     assert drive(Guidance(APG(), Interval(1, 4)))[1].trace.nfe == [9, 9, 9]
-    assert drive(Guidance(CFG(), Interval(noise_low=1.5)))[1].trace.nfe == [6, 6, 6]
-    assert drive(Guidance(CFG(), Interval(noise_high=1.5)))[1].trace.nfe == [12, 12, 12]
+    assert drive(Guidance(CFG(), Interval(noise_low=RATIO)))[1].trace.nfe == [6, 6, 6]
+    assert drive(Guidance(CFG(), Interval(noise_high=RATIO)))[1].trace.nfe == [12, 12, 12]
     with pytest.raises(ValueError, match="empty"):
         Interval(4, 4)
     with pytest.raises(ValueError, match="empty"):
@@ -162,9 +163,9 @@ def test_interval_by_step_and_by_noise():
 
 def test_steps_that_the_pipeline_does_not_guide_ask_no_policy():
     run = Run(Guidance(CFG(), Interval(noise_low=1.0)), 2, 3, on_cpu=True)
-    run.begin_step()
-    run.leave(*torch.ones(2, 2, 4, 6, 6), None)
-    assert run.plan(noise=2.0) == [0, 1]
+    run.begin()
+    run.unguided(*torch.ones(2, 2, 4, 6, 6))
+    assert run.plan(level=LEVEL) == [0, 1]
     assert run.trace.nfe == [1, 1]
     assert run.step.index == 1
 
@@ -178,7 +179,8 @@ def test_runs_share_nothing():
 def test_cfg_hands_the_predictions_through():
     cond, uncond, x_t = next(trajectory(1))
     run = Run(Guidance(CFG()), 3, 1, on_cpu=True)
-    c, u = run.combine(run.plan(), cond, uncond, x_t, W, None)
+    run.plan()
+    c, u = run.combine(cond, uncond, W, x_t)
     assert c is cond and u is uncond
 
 
@@ -186,12 +188,13 @@ def test_cfg_hands_the_predictions_through():
 def test_non_finite_prediction_names_the_step(value):
     run = Run(Guidance(APG()), 3, 20, on_cpu=True)
     for step, (cond, uncond, x_t) in enumerate(trajectory(3)):
+        run.plan(x_t, LEVEL)
         if step == 2:
             uncond[1, 0, 0, 0] = value
             with pytest.raises(NonFinitePredictionError, match="step 2 of 20"):
-                run.combine(run.plan(), cond, uncond, x_t, W, LEVEL)
+                run.combine(cond, uncond, W, x_t)
         else:
-            run.combine(run.plan(), cond, uncond, x_t, W, LEVEL)
+            run.combine(cond, uncond, W, x_t)
 
 
 def test_trace_records_norms_when_asked():

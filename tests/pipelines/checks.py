@@ -141,7 +141,7 @@ def resting_rows_ok(name):
     steps = len(pipe.guidance_trace.steps)
     guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
-        latents(pipe, name, guidance=replace(parting, tail="forecast"))
+        latents(pipe, name, guidance=replace(parting, then="forecast"))
     expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 

@@ -95,7 +95,7 @@ def test_configuration_is_untouched_by_a_call(pipe):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"guidance": "agp"}, "unknown guidance 'agp'.*cfg, apg"),
+        ({"guidance": "agp"}, "unknown guidance 'agp'.*apg, cfg"),
         ({"guidance": "apg", "guidance_scale": math.nan}, "finite"),
         ({"guidance": "cfg", "guidance_scale": math.inf}, "finite"),
         ({"guidance": "cfg", "guidance_scale": 0}, "> 0"),

@@ -7,6 +7,7 @@ import torch
 from pilotage.guidance import APG, CFG, NoiseLevel, apg, cfg, resolve
 
 from ...oracles.apg import PaperMomentum, paper_apg
+from ..steps import combine
 
 SHAPES = [(1, 4, 8, 8), (3, 5, 7, 9), (2, 3, 2, 5, 5), (2, 33, 16)]
 
@@ -26,7 +27,7 @@ def test_equals_algorithm_1_over_a_trajectory(shape, eta, r, beta):
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     for step in range(4):
         cond, uncond = draw(shape, seed=step)
-        guided, state = rule.combine(cond, uncond, 7.5, state)
+        guided, state = combine(rule, cond, uncond, 7.5, state)
         for row in range(shape[0]):
             expected = paper_apg(cond[row].numpy(), uncond[row].numpy(), 7.5, oracle[row], eta, r)
             np.testing.assert_allclose(guided[row].numpy(), expected, rtol=1e-10, atol=1e-10)
@@ -53,7 +54,7 @@ def test_neutral_setting_is_cfg():
 def test_scale_one_is_conditional():
     cond, uncond = draw((2, 4, 8, 8))
     for rule in (CFG(), APG()):
-        torch.testing.assert_close(rule.combine(cond, uncond, 1.0, None)[0], cond)
+        torch.testing.assert_close(combine(rule, cond, uncond, 1.0)[0], cond)
 
 
 def test_update_is_orthogonal_and_bounded():
@@ -113,9 +114,9 @@ def test_views_of_one_network_give_one_result(kind):
     x_t, cond, uncond = draw((2, 4, 8, 8), count=3)
     level = NoiseLevel(alpha, sigma, kind)
     pred_cond, pred_uncond = level.from_x0(cond, x_t), level.from_x0(uncond, x_t)
-    direct, _ = APG().combine(cond, uncond, 10.0, None)
-    through, _ = APG().combine(
-        level.to_x0(pred_cond, x_t), level.to_x0(pred_uncond, x_t), 10.0, None
+    direct, _ = combine(APG(), cond, uncond, 10.0)
+    through, _ = combine(
+        APG(), level.to_x0(pred_cond, x_t), level.to_x0(pred_uncond, x_t), 10.0, None
     )
     torch.testing.assert_close(through, direct, rtol=1e-9, atol=1e-9)
 

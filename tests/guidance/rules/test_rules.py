@@ -16,6 +16,7 @@ from pilotage.guidance import (
     Always,
     CFGRescale,
     CFGZeroStar,
+    Decision,
     Guidance,
     MagnitudeAware,
     NoiseLevel,
@@ -31,8 +32,10 @@ from pilotage.guidance import (
     resolve,
     tangential_damping,
 )
-from pilotage.guidance.presets import ALIASES, RULES
+from pilotage.guidance.registry import ALIASES, NAMES, TYPES
 from pilotage.guidance.rules.frequency_decoupled import low_pass
+
+from ..steps import combine
 
 IMAGES = [(1, 4, 8, 8), (3, 5, 7, 9), (2, 3, 2, 5, 5), (2, 1, 6, 1), (2, 2, 2, 3)]
 SHAPES = [*IMAGES, (2, 33, 16)]
@@ -140,7 +143,7 @@ every_rule = pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)
 
 def check_oracle(rule, oracle, shape, gap):
     cond, uncond = draw(shape, seed=len(shape), gap=gap)
-    guided, _ = rule.combine(cond, uncond, W, None)
+    guided, _ = combine(rule, cond, uncond, W)
     assert guided.shape == cond.shape
     for row in range(shape[0]):
         expected = oracle(cond[row].numpy(), uncond[row].numpy())
@@ -173,7 +176,7 @@ def test_fdg_equals_algorithm_2(rule, scales, shape):
 @pytest.mark.parametrize("shape", IMAGES)
 def test_neutral_setting_is_cfg(rule, shape):
     cond, uncond = draw(shape)
-    guided, _ = rule.combine(cond, uncond, W, None)
+    guided, _ = combine(rule, cond, uncond, W)
     torch.testing.assert_close(guided, cfg(cond, uncond, W), rtol=1e-12, atol=1e-12)
 
 
@@ -181,10 +184,10 @@ def test_rules_without_a_neutral_setting_are_cfg_on_neutral_inputs():
     """Nothing tangential where predictions are parallel; s = 1 where the update is orthogonal."""
     _, uncond = draw((3, 4, 8, 8))
     parallel = -1.7 * uncond
-    guided, _ = TCFG().combine(parallel, uncond, W, None)
+    guided, _ = combine(TCFG(), parallel, uncond, W)
     torch.testing.assert_close(guided, cfg(parallel, uncond, W), rtol=1e-12, atol=1e-12)
     swapped = uncond.flip(-1) * torch.tensor([1, 1, 1, 1, -1, -1, -1, -1])  # <swapped, uncond> = 0
-    guided, _ = CFGZeroStar(zero_steps=0).combine(uncond + swapped, uncond, W, None)
+    guided, _ = combine(CFGZeroStar(zero_steps=0), uncond + swapped, uncond, W)
     expected = cfg(uncond + swapped, uncond, W)
     torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-12)
 
@@ -192,7 +195,7 @@ def test_rules_without_a_neutral_setting_are_cfg_on_neutral_inputs():
 @every_rule
 def test_scale_one_is_conditional(rule):
     cond, uncond = draw((2, 4, 7, 8))
-    guided, _ = rule.combine(cond, uncond, 1.0, None)
+    guided, _ = combine(rule, cond, uncond, 1.0)
     torch.testing.assert_close(guided, cond, rtol=1e-12, atol=1e-12)
 
 
@@ -200,10 +203,10 @@ def test_scale_one_is_conditional(rule):
 def test_samples_do_not_see_each_other(rule):
     cond, uncond = draw((3, 4, 7, 8))
     cond[1] *= 100
-    together, _ = rule.combine(cond, uncond, W, None)
+    together, _ = combine(rule, cond, uncond, W)
     for row in range(3):
         one = slice(row, row + 1)
-        alone, _ = rule.combine(cond[one], uncond[one], W, None)
+        alone, _ = combine(rule, cond[one], uncond[one], W)
         torch.testing.assert_close(together[one], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -211,8 +214,8 @@ def test_samples_do_not_see_each_other(rule):
 @pytest.mark.parametrize("shape", [(2, 8, 9, 4), (2, 6, 5, 7, 3)])
 def test_non_contiguous_inputs(rule, shape):
     cond, uncond = (pred.movedim(-1, 1) for pred in draw(shape))
-    strided, _ = rule.combine(cond, uncond, W, None)
-    plain, _ = rule.combine(cond.contiguous(), uncond.contiguous(), W, None)
+    strided, _ = combine(rule, cond, uncond, W)
+    plain, _ = combine(rule, cond.contiguous(), uncond.contiguous(), W)
     torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
 
 
@@ -222,8 +225,8 @@ def test_low_precision_is_accumulated_in_float32(rule, dtype):
     """Inputs in half precision, arithmetic in float32: as good as float64 on the same inputs."""
     cond, uncond = draw((2, 4, 64, 64), dtype=torch.float32)
     cond, uncond = (100 * cond).to(dtype), (100 * uncond).to(dtype)  # squares overflow fp16
-    guided, _ = rule.combine(cond, uncond, 10.0, None)
-    expected, _ = rule.combine(cond.double(), uncond.double(), 10.0, None)
+    guided, _ = combine(rule, cond, uncond, 10.0)
+    expected, _ = combine(rule, cond.double(), uncond.double(), 10.0)
     assert guided.dtype == torch.float32
     assert expected.dtype == torch.float64
     torch.testing.assert_close(guided.double(), expected, rtol=1e-5, atol=1e-3)
@@ -232,8 +235,8 @@ def test_low_precision_is_accumulated_in_float32(rule, dtype):
 @every_rule
 def test_repeats_bit_for_bit(rule):
     cond, uncond = draw((2, 4, 33, 31), dtype=torch.float32)
-    first, _ = rule.combine(cond, uncond, W, None)
-    second, _ = rule.combine(cond.clone(), uncond.clone(), W, None)
+    first, _ = combine(rule, cond, uncond, W)
+    second, _ = combine(rule, cond.clone(), uncond.clone(), W)
     assert torch.equal(first, second)
 
 
@@ -243,12 +246,12 @@ def test_degenerate_predictions_stay_finite(rule, dtype):
     pred, _ = draw((2, 4, 8, 8))
     pred = pred.to(dtype)
     zero = torch.zeros_like(pred)
-    equal, _ = rule.combine(pred, pred, W, None)
+    equal, _ = combine(rule, pred, pred, W)
     torch.testing.assert_close(equal, pred, check_dtype=False)
-    nothing, _ = rule.combine(zero, zero, W, None)
+    nothing, _ = combine(rule, zero, zero, W)
     assert not nothing.any()
     for cond, uncond in [(pred, zero), (zero, pred), (zero + 0.1, zero + 0.3), (pred, -pred)]:
-        guided, _ = rule.combine(cond, uncond, W, None)
+        guided, _ = combine(rule, cond, uncond, W)
         assert guided.isfinite().all()
         assert guided.abs().max() <= 100
 
@@ -275,29 +278,20 @@ def test_rescale_of_a_constant_prediction_is_cfg():
 def test_optimized_scale_leaves_an_orthogonal_update():
     """At w = 0 the result is s v_u, the closest point to v_c on the line of v_u."""
     cond, uncond = draw((3, 4, 8, 8))
-    nearest, _ = cfg_zero_star(cond, uncond, 0.0, zero_steps=0)
+    nearest = cfg_zero_star(cond, uncond, 0.0)
     residual = (cond - nearest) * uncond
     assert residual.flatten(1).sum(1).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("zero_steps", [0, 1, 2])
 def test_zero_init_lasts_for_the_first_steps(zero_steps):
-    rule, state = CFGZeroStar(zero_steps=zero_steps), None
+    rule = CFGZeroStar(zero_steps=zero_steps)
     for step in range(4):
         cond, uncond = draw((2, 4, 8, 8), seed=step, dtype=torch.float16)
-        guided, state = rule.combine(cond, uncond, W, state)
-        assert state.tolist() == [[step + 1], [step + 1]]
-        expected, _ = CFGZeroStar(zero_steps=0).combine(cond, uncond, W, None)
-        expected = expected if step >= zero_steps else torch.zeros_like(expected)
-        assert torch.equal(guided, expected)
-
-
-def test_zero_init_counts_every_sample_alone():
-    cond, uncond = draw((3, 4, 8, 8))
-    done = torch.tensor([[0], [1], [2]])
-    guided, state = cfg_zero_star(cond, uncond, W, done, zero_steps=2)
-    assert guided.flatten(1).any(1).tolist() == [False, False, True]
-    assert state.tolist() == [[1], [2], [3]]
+        guided, state = combine(rule, cond, uncond, W, index=step)
+        assert state is None
+        expected, _ = combine(CFGZeroStar(zero_steps=0), cond, uncond, W)
+        assert torch.equal(guided, expected if step >= zero_steps else torch.zeros_like(cond))
 
 
 def test_tangential_damping_projects():
@@ -364,9 +358,9 @@ def test_low_pass_reads_every_frame_and_channel_alone():
 
 def test_fdg_on_video_is_fdg_on_its_frames():
     cond, uncond = draw((2, 3, 4, 7, 8))
-    guided, _ = FDG().combine(cond, uncond, W, None)
+    guided, _ = combine(FDG(), cond, uncond, W)
     for frame in range(4):
-        alone, _ = FDG().combine(cond[:, :, frame], uncond[:, :, frame], W, None)
+        alone, _ = combine(FDG(), cond[:, :, frame], uncond[:, :, frame], W)
         torch.testing.assert_close(guided[:, :, frame], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -376,15 +370,15 @@ def test_fdg_is_the_same_in_every_space(kind):
     cond, uncond = draw((2, 4, 8, 8))
     x_t, _ = draw((2, 4, 8, 8), seed=1)
     level = NoiseLevel(alpha, sigma, kind)
-    direct, _ = FDG().combine(cond, uncond, W, None)
-    native, _ = FDG().combine(level.from_x0(cond, x_t), level.from_x0(uncond, x_t), W, None)
+    direct, _ = combine(FDG(), cond, uncond, W)
+    native, _ = combine(FDG(), level.from_x0(cond, x_t), level.from_x0(uncond, x_t), W)
     torch.testing.assert_close(level.to_x0(native, x_t), direct, rtol=1e-9, atol=1e-9)
 
 
 def test_fdg_refuses_packed_tokens():
     cond, uncond = draw((2, 33, 16))
     with pytest.raises(ValueError, match=r"FDG: .*\(B, C, H, W\).*\(2, 33, 16\)"):
-        FDG().combine(cond, uncond, W, None)
+        combine(FDG(), cond, uncond, W)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +406,9 @@ def test_bad_settings(kind, settings):
         kind(**settings)
 
 
+RULES = TYPES["rule"]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_names(name):
     assert resolve(name) == Guidance(RULES[name](), Always())
@@ -421,8 +418,8 @@ def test_names(name):
 
 def test_alias_and_unknown_name():
     assert resolve("CFG-Zero-Star") == resolve("cfg-zero*") == Guidance(CFGZeroStar())
-    assert all(target in RULES for target in ALIASES.values())
-    with pytest.raises(ValueError, match=r"known are cfg, apg, .*cfg-zero\*.*tcfg.*fdg.*always"):
+    assert all(target in NAMES for target in ALIASES.values())
+    with pytest.raises(ValueError, match=r"known are apg, cfg, .*cfg-zero\*.*tcfg.*always"):
         resolve("cfg-zero")
     with pytest.raises(ValueError, match="names two rules"):
         resolve("cfg-zero-star+tcfg")
@@ -440,7 +437,7 @@ class Listed(Policy):
     def __init__(self, rows):
         self.rows = rows
 
-    def start(self, batch, on_cpu):
+    def start(self, batch, total, on_cpu):
         return ListedState(batch, self.rows)
 
 
@@ -448,8 +445,9 @@ class ListedState(PolicyState):
     def __init__(self, batch, rows):
         self.batch, self.rows = batch, rows
 
-    def wanted(self, step):
-        return [row in self.rows[step.index] for row in range(self.batch)]
+    def decide(self, step):
+        rows = self.rows[step.index]
+        return [Decision() if row in rows else Decision(("cond",)) for row in range(self.batch)]
 
 
 def trajectory(dtype=torch.float32):
@@ -468,8 +466,8 @@ def drive(guidance, select=(0, 1, 2), dtype=torch.float32):
     guided = []
     for cond, uncond, x_t in trajectory(dtype):
         cond, uncond, x_t = cond[select], uncond[select], x_t[select]
-        rows = run.plan(noise=1.5)
-        c, u = run.combine(rows, cond, uncond[rows] if rows else None, x_t, W, LEVEL)
+        rows = run.plan(x_t, LEVEL, NoiseLevel(0.5, 0.5, "flow"))
+        c, u = run.combine(cond, uncond[rows] if rows else None, W, x_t)
         assert c.dtype == u.dtype == dtype
         guided.append(u + W * (c - u))
     run.finish()

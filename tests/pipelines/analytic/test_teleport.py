@@ -18,7 +18,6 @@ from pilotage.pipelines.analytic.teleport import (
     teleport,
     trusted_sigma,
 )
-from pilotage.pipelines.seam.noise_levels import ratio
 
 from ...components import generators
 from ...families import FAMILIES, ddim
@@ -212,7 +211,7 @@ def test_noise_levels_see_through(statistics, name):
     x = torch.zeros(1, *SHAPE)
     for t, (alpha, sigma) in zip(fast.timesteps, levels(fast), strict=True):
         fast.scale_model_input(x, t)
-        assert ratio(noise_level(fast, t)) == pytest.approx(sigma / alpha, rel=1e-5)
+        assert noise_level(fast, t).ratio == pytest.approx(sigma / alpha, rel=1e-5)
         x = fast.step(x, t, x).prev_sample
 
 

@@ -15,10 +15,10 @@ from pilotage.guidance import (
     APG,
     AdaptiveGuidance,
     CFGZeroStar,
-    Forecast,
-    Hold,
     Interval,
     Schedule,
+    forecast,
+    hold,
     load_guidance,
 )
 from pilotage.pipelines import LayoutError, guided
@@ -170,10 +170,10 @@ def test_three_branches_are_refused(name):
 )
 def test_options_that_need_the_pipelines_own_combination(name, option, value):
     pipe = guided(FAMILIES[name].build())
-    half = AdaptiveGuidance(0.9, space="native", tail="forecast")
+    half = AdaptiveGuidance(0.9, space="native", then="forecast")
     total = 4 if name == "sd" else 3  # PNDM evaluates once more
     scaled = Schedule(("both",) * total, (1.5,) * total)
-    for guidance in ("apg", Forecast(space="native"), half, scaled):
+    for guidance in ("apg", forecast(space="native"), half, scaled):
         with pytest.raises(ValueError, match=f"{option} cannot be combined"):
             latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
     stock = latents(pipe, name, num_inference_steps=3, **{option: value})
@@ -186,8 +186,8 @@ def test_steps_after_the_pipeline_has_switched_guidance_off():
     """A forecast takes the last output that the pipeline went on with, guided or not."""
     off = {"cfg_trunc_ratio": 0.5, "cfg_normalization": False}
     for guidance in (
-        AdaptiveGuidance(-1.0, space="native", tail="forecast"),
-        Forecast(space="native"),
+        AdaptiveGuidance(-1.0, space="native", then="forecast"),
+        forecast(space="native"),
     ):
         pipe, outputs = guided(FAMILIES["lumina2"].build()), []
         step = pipe.scheduler.step
@@ -195,7 +195,7 @@ def test_steps_after_the_pipeline_has_switched_guidance_off():
             seen.append(out.clone()) or step(out, *a, **k)
         )
         latents(pipe, "lumina2", batch=1, num_inference_steps=12, guidance=guidance, **off)
-        rests = [bool(record.resting) for record in pipe.guidance_trace.steps]
+        rests = [bool(record.skipped) for record in pipe.guidance_trace.steps]
         assert sum(rests[6:]) >= 2
         for i, (before, output) in enumerate(itertools.pairwise(outputs), 1):
             assert torch.allclose(before, output, rtol=1e-4, atol=1e-5) == rests[i]
@@ -251,12 +251,12 @@ def test_runs_of_pipelines_that_do_not_tell_their_length():
     pipe.set_progress_bar_config(disable=True)
     call = FAMILIES["sdxl"].call(1, False) | {"image": torch.rand(1, 3, 16, 16)}
     pipe(**call | {"num_inference_steps": 20, "denoising_end": 0.5, "guidance": "hold"})
-    assert pipe.guidance_trace.nfe == [Hold().nfe(10)]
+    assert pipe.guidance_trace.nfe == [hold().nfe(10)]
 
 
 def test_what_a_schedule_is_made_of_belongs_to_its_model():
     path = embedded_folder() / "guidance" / "linear-ag.json"
-    schedule = Schedule(("both", "estimate") * 10, stand_in=load_guidance(path).policy.coefficients)
+    schedule = Schedule(("both", "estimate") * 10, fill=load_guidance(path).policy.fill)
     with pytest.raises(ValueError, match="fitted on something else"):
         latents(guided(FAMILIES["sd"].build()), "sd", guidance=schedule, num_inference_steps=20)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Interval, NonFinitePredictionError
+from pilotage.guidance import APG, AdaptiveGuidance, Interval, NonFinitePredictionError, forecast
 from pilotage.pipelines import guided
 from pilotage.pipelines.seam.layouts import LayoutError
 
@@ -80,7 +80,7 @@ def test_steps_that_evaluate_nothing(name):
 @pytest.mark.parametrize("name", NORM_MATCHED)
 def test_norms_of_what_is_not_evaluated_cannot_be_matched(pipes, name):
     with pytest.raises(LayoutError, match="the norm of the conditional one"):
-        latents(guided(pipes(name)), name, guidance=Forecast(head=0))
+        latents(guided(pipes(name)), name, guidance=forecast(first=0))
 
 
 @pytest.mark.parametrize("name", COVERED)
@@ -90,13 +90,13 @@ def test_ag_above_one_is_cfg(pipes, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tail"),
+    ("name", "then"),
     [
         *((name, "cond") for name in BATCH_MATES),
         *((name, "forecast") for name in BATCH_MATES if name not in NORM_MATCHED),
     ],
 )
-def test_samples_do_not_depend_on_batch_mates(pipes, name, tail):
+def test_samples_do_not_depend_on_batch_mates(pipes, name, then):
     """Prompts that stop at different steps give what each gives alone.
 
     The tolerance is the network's own: ten times by how much a stock picture changes between batch
@@ -104,7 +104,7 @@ def test_samples_do_not_depend_on_batch_mates(pipes, name, tail):
     """
     pipe = guided(pipes(name))
     extra = {"num_inference_steps": 6}
-    policy = replace(parting_policy(pipe, name, **extra), tail=tail)
+    policy = replace(parting_policy(pipe, name, **extra), then=then)
     together = latents(pipe, name, guidance=policy, **extra)
     nfe, stock = pipe.guidance_trace.nfe, latents(pipe, name, **extra)
     negative = FAMILIES[name].scale_name == "true_cfg_scale"

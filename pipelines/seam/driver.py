@@ -1,9 +1,7 @@
-"""The seam: what stands in front of a pipeline's denoiser for the length of one call."""
+"""Drivers: what stands in front of a pipeline's denoiser for the length of one call."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +11,22 @@ from torch import Tensor
 from ...guidance import Always, Guidance, NoiseLevel, Run
 from ...guidance.device import row_index
 from .calls import Call, prediction_of, with_prediction
-from .layouts import Layout, LayoutError, Pending
-from .noise_levels import noise_level, ratio
+from .layouts import Layout, LayoutError
+from .noise_levels import next_noise_level, noise_level
+
+NORM_OF_SKIPPED = (
+    "{} gives its guided prediction the norm of the conditional one, which a skipped step does not "
+    "evaluate: {} cannot guide it"
+)
 
 
-class Seam:
-    """One call of one pipeline under one guidance.
+class Driver:
+    """One call of one pipeline under one guidance; it owns the run.
+
+    Subclasses say how the pipeline calls its denoiser. They evaluate the rows that the policy wants
+    and return outputs for which the pipeline's own guidance line, whichever affine form it has,
+    yields the guided prediction: where both branches are given equal predictions, so is their
+    combination.
 
     Args:
         pipe: The pipeline being called.
@@ -42,10 +50,9 @@ class Seam:
         self.pipe, self.guidance, self.layout = pipe, guidance, layout
         self.scales, self.options, self.detailed = scales, options, detailed
         self.denoiser = layout.denoisers[0]
-        self.run: Run | None = None
-        self.pending: Pending | None = None
-        self.may_forecast = False
-        self.seen: Any = None  # an output of the network, one row; where steps may be forecast
+        self.begun: Run | None = None
+        self.may_skip = False
+        self.example: Any = None  # an output of the network, one row; where steps may be skipped
         self.channels: int | None = None  # how many are guided
         self.rest: Tensor | None = None  # the others of the last output; likewise
 
@@ -54,7 +61,14 @@ class Seam:
         if kwargs.get("skip_layers") is not None:  # skip-layer guidance: not a branch of ours
             return network(*args, **kwargs)
         self.denoiser = name
-        return self.layout.run(self, Call(network, args, kwargs, self.layout.listed))
+        return self.evaluate(Call(network, args, kwargs, self.layout.listed))
+
+    def evaluate(self, call: Call) -> Any:
+        """Stand in for one call of the denoiser."""
+        raise NotImplementedError
+
+    def close_step(self) -> None:
+        """The pipeline has made its last call."""
 
     def start(self, batch: int, call: Call) -> None:
         """Begin the run at the first call."""
@@ -68,8 +82,8 @@ class Seam:
         total = total or run_length(self.pipe.scheduler, call.timestep, self.options)
         on_cpu = call.sample.device.type == "cpu"
         policy = self.guidance.policy
-        self.may_forecast = policy.may_forecast(total)
-        if policy.replaces_combination(total):
+        self.may_skip = self.guidance.may_skip(total)
+        if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.guidance)
         drops_rows = self.layout.joins_branches or (batch > 1 and policy.needs_gamma)
         if (
@@ -81,24 +95,33 @@ class Seam:
                 f"a cache is enabled in the denoiser of {type(self.pipe).__name__}, which needs "
                 f"every row at every step: disable it, or leave out '{policy}'"
             )
-        if self.may_forecast and self.layout.norm_matched(self.options):
-            raise LayoutError(
-                f"{type(self.pipe).__name__} gives its guided prediction the norm of the "
-                f"conditional one, which a forecast step does not evaluate: {self.guidance} cannot "
-                "guide it"
-            )
-        self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
+        skips = any(d.skips for d in policy.decisions(total) or ())
+        if skips and self.layout.norm_matched(self.options):
+            raise LayoutError(NORM_OF_SKIPPED.format(type(self.pipe).__name__, self.guidance))
+        self.begun = Run(self.guidance, batch, total, on_cpu, self.detailed)
 
-    def leave(self, prediction: Tensor, x_t: Tensor, level: NoiseLevel | None) -> None:
+    def unguided(self, call: Call, prediction: Tensor) -> None:
         """End a step that the pipeline does not guide."""
+        x_t = call.sample
         channels = min(x_t.shape[1], prediction.shape[1], self.layout.channels or x_t.shape[1])
-        self.run.leave(prediction[:, :channels], x_t[:, :channels], level)
+        self.run.unguided(prediction[:, :channels], x_t[:, :channels])
 
     def finish(self) -> None:
         """Close the last step and raise what was still on its way from the device."""
-        if self.run is not None:
-            self.layout.finish(self)
-            self.run.finish()
+        if self.begun is not None:
+            self.close_step()
+            self.begun.finish()
+
+    @property
+    def run(self) -> Run:
+        """The run, once it has begun.
+
+        Raises:
+            LayoutError: the pipeline has not called its denoiser yet.
+        """
+        if self.begun is None:
+            raise LayoutError(f"{type(self.pipe).__name__} has not called its denoiser yet")
+        return self.begun
 
     @property
     def guided(self) -> bool:
@@ -114,25 +137,39 @@ class Seam:
             scale = scale if current is None else float(current)
         return scale + self.layout.scale_offset
 
-    def noise_level(self, call: Call) -> NoiseLevel | None:
-        """The noise level of this step, if the guidance or the trace needs it."""
-        if not (self.guidance.needs_noise_level or self.detailed):
-            return None
+    def levels(self, call: Call) -> tuple[NoiseLevel | None, NoiseLevel | None]:
+        """Noise levels now and next, as far as the guidance or the trace needs them."""
+        if not (self.guidance.needs_level or self.detailed):
+            return None, None
         level = noise_level(self.pipe.scheduler, call.timestep)
-        return replace(level, sign=level.sign * self.layout.sign)
+        level = replace(level, sign=level.sign * self.layout.sign)
+        if not self.guidance.rule.needs_next_level:
+            return level, None
+        return level, next_noise_level(self.pipe.scheduler, call.timestep)
 
-    def plan(self, level: NoiseLevel | None) -> list[int]:
+    def plan(self, call: Call, x_t: Tensor) -> list[int]:
         """The samples whose unconditional branch is to be evaluated at this step."""
-        wants_noise = self.guidance.policy.needs_noise or self.detailed
-        return self.run.plan(ratio(level) if wants_noise else None)
+        rows = self.run.plan(x_t, *self.levels(call))
+        if self.run.skipped:
+            self.check_combination()
+            if self.layout.norm_matched(self.options):
+                name = type(self.pipe).__name__
+                raise LayoutError(NORM_OF_SKIPPED.format(name, self.guidance))
+        return rows
+
+    def check_combination(self) -> None:
+        """Raise where a prediction of ours takes the place of the pipeline's own combination.
+
+        Most of it is refused before the first step; policies that do not tell their decisions
+        beforehand are refused here.
+
+        Raises:
+            ValueError: an option of the call changes the pipeline's combination afterwards.
+        """
+        self.layout.check_options(self.options, self.guidance)
 
     def combine(
-        self,
-        rows: list[int],
-        cond: Tensor,
-        uncond: Tensor | None,
-        x_t: Tensor,
-        level: NoiseLevel | None,
+        self, rows: list[int], cond: Tensor, uncond: Tensor | None, x_t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predictions for which the pipeline's own guidance line yields the guided one.
 
@@ -142,43 +179,47 @@ class Seam:
         """
         channels = min(x_t.shape[1], cond.shape[1], self.layout.channels or cond.shape[1])
         self.channels, x_t = channels, x_t[:, :channels]
+        first, rest = cond[:, :channels], cond[:, channels:]
+        first_uncond = uncond[:, :channels] if uncond is not None else None
         if cond.shape[1] == channels:
-            return self.run.combine(rows, cond, uncond, x_t, self.scale, level)
-        head, rest = cond[:, :channels], cond[:, channels:]
-        self.rest = rest if self.may_forecast else None
-        uncond_head = uncond[:, :channels] if rows else None
-        pair = self.run.combine(rows, head, uncond_head, x_t, self.scale, level)
-        if pair[0] is head and pair[1] is uncond_head:
+            first, first_uncond = cond, uncond
+        pair = self.run.combine(first, first_uncond, self.scale, x_t)
+        if pair[0] is not first:
+            self.check_combination()
+        if cond.shape[1] == channels:
+            return pair
+        self.rest = rest if self.may_skip else None
+        if uncond is not None and pair[0] is first and pair[1] is first_uncond:
             return cond, uncond
         uncond_rest = rest
-        if rows:
+        if uncond is not None:
             index = row_index(rows, cond.device)
             uncond_rest = rest.index_copy(0, index, uncond[:, channels:])
         return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
 
-    def see(self, output: Any) -> None:
-        """Remember what the network's outputs are like, if a step may be forecast."""
-        if self.may_forecast and self.seen is None:
+    def remember(self, output: Any) -> None:
+        """Remember what the network's outputs are like, if a step may be skipped."""
+        if self.may_skip and self.example is None:
             listed = self.layout.listed
             one = prediction_of(output, listed)[:1].clone()  # the rest is not kept alive
-            self.seen = with_prediction(output, one, listed)
+            self.example = with_prediction(output, one, listed)
 
-    def filled(self, cond: Tensor, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
-        """Conditional predictions of the samples that do not rest, with the forecasts of others."""
-        resting = self.run.resting
-        if not resting:
+    def with_skipped(self, cond: Tensor, x_t: Tensor) -> Tensor:
+        """Conditional predictions of the samples evaluated, and what the others reuse."""
+        skipped = self.run.skipped
+        if not skipped:
             return cond
-        active = [row for row in range(self.run.batch) if row not in resting]
-        return self.forecast(x_t, level).index_copy(0, row_index(active, cond.device), cond)
+        active = [row for row in range(self.run.batch) if row not in skipped]
+        return self.reused(x_t).index_copy(0, row_index(active, cond.device), cond)
 
-    def forecast(self, x_t: Tensor, level: NoiseLevel | None) -> Tensor:
-        """Guided predictions of the samples that rest, shape (B, \\*); the others are not read.
+    def reused(self, x_t: Tensor) -> Tensor:
+        """Guided predictions of skipped samples, shape (B, \\*); the others are not read.
 
         Extra output channels are those of the last step that evaluated them.
         """
-        guided = self.run.forecast(x_t[:, : self.channels], level)
+        guided = self.run.reused(x_t[:, : self.channels])
         parts = [guided] if self.rest is None else [guided, self.rest]
-        return torch.cat(parts, 1).to(prediction_of(self.seen, self.layout.listed).dtype)
+        return torch.cat(parts, 1).to(prediction_of(self.example, self.layout.listed).dtype)
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
@@ -190,55 +231,3 @@ def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]
         steps = scheduler.config.num_train_timesteps
         left = left[left >= round(steps - options["denoising_end"] * steps)]
     return len(left)
-
-
-class GuidedDenoiser:
-    """A denoiser seen through a seam: calls go to the seam, everything else to the network.
-
-    It passes for the network it stands for (also to ``isinstance``), so that pipelines can read its
-    configuration, dtype and device.
-    """
-
-    def __init__(self, name: str, network: Any, seam: Seam) -> None:
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_network", network)
-        object.__setattr__(self, "_seam", seam)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate through the seam; straight through once that is gone."""
-        if self._seam is None:
-            return self._network(*args, **kwargs)
-        return self._seam(self._name, self._network, args, kwargs)
-
-    @property
-    def __class__(self) -> type:
-        return type(self._network)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._network, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._network, name)
-
-
-@contextlib.contextmanager
-def attached(pipe: Any, seam: Seam) -> Iterator[None]:
-    """Put `seam` in front of the denoisers of `pipe`; always taken away again.
-
-    Only the pipeline's own reference is exchanged, past ``DiffusionPipeline.__setattr__`` (which
-    would record it in the configuration): the network, and every other pipeline that shares it,
-    never notices.
-    """
-    names = [name for name in seam.layout.denoisers if pipe.__dict__.get(name) is not None]
-    networks = {name: pipe.__dict__[name] for name in names}
-    stand_ins = {name: GuidedDenoiser(name, networks[name], seam) for name in names}
-    pipe.__dict__.update(stand_ins)
-    try:
-        yield
-    finally:
-        pipe.__dict__.update(networks)
-        for stand_in in stand_ins.values():  # offload hooks may keep a reference to it
-            object.__setattr__(stand_in, "_seam", None)

@@ -1,0 +1,71 @@
+"""The patch: a pipeline's denoisers are exchanged for the length of one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+
+class Evaluator(Protocol):
+    """What can stand in front of a pipeline's denoisers."""
+
+    def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Stand in for ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+
+
+class GuidedDenoiser:
+    """A denoiser behind the seam: calls go to the driver, everything else to the network.
+
+    It passes for the network it stands for (also to ``isinstance``), so that pipelines can read its
+    configuration, dtype and device.
+    """
+
+    def __init__(self, name: str, network: Any, evaluate: Evaluator) -> None:
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_network", network)
+        object.__setattr__(self, "_evaluate", evaluate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate behind the seam; straight through once that is gone."""
+        if self._evaluate is None:
+            return self._network(*args, **kwargs)
+        return self._evaluate(self._name, self._network, args, kwargs)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._network)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._network, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._network, name)
+
+
+@contextlib.contextmanager
+def attached(pipe: Any, denoisers: Sequence[str], evaluate: Evaluator) -> Iterator[None]:
+    """Put `evaluate` in front of some denoisers of `pipe`; always taken away again.
+
+    Only the pipeline's own reference is exchanged, past ``DiffusionPipeline.__setattr__`` (which
+    would record it in the configuration): the network, and every other pipeline that shares it,
+    never notices.
+
+    Args:
+        pipe: The pipeline.
+        denoisers: Attributes that hold its networks; those it does not have are passed over.
+        evaluate: Called in the place of each of them.
+    """
+    names = [name for name in denoisers if pipe.__dict__.get(name) is not None]
+    networks = {name: pipe.__dict__[name] for name in names}
+    patched = {name: GuidedDenoiser(name, networks[name], evaluate) for name in names}
+    pipe.__dict__.update(patched)
+    try:
+        yield
+    finally:
+        pipe.__dict__.update(networks)
+        for denoiser in patched.values():  # offload hooks may keep a reference to it
+            object.__setattr__(denoiser, "_evaluate", None)
