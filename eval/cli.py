@@ -1,72 +1,87 @@
-"""The command line, thin over the Python API."""
+"""The command line, thin over the Python API.
+
+What a command needs is imported when it runs, so that ``pilotage --help`` stays fast.
+"""
 
 from __future__ import annotations
 
-import importlib
-import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .comparison.command import compare
+from .metrics import commands as metrics
+from .options import (
+    Count,
+    Device,
+    Guidance,
+    Json,
+    Model,
+    Negative,
+    Picture,
+    Scale,
+    Seed,
+    Steps,
+    check_target,
+    report,
+)
 from .personalize import personalize
+from .tuning import calibrate, fit, search
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OUT = Path("out.png")
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Guidance for diffusion sampling, on every diffusers pipeline.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(personalize)
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pilotage {sys.modules[__name__.partition('.')[0]].__version__}")
+        raise typer.Exit
 
 
-def check_picture(output: Path) -> None:
-    """Refuse a name that no PNG can be written to, before anything is loaded.
-
-    Raises:
-        ValueError: another suffix, or what `check_target` refuses.
-    """
-    from .metrics.options import check_target
-
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output must end in .png, got {output}")
-    check_target(output)
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Tell the version.", callback=_show_version)
+    ] = False,
+) -> None:
+    """Guidance for diffusion sampling, on every diffusers pipeline."""
 
 
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    guidance: Annotated[
-        str, typer.Option("--guidance", "-g", help="cfg, apg, ag, forecast, or e.g. apg+ag.")
-    ] = "apg",
-    scale: Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")] = 7.5,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
-    negative: Annotated[str, typer.Option(help="What the picture shall not show.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    guidance: Guidance = "apg",
+    scale: Scale = 7.5,
+    output: Picture = OUT,
+    negative: Negative = None,
+    steps: Steps = 20,
+    seed: Seed = 0,
+    count: Count = 1,
+    model: Model = None,
+    device: Device = "auto",
 ) -> None:
     """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
     from .embedded import check_guidance, load_on
-    from .metrics.options import device_of
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
-    check_picture(output)
-    place = device_of(device)
+    check_target(output, ".png")
 
     import torch
-    from PIL.PngImagePlugin import PngInfo
 
     from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
 
-    pipe = load_on(place, model)
+    pipe = load_on(torch.device(device), model)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
     strength = scale_option(pipe, scale)
@@ -80,28 +95,21 @@ def generate(
         **strength,
         **negative_argument(pipe, unwanted, 1),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    nfe = pipe.guidance_trace.nfe
-    for i, image in enumerate(result.images):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{i}")
-        info = PngInfo()
-        made = {
-            "prompt": prompt,
-            "negative_prompt": unwanted,
-            "guidance": None if none else str(settings),
-            **strength,
-            "steps": steps,
-            "seed": seed + i,
-            "scheduler": type(pipe.scheduler).__name__,
-            "model": str(model or "embedded"),
-            "nfe": nfe[i],
-        }
-        info.add_text("pilotage", json.dumps(made))
-        image.save(path, pnginfo=info)
-        typer.echo(f"{path}  ({nfe[i]} network evaluations)")
+    evaluations = pipe.guidance_trace.nfe
+    made = {
+        "prompt": prompt,
+        "negative_prompt": unwanted,
+        "guidance": None if none else str(settings),
+        **strength,
+        "steps": steps,
+        "scheduler": type(pipe.scheduler).__name__,
+        "model": str(model or "embedded"),
+    }
+    each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(evaluations)]
+    for path, nfe in zip(_write(output, result.images, made, each), evaluations, strict=True):
+        typer.echo(f"{path}  ({nfe} network evaluations)")
 
 
-@app.command()
 def denoise(
     images: Annotated[Path, typer.Argument(help="Folder of pictures of one size.")],
     method: Annotated[
@@ -113,16 +121,16 @@ def denoise(
             "wiener, ls, els, pspc.",
         ),
     ] = "local",
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
+    output: Picture = OUT,
+    count: Count = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps (DDIM).")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    seed: Seed = 0,
     tau: Annotated[float | None, typer.Option(help="local: threshold of the mask.")] = None,
     label: Annotated[
         int | None, typer.Option(help="Class: number of the subfolder in alphabetical order.")
     ] = None,
     guidance: Annotated[str, typer.Option("--guidance", "-g", help="With --scale above 1.")] = "",
-    scale: Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")] = 1.0,
+    scale: Scale = 1.0,
 ) -> None:
     """Sample from a folder of pictures, without a network (analytic denoisers)."""
     from ..guidance import resolve
@@ -136,15 +144,14 @@ def denoise(
         raise ValueError(f"--tau belongs to the local denoisers, not to {method!r}")
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}")
-    check_picture(output)
+    check_target(output, ".png")
 
     import torch
-    from PIL.PngImagePlugin import PngInfo
 
     from ..pipelines import AnalyticDenoisingPipeline
 
     options = {} if tau is None else {"tau": tau}
-    pipe = AnalyticDenoisingPipeline(images=images, method=method, options=options)
+    pipe: Any = AnalyticDenoisingPipeline(images=images, method=method, options=options)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     result = pipe(
         count,
@@ -154,90 +161,82 @@ def denoise(
         guidance=guidance or None,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(result.images):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{i}")
-        made = {
-            "images": str(images),
-            "data": pipe.unet.config.statistics["identity"]["data"],
-            "method": method,
-            **options,
-            "steps": steps,
-            "seed": seed + i,
-            "label": label,
-            "guidance": guidance,
-            "guidance_scale": scale,
-        }
-        tags = PngInfo()
-        tags.add_text("pilotage", json.dumps(made))
-        image.save(path, pnginfo=tags)
+    made = {
+        "images": str(images),
+        "data": pipe.unet.config.statistics["identity"]["data"],
+        "method": method,
+        **options,
+        "steps": steps,
+        "label": label,
+        "guidance": guidance,
+        "guidance_scale": scale,
+    }
+    for path in _write(output, result.images, made, [{"seed": seed + i} for i in range(count)]):
         typer.echo(str(path))
 
 
-@app.command()
-def info() -> None:
+def _write(
+    output: Path,
+    images: Sequence[Image.Image],
+    made: dict[str, Any],
+    each: Sequence[dict[str, Any]],
+) -> list[Path]:
+    """Write PNGs; several are numbered. `each` is what is to be kept of one beside `made`."""
+    from .pictures import save_picture
+
+    paths = [output]
+    if len(images) > 1:
+        paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(images))]
+    for path, image, own in zip(paths, images, each, strict=True):
+        save_picture(path, image, made | own)
+    return paths
+
+
+def info(json: Json = None) -> None:
     """Versions, guidance names and presets."""
+    from . import record
+
+    found = record.info()
+    if json is not None:
+        report(found, json)
+        return
+
     from rich.console import Console
     from rich.table import Table
 
-    from ..guidance import PRESETS, available
-    from ..guidance.presets import LITERATURE
-    from .record import machine, versions
-
     console = Console()
-    console.print(
-        ", ".join(f"{name} {version}" for name, version in versions().items()), highlight=False
-    )
-    console.print(f"machine: {machine()['processor']}, accelerator: {machine()['accelerator']}")
-    console.print(f"guidance: {', '.join(available())}; combined: apg+ag, apg+interval")
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    console.print(versions, highlight=False)
+    machine = found["machine"]
+    console.print(f"machine: {machine['processor']}, accelerator: {machine['accelerator']}")
+    console.print(f"guidance: {', '.join(found['guidance'])}; combined: apg+ag, apg+interval")
     table = Table("model family", "name", "settings", title="presets")
-    for family, presets in (PRESETS | {"any (literature)": LITERATURE}).items():
-        for name, preset in presets.items():
-            values = ", ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-                for key, value in asdict(preset).items()
-            )
-            table.add_row(family, name, values)
+    for family, presets in found["presets"].items():
+        for name, settings in presets.items():
+            table.add_row(family, name, settings)
     console.print(table)
 
 
-MODULES = {
-    "compare": ("comparison.compare", "Compare guidance settings: pictures, metrics and a report."),
-    "fit": ("tuning.fit", "Fit LinearAG's coefficients to a model."),
-    "calibrate": (
-        "tuning.calibrate",
-        "Find Adaptive Guidance's threshold for a cost or a quality.",
-    ),
-    "search": ("tuning.search", "Search a schedule of evaluated, estimated and forecast steps."),
-    "fid": ("metrics.frechet", "Fréchet distance between two sets of pictures."),
-    "kid": ("metrics.kid", "Kernel distance between two sets of pictures."),
-    "cmmd": ("metrics.cmmd", "CMMD between two sets of pictures, on CLIP embeddings."),
-    "precision-recall": ("metrics.precision_recall", "Precision, recall, density and coverage."),
-    "saturation": ("metrics.saturation", "Saturation, contrast and colourfulness of pictures."),
-    "similarity": ("metrics.similarity", "SSIM and PSNR to pictures of the same name."),
-    "alignment": ("metrics.alignment", "How well pictures show what their prompts say."),
-    "statistics": ("metrics.statistics", "Keep a folder's features or their statistics in a file."),
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "compare": compare,
+    "fit": fit.command,
+    "calibrate": calibrate.command,
+    "search": search.command,
+    "personalize": personalize,
+    "denoise": denoise,
+    "info": info,
+    "fid": metrics.fid,
+    "kid": metrics.kid,
+    "cmmd": metrics.cmmd,
+    "precision-recall": metrics.precision_recall,
+    "saturation": metrics.saturation,
+    "similarity": metrics.similarity,
+    "alignment": metrics.alignment,
+    "statistics": metrics.statistics,
 }
-
-
-def _register(name: str, module: str, text: str) -> None:
-    # The module is imported when its command runs, so that ``pilotage --help`` stays fast; it
-    # parses its own arguments, --help too.
-    def forward(context: typer.Context) -> None:
-        command = importlib.import_module(f".{module}", __package__).app
-        command(context.args, prog_name=context.command_path)
-
-    forward.__doc__ = text
-    settings = {
-        "ignore_unknown_options": True,
-        "allow_extra_args": True,
-        "help_option_names": [],
-    }
-    app.command(name, context_settings=settings)(forward)
-
-
-for _name, (_module, _text) in MODULES.items():
-    _register(_name, _module, _text)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:
@@ -245,14 +244,10 @@ def main() -> None:
     run(app)
 
 
-def run(command: typer.Typer) -> None:
+def run(command: Callable[[], Any]) -> None:
     """Run a command: errors of the user's making end in one line and status 2."""
     try:
         command()
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

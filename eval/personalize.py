@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .options import Device, Model
+
 
 def personalize(
     images: Annotated[Path, typer.Argument(help="Folder of pictures of one subject.")],
@@ -42,10 +44,8 @@ def personalize(
         int, typer.Option(min=0, help="Fix the calls, for bit-equal runs on several processes.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    model: Model = None,
+    device: Device = "auto",
 ) -> None:
     """Learn a word from pictures by forward passes; an interrupted run continues where it was."""
     from ..pipelines.personalization.inputs import TEMPLATES, check_templates, load_images
@@ -57,12 +57,13 @@ def personalize(
         check_templates(texts)
     load_images(images, 8)
 
+    import torch
+
     from ..pipelines.personalization.personalizer import TOKEN, Personalizer
     from ..pipelines.processes import processes
     from .embedded import load_on
-    from .metrics.options import device_of
 
-    pipe = load_on(device_of(device), model)
+    pipe = load_on(torch.device(device), model)
     if quantize is not None:
         from ..pipelines.quantization.quantize import quantize as to_integers
 

@@ -1,4 +1,4 @@
-"""Files of figures: what was measured, by which command, on what, when."""
+"""Files of figures: what was measured, by which command, on what, when; and what is installed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..guidance import PRESETS, available
 from ..guidance.files import write_json as write_json
+from ..guidance.presets import LITERATURE
 
-PACKAGES = ("pilotage", "torch", "diffusers", "transformers", "accelerate", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 
 def machine() -> dict[str, Any]:
@@ -33,14 +36,37 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that figures depend on."""
-    found = {}
+    """Versions of this package and of the installed ones that figures depend on."""
+    # Its own version is that of the code that runs: a checkout need not be installed, and another
+    # version may be.
+    top = __name__.partition(".")[0]
+    found = {top: str(sys.modules[top].__version__)}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def info() -> dict[str, Any]:
+    """Versions, machine, names for ``guidance=``, and presets.
+
+    Returns:
+        ``versions``: name -> version. ``machine``: see `machine`. ``guidance``: names.
+        ``presets``: model family -> name -> settings, written out; the family "any (literature)"
+        holds published settings for no model in particular.
+    """
+    families: dict[str, Mapping[str, object]] = {**PRESETS, "any (literature)": LITERATURE}
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "guidance": available(),
+        "presets": {
+            family: {name: str(settings) for name, settings in presets.items()}
+            for family, presets in families.items()
+        },
+    }
 
 
 def figures_context() -> dict[str, Any]:

@@ -120,6 +120,12 @@ def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
     return ratio.where(product > 0, (norm(pred_cond) == norm(pred_uncond)).to(ratio))
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether no element is NaN or infinite, a 0-d tensor; in one pass, without a mask."""
+    low, high = tensor.aminmax()
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) to (B, 1, ..., 1) so that it broadcasts against `like`."""
     return values.view(-1, *(1,) * (like.ndim - 1))

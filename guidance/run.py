@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import Decision, Guidance, Kept, Kind, Predictions, Step, Weights
 from .device import LaggedReads, row_index
 from .ops import guide_step
-from .prediction import NoiseLevel, Space, accumulate, norm
+from .prediction import NoiseLevel, Space, accumulate, all_finite, norm
 from .trace import StepRecord, Trace
 
 KINDS: dict[Kind, str] = {"cond": "conditional", "uncond": "unconditional", "guided": "guided"}
@@ -304,7 +304,7 @@ class Run:
         self.rule_state = self.rule_state.index_copy(0, index, state)
 
     def _check_finite(self, prediction: Tensor) -> None:
-        self._push_finite(torch.isfinite(prediction).all())
+        self._push_finite(all_finite(prediction))
 
     def _push_finite(self, finite: Tensor) -> None:
         self.finite.push(self.step.index, self.step.index, finite)

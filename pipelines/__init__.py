@@ -6,15 +6,15 @@ reason, where a pipeline has no guidance or keeps its branches in a way that is 
 ``pipelines/SUPPORT.md`` lists what is.
 """
 
+from typing import Any
+
 import diffusers
 
-from .analytic import model as analytic
-from .analytic.model import AnalyticDenoiserModel
-from .analytic.teleport import GaussianTeleport
+from .analytic import AnalyticDenoiserModel, AnalyticDenoisingPipeline, GaussianTeleport
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
-from .personalization.personalizer import LearnedToken, Personalizer
+from .personalization import LearnedToken, Personalizer
 from .schedulers import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
@@ -24,8 +24,6 @@ from .schedulers import (
 from .seam.layouts import LayoutError
 from .seam.noise_levels import UnknownSchedulerError, noise_level
 from .seam.support import LAYOUTS
-
-AnalyticDenoisingPipeline = guided_class(analytic.AnalyticDenoisingPipeline)
 
 __all__ = [
     "LAYOUTS",
@@ -49,12 +47,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     stock = getattr(diffusers, name, None) if not name.startswith("_") else None
     if not (isinstance(stock, type) and issubclass(stock, diffusers.DiffusionPipeline)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return guided_class(stock)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in dir(diffusers) if name.endswith("Pipeline"))])

@@ -9,9 +9,10 @@ import math
 import numbers
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..guidance import Guidance, Policy, Rule, Trace, load_guidance
 from .families import resolve_for
@@ -37,10 +38,21 @@ CALL_DOCUMENTATION = """
             Record cosines and norms of the predictions at every step in `guidance_trace`.
 """
 
+if TYPE_CHECKING:  # what the mixin is mixed into: a pipeline class of diffusers
+    _Stock = DiffusionPipeline
+else:
+    _Stock = object
 
-class GuidedMixin:
-    """Adds ``guidance=`` to the call of a diffusers pipeline; everything else stays stock."""
 
+class GuidedMixin(_Stock):
+    """Adds ``guidance=`` to the call of a diffusers pipeline; everything else stays stock.
+
+    Attributes:
+        stock_class: The class of diffusers that it is mixed into.
+    """
+
+    stock_class: ClassVar[Any]
+    scheduler: Any
     _guidance_trace: Trace | None = None
 
     @property
@@ -49,15 +61,16 @@ class GuidedMixin:
         return self._guidance_trace
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """See the stock pipeline; a ``custom_pipeline`` comes back guided, too."""
         # diffusers finds the class that a folder names in the package of the one called.
-        loader = DiffusionPipeline if cls.stock_class is DiffusionPipeline else super()
-        pipe = loader.from_pretrained(*args, **kwargs)
+        plain = cls.stock_class is DiffusionPipeline
+        load = DiffusionPipeline.from_pretrained if plain else super().from_pretrained
+        pipe = load(pretrained_model_name_or_path, **kwargs)
         return pipe if isinstance(pipe, GuidedMixin) else guided(pipe)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
         """See the stock pipeline; without a dtype asked for, the shared modules keep theirs.
 
         Stock ``from_pipe`` casts them to float32, in place and so for the first pipeline as well.
@@ -70,7 +83,7 @@ class GuidedMixin:
         finally:
             _KEEP_DTYPE.reset(token)
 
-    def to(self, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """See the stock pipeline."""
         return self if _KEEP_DTYPE.get() else super().to(*args, **kwargs)
 
@@ -149,10 +162,21 @@ def guidance_folder(pipe: Any) -> Path | None:
     return Path(loaded_from) / "guidance" if loaded_from and Path(loaded_from).is_dir() else None
 
 
-def scale_argument(pipeline_class: type) -> str | None:
-    """Name of the argument that holds the guidance scale, None if there is none."""
-    parameters = inspect.signature(pipeline_class.__call__).parameters
-    return next((name for name in SCALE_ARGUMENTS if name in parameters), None)
+def scale_argument(pipeline_class: type) -> str:
+    """Name of the argument of a pipeline's call that holds the guidance scale.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    call: Any = pipeline_class.__call__
+    parameters = inspect.signature(call).parameters
+    found = [name for name in SCALE_ARGUMENTS if name in parameters]
+    if not found:
+        raise LayoutError(
+            f"{pipeline_class.__name__} has no classifier-free guidance: "
+            f"its call takes none of {', '.join(SCALE_ARGUMENTS)}"
+        )
+    return found[0]
 
 
 def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:
@@ -163,11 +187,7 @@ def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, fl
 
 
 def _guidable_layout(pipeline_class: type) -> Layout:
-    if scale_argument(pipeline_class) is None:
-        raise LayoutError(
-            f"{pipeline_class.__name__} has no classifier-free guidance: "
-            f"its call takes none of {', '.join(SCALE_ARGUMENTS)}"
-        )
+    scale_argument(pipeline_class)
     return layout_of(pipeline_class)
 
 
@@ -205,7 +225,7 @@ def _checked_scales(
 def _positive(name: str, scale: Any, offset: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise ValueError(f"{name} must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and scale + offset > 0):
+    if not (math.isfinite(scale) and float(scale) + offset > 0):
         raise ValueError(
             f"{name} must be finite and > {0 - offset:g} ({1 - offset:g} is no guidance), "
             f"got {scale}"
@@ -223,10 +243,10 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     """The guided subclass of a diffusers pipeline class, of the same name."""
     if issubclass(pipeline_class, GuidedMixin):
         return pipeline_class
-    stock_call = pipeline_class.__call__
+    stock_call: Any = pipeline_class.__call__
 
     @functools.wraps(stock_call)
-    def __call__(self, *args, **kwargs):
+    def call(self: GuidedMixin, *args: Any, **kwargs: Any) -> Any:
         return GuidedMixin.__call__(self, *args, **kwargs)
 
     signature = inspect.signature(stock_call)
@@ -237,13 +257,14 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     parameters = list(signature.parameters.values())
     variadic = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     plain = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    __call__.__signature__ = signature.replace(parameters=[*plain, *extra, *variadic])
-    __call__.__doc__ = f"{stock_call.__doc__ or ''}\n{CALL_DOCUMENTATION}"
+    # mypy does not know that functions may have a signature of their own.
+    vars(call)["__signature__"] = signature.replace(parameters=[*plain, *extra, *variadic])
+    call.__doc__ = f"{stock_call.__doc__ or ''}\n{CALL_DOCUMENTATION}"
     return type(
         pipeline_class.__name__,
         (GuidedMixin, pipeline_class),
         {
-            "__call__": __call__,
+            "__call__": call,
             "__doc__": pipeline_class.__doc__,
             "__module__": "pilotage.pipelines",
             "__qualname__": pipeline_class.__name__,
@@ -271,6 +292,7 @@ def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
             "modular pipelines are guided by a component: "
             'pipe.update_components(guider=Guider("apg", guidance_scale=7.5).bind(pipe))'
         )
-    _guidable_layout(type(pipe))
-    pipe.__class__ = guided_class(type(pipe))
+    cls: Any = type(pipe)
+    _guidable_layout(cls)
+    pipe.__class__ = guided_class(cls)
     return pipe

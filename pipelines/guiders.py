@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import BaseGuidance, ModularPipeline
-from diffusers.guiders.guider_utils import GuiderOutput
-from diffusers.modular_pipelines import BlockState
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipeline
 from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, resolve
@@ -74,7 +74,7 @@ class Guider(BaseGuidance):
         TypeError: `guidance` is none of the above.
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond"]
+    _input_predictions = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]  # None there
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Guider(BaseGuidance):
             guidance=_to_config(self._given), enabled=enabled, detailed_trace=detailed_trace
         )
         self.guidance_scale = guidance_scale
-        self._pipe: weakref.ref | None = None
+        self._pipe: weakref.ref[ModularPipeline] | None = None
         self._shared = _Shared()
         self._rows: list[int] | None = None
         self._level: NoiseLevel | None = None
@@ -180,7 +180,7 @@ class Guider(BaseGuidance):
         settings = {name: self.config[name] for name in ("guidance_scale", "enabled")}
         settings |= {"guidance": self._given, "detailed_trace": self.detailed_trace}
         copy = type(self)(**(settings | kwargs))
-        pipe = self._pipe and self._pipe()
+        pipe = None if self._pipe is None else self._pipe()
         return copy if pipe is None else copy.bind(pipe)
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class Guider(BaseGuidance):
         to_dict(self.guidance)
         super().save_config(*args, **kwargs)
 
-    def prepare_inputs(self, data: dict[str, Any]) -> list[BlockState]:
+    def prepare_inputs(self, data: Any) -> list[BlockState]:
         """Begin a step: the conditions of each pass, the conditional one first.
 
         Args:
@@ -213,17 +213,20 @@ class Guider(BaseGuidance):
         super().prepare_models(denoiser)
         if self._is_free or not self.is_conditional:
             return
-        name = _input_name(self._bound_pipe())
+        pipe = self._bound_pipe()
+        name = None if pipe is None else _input_name(pipe)
 
         def read(network: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             handle.remove()
-            self._sample = args[0] if args else kwargs[name]
+            self._sample = args[0] if args else kwargs[str(name)]
 
         handle = denoiser.register_forward_pre_hook(read, with_kwargs=True)
 
     def __call__(self, data: list[BlockState]) -> GuiderOutput:
         """End a step: combine the predictions of its passes."""
-        return self.forward(**{getattr(d, self._identifier_key): d.noise_pred for d in data})
+        return self.forward(
+            **{getattr(d, self._identifier_key): d.as_dict()["noise_pred"] for d in data}
+        )
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """The guided prediction of the step that `prepare_inputs` began.
@@ -249,7 +252,7 @@ class Guider(BaseGuidance):
             )
         x_t = pred_cond if self._is_free else self._network_input(pred_cond)  # free: never read
         kept = pred_uncond
-        if 0 < len(rows) < run.batch:
+        if pred_uncond is not None and len(rows) < run.batch:
             kept = pred_uncond[row_index(rows, pred_uncond.device)]
         scale = self.guidance_scale
         if self.num_conditions == 1:
@@ -281,7 +284,7 @@ class Guider(BaseGuidance):
         return self.guidance.is_plain and not self.detailed_trace
 
     def _bound_pipe(self) -> ModularPipeline | None:
-        pipe = self._pipe and self._pipe()
+        pipe = None if self._pipe is None else self._pipe()
         if pipe is None and not self._is_free:
             raise LayoutError(
                 f"'{self.guidance}' needs the scheduler of its pipeline: "
@@ -289,7 +292,7 @@ class Guider(BaseGuidance):
             )
         return pipe
 
-    def _begin_step(self, make_batch) -> list[BlockState]:
+    def _begin_step(self, make_batch: Callable[[int, str], BlockState]) -> list[BlockState]:
         cond = make_batch(0, self._input_predictions[0])
         pipe, shared, step = self._bound_pipe(), self._shared, self._step
         if step is None:
@@ -304,12 +307,12 @@ class Guider(BaseGuidance):
             decisions = self.guidance.policy.decisions(total) or ()
             if any(decision.skips for decision in decisions):
                 raise ValueError(NO_SKIPPING.format(self.guidance))
-            run = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
-            shared.begin(run, exact=scheduler is not None)
-        shared.begin_step(step, scheduler)
+            new = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
+            shared.begin(new, exact=scheduler is not None)
+        run = shared.begin_step(step, scheduler)
         self._level = noise_level(scheduler, self._timestep) if needs_level else None
-        rows = shared.run.plan(None, self._level)
-        if shared.run.skipped:
+        rows = run.plan(None, self._level)
+        if run.skipped:
             raise ValueError(NO_SKIPPING.format(self.guidance))
         self._rows = rows if self.num_conditions == 2 else []
         return [cond, make_batch(1, self._input_predictions[1])] if self._rows else [cond]
@@ -344,8 +347,8 @@ class _Shared:
         self.run, self.trace, self.exact = run, run.trace, exact
         self.next_step, self.offset = 0, None
 
-    def begin_step(self, step: int, scheduler: Any) -> None:
-        """Check that a step follows the last one, and that `scheduler` keeps pace."""
+    def begin_step(self, step: int, scheduler: Any) -> Run:
+        """The run, once it is sure that a step follows the last one and `scheduler` keeps pace."""
         if self.run is None or step != self.next_step:
             raise LayoutError(
                 f"step {step} came where step {self.next_step if self.run else 0} was expected: a "
@@ -359,13 +362,14 @@ class _Shared:
         keeps_pace = step == 0 if index is None else index - step == self.offset
         if hasattr(scheduler, "step_index") and not keeps_pace:
             raise LayoutError(NOT_THE_SCHEDULER)
+        return self.run
 
     def end_step(self) -> None:
         """Finish and drop the run after its last step.
 
         Without a scheduler there may be more to come, but such a run holds nothing to get rid of.
         """
-        if self.next_step >= self.run.total:
+        if self.run is not None and self.next_step >= self.run.total:
             self.run.finish()
             self.run = None if self.exact else self.run
 

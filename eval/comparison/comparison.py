@@ -12,7 +12,6 @@ by a share q of what the baseline at the same w does has the effective guidance 
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...guidance.files import atomic, write_json
 from ...pipelines.processes import processes
-from ..record import figures_context, write_json
+from ..metrics.alignment import Alignment
+from ..metrics.extractors import EfficientNetLite0, Extractor
+from ..record import figures_context
+from .cost import steps_for_nfe
 from .evaluation import Cell, Evaluation
-from .sampling import PLAN, Plan, Samples, Setting, generate, mean_nfe, prepare, steps_for_nfe
+from .plan import Plan, Samples, Setting
+from .report import write_report
+from .sampling import PLAN, generate, prepare
 
 BASELINE = "cfg"
 EQUAL_NFE = "equal-nfe"
@@ -58,8 +63,8 @@ def compare(
     output: Path | str,
     seeds: Sequence[int] = (0,),
     reference: Tensor | None = None,
-    extractor: Any = None,
-    alignment: Any = None,
+    extractor: Extractor | None = None,
+    alignment: Alignment | None = None,
     batch_size: int = 8,
     equal_nfe: bool = True,
     report: bool = True,
@@ -79,7 +84,7 @@ def compare(
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
             compare distributions are left out.
         extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
-        alignment: An object with ``score(images, prompts) -> (N,)``; None leaves it out.
+        alignment: What scores pictures by their prompts; None leaves it out.
         batch_size: Samples in a call of the pipeline.
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
@@ -112,8 +117,6 @@ def compare(
         return []
     cells = _cells(pipe, settings, made, fewer, wanted)
     if reference is not None and extractor is None:
-        from ..metrics.extractors import EfficientNetLite0
-
         extractor = EfficientNetLite0().to(pipe.device)
     evaluation = Evaluation(cells, output, reference, extractor, alignment)
     rows = evaluation.rows(progress)
@@ -131,8 +134,6 @@ def compare(
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
     if report:
-        from .report import write_report
-
         write_report(output / "report.html", rows, facts, cells)
     return rows
 
@@ -158,10 +159,9 @@ def _cheaper(pipe: Any, made: Sequence[Samples]) -> dict[Setting, list[str]]:
     wanted: dict[Setting, list[str]] = {}
     for samples in made:
         setting = samples.setting
-        cost = mean_nfe(samples)
-        if cost >= mean_nfe(made[_baseline_of(setting, made)]):
+        if samples.mean_nfe >= made[_baseline_of(setting, made)].mean_nfe:
             continue
-        steps = steps_for_nfe(pipe.scheduler, cost, setting.steps)
+        steps = steps_for_nfe(pipe.scheduler, samples.mean_nfe, setting.steps)
         if steps < setting.steps:
             wanted.setdefault(Setting(BASELINE, setting.scale, steps), []).append(setting.label)
     have = {samples.setting for samples in made}
@@ -196,12 +196,10 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The cells as a table: intervals as two columns, lists joined by semicolons."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as out:
+    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, names, restval="")
         writer.writeheader()
         writer.writerows(flat)
-    os.replace(partial, path)
 
 
 def flatten(row: dict[str, Any]) -> dict[str, Any]:

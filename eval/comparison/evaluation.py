@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..metrics import images
-from ..metrics.pictures import batches
-from .sampling import Samples, Setting, mean_nfe
+from ..metrics.alignment import Alignment
+from ..metrics.extractors import Extractor
+from ..metrics.frechet import frechet_distance, frechet_interval
+from ..metrics.images import PER_PICTURE
+from ..metrics.kid import kernel_distance
+from ..metrics.per_picture import mean_and_interval, measure
+from ..metrics.precision_recall import density_coverage, precision_recall
+from .plan import Samples, Setting
 
 DISTANCE_RESAMPLES = 100
-PICTURES_AT_ONCE = 64
-PER_PICTURE = ("saturation", "contrast", "colourfulness")  # functions of `images`
-TO_BASELINE = ("ssim", "psnr")
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,29 @@ class Cell:
 
 
 class Evaluation:
-    """Evaluates the cells of a comparison, a few pictures at a time."""
+    """Evaluates the cells of a comparison, a few pictures at a time.
+
+    Args:
+        cells: What to evaluate.
+        output: Folder of the comparison.
+        reference: Real pictures, with shape (N, 3, H, W), in [0, 1], or None.
+        extractor: Pictures to features; needed with `reference` only.
+        alignment: What scores pictures by their prompts, or None.
+    """
 
     def __init__(
         self,
         cells: Sequence[Cell],
         output: Path,
         reference: Tensor | None,
-        extractor: Any,
-        alignment: Any,
+        extractor: Extractor | None,
+        alignment: Alignment | None,
     ) -> None:
         self.cells, self.output, self.reference = cells, output, reference
         self.extractor, self.alignment = extractor, alignment
-        self.gallery = None if reference is None else _features(extractor, reference)
+        self.gallery: Tensor | None = None
+        if reference is not None and extractor is not None:
+            self.gallery = extractor(reference).cpu()
 
     def rows(self, progress: bool) -> list[dict[str, Any]]:
         """One dictionary a cell."""
@@ -66,13 +77,12 @@ class Evaluation:
         bar = tqdm(self.cells, unit="setting", desc="metrics", disable=not progress)
         return [self._row(cell) for cell in bar]
 
-    def real(self) -> dict[str, float] | None:
-        """The same statistics of the reference pictures."""
-        if self.reference is None:
+    def real(self) -> dict[str, Any] | None:
+        """The statistics of single pictures, of the reference."""
+        if (reference := self.reference) is None:
             return None
-        return {
-            name: rounded(getattr(images, name)(self.reference).mean()) for name in PER_PICTURE
-        } | {"n": len(self.reference)}
+        means = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
+        return means | {"n": len(reference)}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         samples, setting = cell.samples, cell.setting
@@ -85,50 +95,34 @@ class Evaluation:
             "w": setting.scale,
             "steps": setting.steps,
             "n": len(samples.paths),
-            "nfe": rounded(mean_nfe(samples)),
+            "nfe": rounded(samples.mean_nfe),
             "nfe_range": [min(samples.nfe), max(samples.nfe)],
             "seconds": rounded(samples.seconds),
             "effective_guidance": self._effective(cell),
             "folder": os.path.relpath(samples.paths[0].parent, self.output),
         }
-        values, features = self._per_picture(cell)
+        base = None if cell.baseline is None else self.cells[cell.baseline].samples
+        values = measure(
+            samples.paths,
+            None if base is None else base.paths,
+            samples.prompts,
+            self.alignment,
+            None if self.gallery is None else self.extractor,
+        )
+        features = values.pop("features", None)
         groups = independent(samples.prompts)
         for name, value in values.items():
-            kept = ~value.isinf()  # equal pictures have no finite PSNR
-            row[name] = rounded(value[kept].double().mean())
-            row[f"{name}_interval"] = _interval(value[kept], list(compress(groups, kept)))
+            mean, ends = mean_and_interval(value, groups)
+            row[name] = rounded(mean)
+            row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
         if "psnr" in values:
             row["n_equal"] = int(values["psnr"].isinf().sum())
-        if features is not None:
+        if self.gallery is not None and features is not None:
             row |= distribution_metrics(self.gallery, features, groups)
         return row
 
-    def _per_picture(self, cell: Cell) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Values of every picture, and their features."""
-        samples = cell.samples
-        values: dict[str, list[Tensor]] = {}
-        features = []
-        others = None if cell.baseline is None else self.cells[cell.baseline].samples.paths
-        for start in range(0, len(samples.paths), PICTURES_AT_ONCE):
-            part = slice(start, start + PICTURES_AT_ONCE)
-            pictures = load_files(samples.paths[part])
-            for name in PER_PICTURE:
-                values.setdefault(name, []).append(getattr(images, name)(pictures))
-            if others is not None:
-                baseline = load_files(others[part])
-                for name in TO_BASELINE:
-                    value = getattr(images, name)(pictures, baseline)
-                    values.setdefault(name, []).append(value)
-            if self.alignment is not None:
-                score = self.alignment.score(pictures, samples.prompts[part])
-                values.setdefault("alignment", []).append(score.cpu())
-            if self.gallery is not None:
-                features.append(_features(self.extractor, pictures))
-        joined = {name: torch.cat(parts) for name, parts in values.items()}
-        return joined, torch.cat(features) if features else None
-
     def _effective(self, cell: Cell) -> float | None:
-        """Effective guidance (see the module); None where it could not be measured."""
+        """Effective guidance (see `comparison`); None where it could not be measured."""
         setting = cell.setting
         if cell.baseline is None or cell.kind == "equal nfe":
             return rounded(setting.scale)
@@ -160,11 +154,6 @@ def distribution_metrics(
         fake: Features of the generated pictures, with shape (M, D).
         groups: See `frechet_interval`.
     """
-    from ..metrics.bootstrap import frechet_interval
-    from ..metrics.frechet import frechet_distance
-    from ..metrics.kid import kernel_distance
-    from ..metrics.precision_recall import density_coverage, precision_recall
-
     values: dict[str, Any] = {}
     least = min(len(real), len(fake))
     if least > 1:
@@ -172,35 +161,14 @@ def distribution_metrics(
         ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES, groups=groups)
         values["fd_interval"] = [rounded(end) for end in ends]
         values["kid"] = rounded(kernel_distance(real, fake).value)
-    for names, metric, k in (
-        (("precision", "recall"), precision_recall, 3),
-        (("density", "coverage"), density_coverage, 5),
-    ):
+    for metric, k in ((precision_recall, 3), (density_coverage, 5)):
         if least > k:
             found = metric(real, fake, k)
-            values |= {name: rounded(value) for name, value in zip(names, found, strict=True)}
+            values |= {name: rounded(value) for name, value in found._asdict().items()}
     return values
 
 
-def load_files(paths: Sequence[Path]) -> Tensor:
-    """Pictures as float32 (N, 3, H, W) in [0, 1]; errors name the file."""
-    return next(batches(paths, len(paths)))
-
-
-def _features(extractor: Any, pictures: Tensor) -> Tensor:
-    return extractor(pictures).cpu()
-
-
-def _interval(values: Tensor, groups: Sequence[Hashable]) -> list[float | None] | None:
-    """Bootstrap interval of the mean; None for one group of pictures, or NaN."""
-    from ..metrics.bootstrap import grouped_interval
-
-    if len(set(groups)) < 2 or values.isnan().any():
-        return None
-    return [rounded(end) for end in grouped_interval(values, groups)]
-
-
-def rounded(value: Any) -> float | None:
-    """Six significant digits; None for NaN and infinity."""
-    number = float(value)
-    return float(f"{number:.6g}") if abs(number) < float("inf") else None
+def rounded(value: float | Tensor | None) -> float | None:
+    """Six significant digits; None for none, NaN and infinity."""
+    number = math.nan if value is None else float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None

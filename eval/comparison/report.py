@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
+from ...guidance.files import write_text
 from .answer import answer
 from .charts import Point, Series, chart
-
-if TYPE_CHECKING:
-    from .evaluation import Cell
+from .evaluation import Cell
 
 ROWS = 8  # prompts shown
 LARGEST = 384  # pixels; larger pictures are embedded at this size
@@ -37,27 +35,13 @@ NAMES = {
     "ssim": "SSIM to CFG",
     "psnr": "PSNR to CFG",
     "n_equal": "Equal to CFG",
+    "effective_guidance": "Effective guidance",
     "nfe": "Evaluations",
     "seconds": "Seconds",
-    "effective_guidance": "Effective guidance",
 }
-COLUMNS = (
-    *("fd", "kid", "precision", "recall", "density", "coverage", "saturation", "contrast"),
-    *(
-        "colourfulness",
-        "alignment",
-        "ssim",
-        "psnr",
-        "n_equal",
-        "effective_guidance",
-        "nfe",
-        "seconds",
-    ),
-)
 OVER_SCALE = ("fd", "precision", "recall", "saturation", "contrast", "alignment")
 OVER_COST = ("fd", "alignment", "ssim")
 OVER_EFFECTIVE = ("fd", "saturation", "alignment", "contrast")
-WITH_REFERENCE = ("fd", "kid", "precision", "recall", "density", "coverage")
 
 Row = dict[str, Any]
 
@@ -65,7 +49,7 @@ Row = dict[str, Any]
 def write_report(
     path: Path, rows: Sequence[Row], facts: dict[str, Any], cells: Sequence[Cell]
 ) -> None:
-    """Write the report under a temporary name, then rename it.
+    """Write the report, whole or not at all.
 
     Args:
         path: Where.
@@ -73,9 +57,7 @@ def write_report(
         facts: What ``cells.json`` says beside them.
         cells: The cells, for their pictures.
     """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(rows, facts, cells), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, render(rows, facts, cells))
 
 
 def render(rows: Sequence[Row], facts: dict[str, Any], cells: Sequence[Cell]) -> str:
@@ -168,10 +150,10 @@ def data_uri(path: Path) -> str:
     with Image.open(path) as image:
         if max(image.size) <= LARGEST:
             return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        image = image.convert("RGB")
-        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        small = image.convert("RGB")
+        small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=85)
+        small.save(buffer, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -269,7 +251,7 @@ def _figure(
 
 
 def _table(rows: Sequence[Row], real: dict[str, float] | None) -> str:
-    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    columns = [name for name in NAMES if any(row.get(name) is not None for row in rows)]
     head = [("setting", "Setting"), ("w", "w"), ("steps", "Steps"), ("n", "N")]
     head += [(name, NAMES[name]) for name in columns]
     titles = "".join(

@@ -7,156 +7,36 @@
   computed beside the same others, so its bytes do not depend on the number of processes. Another
   batch size means the same samples and noise; convolutions then round differently, which moves a
   few pixels by one level of 255.
-* A chunk is finished when its JSON file is there; everything is written under a temporary name,
-  then renamed. Killed anywhere and run again, the folder ends up with the same pictures.
+* A chunk is finished when its JSON file is there; every file is whole or not there. Killed anywhere
+  and run again, the folder ends up with the same pictures.
 * Chunks are made in turn for all settings: an interrupted run has as many samples of each.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-import math
-import os
-import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.PngImagePlugin import PngInfo
 
-from ...guidance import Guidance, Trace
+from ...guidance import Guidance
+from ...guidance.files import fingerprint, write_json
 from ...guidance.saved import to_dict
 from ...pipelines.fitting.fitted import negative_argument, unconditional_text
 from ...pipelines.fitting.identity import pipeline_identity
-from ...pipelines.guided import GuidanceLike, scale_argument, scale_option
+from ...pipelines.guided import scale_argument, scale_option
 from ...pipelines.processes import processes
-from ...pipelines.seam.noise_levels import (
-    UnknownSchedulerError,
-    check_scheduler,
-    prediction_type_of,
-)
-from ..record import write_json
+from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
+from ..pictures import save_picture
+from .cost import update_norms
+from .plan import Plan, Samples, Setting, sample_seed
 
 PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One column of a comparison.
-
-    Args:
-        guidance: A name or a guidance object.
-        scale: w; 1 means no guidance.
-        steps: Sampling steps.
-        method: What to call the guidance; default: the name, or the settings written out.
-    """
-
-    guidance: GuidanceLike
-    scale: float
-    steps: int = 20
-    method: str = ""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not math.isfinite(self.scale) or self.scale <= 0:
-            raise ValueError(f"the scale must be finite and > 0 (1 is none), got {self.scale}")
-        if isinstance(self.steps, bool) or self.steps != int(self.steps) or self.steps < 1:
-            raise ValueError(f"steps must be a whole number >= 1, got {self.steps}")
-        if not self.method:
-            object.__setattr__(self, "method", str(self.guidance))
-
-    @property
-    def label(self) -> str:
-        """Method, scale and steps, e.g. ``apg w=7.5, 20 steps``."""
-        return f"{self.method} w={self.scale:g}, {self.steps} steps"
-
-    @property
-    def slug(self) -> str:
-        """The label as a folder name."""
-        words = re.sub(r"[^a-z0-9.]+", "-", f"{self.method} w{self.scale:g} s{self.steps}".lower())
-        digest = hashlib.sha256(self.method.encode()).hexdigest()[:6]
-        plain = re.fullmatch(r"[a-z0-9+*]{1,24}", self.method)
-        return words.strip("-.") if plain else f"{words[:40].strip('-.')}-{digest}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to generate: every prompt with every seed under every setting.
-
-    Args:
-        prompts: Texts; their order is part of the plan.
-        settings: Columns of the comparison, all different.
-        seeds: Whole numbers; one sample of every prompt each.
-        batch_size: Samples in one chunk, a call of the pipeline.
-        options: Further arguments of the pipeline's call that JSON can hold.
-    """
-
-    prompts: Sequence[str]
-    settings: Sequence[Setting]
-    seeds: Sequence[int] = (0,)
-    batch_size: int = 8
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "settings", "seeds"):
-            values = tuple(getattr(self, name))
-            if not values:
-                raise ValueError(f"a plan needs {name}, got none")
-            object.__setattr__(self, name, values)
-        if empty := [i for i, prompt in enumerate(self.prompts) if not str(prompt).strip()]:
-            raise ValueError(f"prompts are empty at the positions {empty}, counted from 0")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"a seed occurs twice: {list(self.seeds)}")
-        slugs = [setting.slug for setting in self.settings]
-        if twice := {slug for slug in slugs if slugs.count(slug) > 1}:
-            raise ValueError(f"a setting occurs twice: {', '.join(sorted(twice))}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-
-    @property
-    def samples(self) -> list[tuple[int, int]]:
-        """(seed, index of the prompt) of every sample, seed by seed."""
-        return [(seed, i) for seed in self.seeds for i in range(len(self.prompts))]
-
-    @property
-    def chunks(self) -> list[list[tuple[int, int]]]:
-        """The samples in groups of `batch_size`."""
-        samples = self.samples
-        return [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The finished samples of one setting, in the order of `Plan.samples`.
-
-    Args:
-        setting: How they were made.
-        paths: PNG files.
-        prompts: Text of each.
-        nfe: Network evaluations of each.
-        update: Norm of (guided - conditional) as denoised images of each, mean over all steps;
-            None where the scheduler's noise levels are not known.
-        seconds: Seconds a sample, mean over chunks; the first chunk of a process, in which
-            libraries prepare themselves, counts only if there is no other.
-    """
-
-    setting: Setting
-    paths: list[Path]
-    prompts: list[str]
-    nfe: list[int]
-    update: list[float] | None
-    seconds: float
-
-
-def sample_seed(seed: int, prompt_index: int) -> int:
-    """Seed of the generator of one sample: 63 bits of SHA-256 of the two numbers."""
-    digest = hashlib.sha256(f"pilotage {seed} {prompt_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def check_call(pipe: Any, plan: Plan) -> list[Guidance]:
@@ -172,8 +52,9 @@ def check_call(pipe: Any, plan: Plan) -> list[Guidance]:
             f"{type(pipe).__name__} cannot be compared: its call takes no prompt or no guidance "
             "(wrap it with pilotage.pipelines.guided)"
         )
-    taken = {"prompt", "guidance", "detailed_trace", "num_inference_steps", "generator"}
-    taken |= {"num_images_per_prompt", "output_type", "return_dict", scale_argument(type(pipe))}
+    own = {"prompt", "guidance", "detailed_trace", "num_inference_steps", "generator"}
+    taken = own | {"num_images_per_prompt", "output_type", "return_dict"}
+    taken.add(scale_argument(type(pipe)) or "")
     for name in plan.options:
         if name not in parameters or name in taken:
             raise ValueError(f"{name!r} cannot be an option of {type(pipe).__name__}'s call here")
@@ -181,7 +62,7 @@ def check_call(pipe: Any, plan: Plan) -> list[Guidance]:
     for setting, guidance in zip(plan.settings, guidances, strict=True):
         if setting.scale <= 1 and not guidance.is_plain:
             raise ValueError(f"{setting.label}: guidance needs a scale > 1")
-        if guidance.needs_noise_level:
+        if guidance.needs_level:
             check_scheduler(pipe.scheduler)
     return guidances
 
@@ -273,7 +154,7 @@ def plan_identity(pipe: Any, plan: Plan, guidances: Sequence[Guidance]) -> dict[
                 "method": s.method,
                 "guidance": str(g),
                 # What a name or a short text leaves out: coefficients, say.
-                "digest": hashlib.sha256(json.dumps(to_dict(g)).encode()).hexdigest()[:16],
+                "digest": fingerprint(to_dict(g))[:16],
                 "scale": s.scale,
                 "steps": s.steps,
             }
@@ -338,15 +219,9 @@ class _Maker:
         seconds = time.perf_counter() - begin  # the pictures are on the host: nothing is pending
         trace = self.pipe.guidance_trace
         for (seed, i), image, nfe in zip(chunk, images, trace.nfe, strict=True):
-            info = PngInfo()
             made = {"prompt": self.plan.prompts[i], "seed": seed, "guidance": str(guidance)}
             made |= scale | {"steps": setting.steps, "nfe": nfe}
-            info.add_text("pilotage", json.dumps(made))
-            path = _picture_path(self.folder, setting, seed, i)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            image.save(partial, "PNG", pnginfo=info)
-            os.replace(partial, path)
+            save_picture(_picture_path(self.folder, setting, seed, i), image, made)
         record = {
             "samples": [list(sample) for sample in chunk],
             "nfe": trace.nfe,
@@ -358,80 +233,12 @@ class _Maker:
         self.first = False
 
 
-def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float] | None:
-    """Norm of (guided - conditional) as denoised images, mean over all steps, of each sample.
-
-    Steps without guidance count as 0, those at which a sample rests do not count. None where the
-    noise level is infinite and the network predicts noise: its denoised image does not exist there.
-
-    Args:
-        trace: A detailed trace.
-        guidance: What made it.
-        scheduler: The scheduler it was made with.
-    """
-    prediction = prediction_type_of(scheduler)
-    totals = torch.zeros(trace.batch, dtype=torch.float64)
-    counts = torch.full((trace.batch,), len(trace.steps))
-    for step in trace.steps:
-        counts[step.resting] -= 1
-        if step.update_norm is None:
-            continue
-        factor = 1.0 if guidance.rule.space == "x0" else _to_x0_factor(step.noise, prediction)
-        rows = list(range(trace.batch)) if step.estimated else step.rows
-        totals[rows] += factor * step.update_norm.double().cpu()
-    means = totals / counts
-    return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
-
-
-def _to_x0_factor(noise: float, prediction: str) -> float:
-    """|a_p| of `NoiseLevel.coefficients` from sigma / alpha: what differences are multiplied by."""
-    match prediction:
-        case "epsilon":
-            return noise
-        case "v_prediction":  # alpha^2 + sigma^2 = 1
-            return (1 + noise**-2) ** -0.5 if noise > 0 else 0.0
-        case "flow":  # alpha + sigma = 1
-            return 1 / (1 + 1 / noise) if noise > 0 else 0.0
-    return 1.0
-
-
-def evaluations(scheduler: Any, steps: int) -> int:
-    """Network evaluations of one branch in a run of `steps` steps (Heun's makes two a step)."""
-    copy = type(scheduler).from_config(scheduler.config)
-    dynamic = scheduler.config.get("use_dynamic_shifting", False)
-    copy.set_timesteps(steps, **({"mu": 1.0} if dynamic else {}))
-    return len(copy.timesteps)
-
-
-def steps_for_nfe(scheduler: Any, nfe: float, at_most: int) -> int:
-    """Steps of classifier-free guidance whose network evaluations come closest to `nfe`.
-
-    A step costs two or more, so that the best possible match may be one evaluation off.
-
-    Args:
-        scheduler: The pipeline's.
-        nfe: Mean network evaluations a sample.
-        at_most: Largest number of steps to consider.
-    """
-    candidates = range(1, at_most + 1)
-    return min(candidates, key=lambda n: (abs(2 * evaluations(scheduler, n) - nfe), n))
-
-
-def mean_nfe(samples: Samples) -> float:
-    """Mean network evaluations a sample."""
-    return statistics.fmean(samples.nfe)
-
-
-def _setting_folder(folder: Path, setting: Setting) -> Path:
-    return folder / setting.slug
-
-
 def _picture_path(folder: Path, setting: Setting, seed: int, prompt_index: int) -> Path:
-    return _setting_folder(folder, setting) / f"{seed:06d}-{prompt_index:05d}.png"
+    return folder / setting.slug / f"{seed:06d}-{prompt_index:05d}.png"
 
 
 def _record_path(folder: Path, setting: Setting, number: int) -> Path:
-    return _setting_folder(folder, setting) / f"chunk-{number:05d}.json"
+    return folder / setting.slug / f"chunk-{number:05d}.json"
 
 
 def _finished(folder: Path, setting: Setting, number: int, chunk: list[tuple[int, int]]) -> bool:

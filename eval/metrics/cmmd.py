@@ -5,21 +5,19 @@ r"""CMMD: squared MMD of CLIP embeddings with a Gaussian kernel (Jayasumana et a
 arXiv:2401.09603. The authors' code (google-research/cmmd) takes the image embeddings of CLIP
 ViT-L/14 at 336 pixels as the model returns them, that is with unit length (the PyTorch port that
 reproduces its value divides by the norm), and the estimator with the diagonal, which is biased
-upwards for small N. Both are done so here. Figures compare with published ones with
-``--extractor clip:openai/clip-vit-large-patch14-336`` and square pictures only (of others the
-middle is cut out here; the authors squash them).
+upwards for small N. Both are done so here. Figures compare with published ones with the command's
+default extractor, ``clip:openai/clip-vit-large-patch14-336``, and square pictures only (of others
+the middle is cut out here; the authors squash them).
 
-    python -m pilotage.eval.metrics.cmmd REAL FAKE --extractor clip:openai/clip-vit-large-patch14-336
+    pilotage cmmd REAL FAKE
 """
 
 from __future__ import annotations
 
 import torch
-import typer
 from torch import Tensor
 
 from .kid import checked_pair, kernel_sum
-from .options import Batch, Device, Fake, Json, Name, Real, Resize, load_pair, report
 
 SIGMA = 10.0
 SCALE = 1000.0
@@ -58,28 +56,3 @@ def cmmd(
         return float(kernel_sum(a, b, gaussian)) / (len(a) * len(b))
 
     return scale * (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake))
-
-
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
-def command(
-    real: Real,
-    fake: Fake,
-    extractor: Name = "clip:openai/clip-vit-large-patch14-336",
-    batch_size: Batch = 32,
-    resize: Resize = None,
-    device: Device = "cpu",
-    json: Json = None,
-) -> None:
-    """CMMD between two sets of pictures, on CLIP embeddings."""
-    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device)
-    values = {"cmmd": cmmd(one.rows(), two.rows()), "extractor": one.tags.extractor}
-    report(values | {"n_real": one.statistics.count, "n_fake": two.statistics.count}, json)
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

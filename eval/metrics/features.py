@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import batches, load_pictures, picture_files
+from ...guidance.files import atomic
+from ..pictures import batches, picture_files
+from .extractors import Extractor, load_extractor
 
 __all__ = [
     "FeatureStatistics",
@@ -29,7 +30,7 @@ __all__ = [
     "extract",
     "folder_features",
     "load_features",
-    "load_pictures",
+    "load_pair",
     "require_same",
 ]
 
@@ -51,7 +52,9 @@ class Tags:
     data: str
 
 
-def require_same(a: Tags, b: Tags, fields: tuple[str, ...] = ("extractor", "preprocessing")):
+def require_same(
+    a: Tags, b: Tags, fields: tuple[str, ...] = ("extractor", "preprocessing")
+) -> None:
     """Refuse tags that differ.
 
     Raises:
@@ -151,21 +154,17 @@ class Features:
         return self.values
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.npz`` under a temporary name, then rename it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a ``.npz``, whole or not at all."""
         tags = {"format": FORMAT, "n": self.statistics.count, **asdict(self.tags)}
-        arrays = {
+        arrays: dict[str, Any] = {
             "tags": np.array(json.dumps(tags)),
             "mean": self.statistics.mean.cpu().numpy(),
             "scatter": self.statistics.scatter.cpu().numpy(),
         }
         if self.values is not None:
             arrays["features"] = self.values.cpu().numpy()
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with atomic(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
@@ -204,7 +203,7 @@ class Features:
         return cls(known, statistics, kept)
 
 
-def extract(extractor: Any, images: Tensor, batch_size: int = 32) -> Tensor:
+def extract(extractor: Extractor, images: Tensor, batch_size: int = 32) -> Tensor:
     """Features (N, D) of pictures (N, 3, H, W) in [0, 1], float32 on the CPU.
 
     Raises:
@@ -218,7 +217,7 @@ def extract(extractor: Any, images: Tensor, batch_size: int = 32) -> Tensor:
 
 def folder_features(
     folder: str | Path,
-    extractor: Any,
+    extractor: Extractor,
     batch_size: int = 32,
     resize: int | None = None,
     keep: bool = True,
@@ -240,7 +239,9 @@ def folder_features(
     from tqdm import tqdm
 
     files, digest = picture_files(folder), hashlib.sha256()
-    statistics, kept, done = None, [], 0
+    statistics: FeatureStatistics | None = None
+    kept: list[Tensor] = []
+    done = 0
     with tqdm(total=len(files), unit="picture", desc=str(folder), disable=not progress) as bar:
         for pictures in batches(files, batch_size, resize, digest):
             part = extractor(pictures).detach().float().cpu()
@@ -254,14 +255,24 @@ def folder_features(
             statistics = new if statistics is None else statistics.merged(new)
             done += len(part)
             bar.update(len(part))
-    preprocessing = extractor.preprocessing
-    if resize is not None:
-        preprocessing = f"bicubic to {resize}x{resize}, then {preprocessing}"
-    tags = Tags(extractor.name, preprocessing, digest.hexdigest())
+    assert statistics is not None  # `picture_files` gives at least one
+    tags = _tags(extractor, resize, digest.hexdigest())
     return Features(tags, statistics, torch.cat(kept) if keep else None)
 
 
-def load_features(source: str | Path, extractor: Any, keep: bool = True, **options) -> Features:
+def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
+    # With `resize` the pictures were changed before the extractor; that is preprocessing too.
+    first = "" if resize is None else f"bicubic to {resize}x{resize}, then "
+    return Tags(extractor.name, first + extractor.preprocessing, data)
+
+
+def load_features(
+    source: str | Path,
+    extractor: Extractor,
+    keep: bool = True,
+    batch_size: int = 32,
+    resize: int | None = None,
+) -> Features:
     """Features of a folder (`folder_features`), or of a ``.npz`` made with the same extractor.
 
     Raises:
@@ -269,17 +280,61 @@ def load_features(source: str | Path, extractor: Any, keep: bool = True, **optio
     """
     if Path(source).suffix == ".npz":
         found = Features.load(source)
-        expected = Tags(extractor.name, extractor.preprocessing, found.tags.data)
-        # With `resize` the pictures were changed before the extractor; both must say so alike.
-        if (resize := options.get("resize")) is not None:
-            expected = Tags(
-                extractor.name,
-                f"bicubic to {resize}x{resize}, then {extractor.preprocessing}",
-                found.tags.data,
-            )
         try:
-            require_same(found.tags, expected)
+            require_same(found.tags, _tags(extractor, resize, found.tags.data))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         return found
-    return folder_features(source, extractor, keep=keep, **options)
+    return folder_features(source, extractor, batch_size, resize, keep)
+
+
+def load_pair(
+    real: Path,
+    fake: Path,
+    extractor: str,
+    device: str = "cpu",
+    batch_size: int = 32,
+    resize: int | None = None,
+    *,
+    keep: bool = True,
+    least: tuple[int, int] = (1, 1),
+    real_statistics: bool = False,
+) -> tuple[Features, Features]:
+    """Features of two folders or ``.npz`` files; what can be refused early is.
+
+    Args:
+        real, fake: Folders or files.
+        extractor: Its name, see `load_extractor`.
+        device: Where it computes.
+        batch_size, resize: See `folder_features`.
+        keep: The features themselves are needed.
+        least: Pictures needed of `real` and of `fake`.
+        real_statistics: Of `real`, statistics do even if `keep`.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: too few pictures, features that were not kept, or as for `load_features`.
+    """
+    counts: dict[Path, int] = {}
+    found: dict[Path, Features] = {}
+    for source in (real, fake):
+        if not source.exists():
+            raise FileNotFoundError(f"no folder or file {source}")
+        if source.suffix != ".npz":
+            counts[source] = len(picture_files(source))
+    network = load_extractor(extractor, device=device)
+    for source in (real, fake):
+        if source not in counts:
+            found[source] = load_features(source, network, keep, batch_size, resize)
+            counts[source] = found[source].statistics.count
+    for source, needed in zip((real, fake), least, strict=True):
+        if counts[source] < needed:
+            raise ValueError(
+                f"at least {needed} pictures are needed, {source} has {counts[source]}"
+            )
+        if keep and source in found and not (source == real and real_statistics):
+            found[source].rows()
+    for source in counts:
+        if source not in found:
+            found[source] = load_features(source, network, keep, batch_size, resize)
+    return found[real], found[fake]

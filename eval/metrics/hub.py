@@ -60,23 +60,28 @@ def describe(processor: Any) -> str:
 
 
 def pixel_values(processor: Any, images: Tensor) -> Tensor:
-    """What the network sees of pictures (N, 3, H, W) in [0, 1], rounded to 8 bits first."""
+    """What the network is given of pictures (N, 3, H, W) in [0, 1], rounded to 8 bits first."""
     pixels = (images.detach().cpu() * 255).round().clamp(0, 255).byte()
     return processor(images=list(pixels.numpy()), return_tensors="pt")["pixel_values"]
 
 
 class _HubFeatures(nn.Module):
-    def __init__(self, network: nn.Module, model: str) -> None:
+    dimension: int
+    resolution: int
+
+    def __init__(self, kind: str, network: Any, model: str) -> None:
         super().__init__()
         from transformers import AutoImageProcessor
 
+        self.name = f"{kind}:{model}"
         self.processor = from_pretrained(AutoImageProcessor, model)
         self.network = network.eval().requires_grad_(False)
         self.preprocessing = describe(self.processor)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         weights = next(self.network.parameters())
-        return pixel_values(self.processor, images).to(weights.device, weights.dtype)
+        pixels = pixel_values(self.processor, images).to(weights.device, weights.dtype)
+        return self.network(pixel_values=pixels).pooler_output
 
 
 class CLIPFeatures(_HubFeatures):
@@ -91,17 +96,15 @@ class CLIPFeatures(_HubFeatures):
 
         # The model with projection alone takes its width from another place of the config.
         whole = from_pretrained(CLIPModel, model)
-        super().__init__(whole.vision_model, model)
+        super().__init__("clip", whole.vision_model, model)
         self.projection = whole.visual_projection.requires_grad_(False)
-        self.name = f"clip:{model}"
         self.dimension = self.projection.out_features
         self.resolution = whole.config.vision_config.image_size
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings, shape (N, D), of pictures (N, 3, H, W) in [0, 1]."""
-        pooled = self.network(pixel_values=self._seen(images)).pooler_output
-        return self.projection(pooled).float()
+        return self.projection(self._pooled(images)).float()
 
 
 class DINOv2Features(_HubFeatures):
@@ -114,12 +117,12 @@ class DINOv2Features(_HubFeatures):
     def __init__(self, model: str) -> None:
         from transformers import Dinov2Model
 
-        super().__init__(from_pretrained(Dinov2Model, model), model)
-        self.name = f"dinov2:{model}"
-        self.dimension = self.network.config.hidden_size
-        self.resolution = self.network.config.image_size
+        network = from_pretrained(Dinov2Model, model)
+        super().__init__("dinov2", network, model)
+        self.dimension = network.config.hidden_size
+        self.resolution = network.config.image_size
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Features, shape (N, D), of pictures (N, 3, H, W) in [0, 1]."""
-        return self.network(pixel_values=self._seen(images)).pooler_output.float()
+        return self._pooled(images).float()

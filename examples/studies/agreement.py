@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.inception import fidelity_modules, torchmetrics
-from pilotage.eval.metrics.options import Json, report
+from pilotage.eval.options import Json, report
 
 
 class _Pass(nn.Module):
@@ -51,7 +53,11 @@ def fid_of_torch_fidelity(real: Tensor, fake: Tensor) -> float:
     Raises:
         ModuleNotFoundError: torch-fidelity is not installed.
     """
-    with fidelity_modules(absent=["utils"]):
+    with fidelity_modules():
+        # Its "utils" need torchvision, and nothing here needs them: every name of theirs is None.
+        utils = types.ModuleType("torch_fidelity.utils")
+        utils.__dict__["__getattr__"] = lambda name: None
+        sys.modules[utils.__name__] = utils
         module = importlib.import_module("torch_fidelity.metric_fid")
     statistics = [module.fid_features_to_statistics(x.double()) for x in (real, fake)]
     return module.fid_statistics_to_metric(*statistics, verbose=False)[module.KEY_METRIC_FID]

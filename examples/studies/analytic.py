@@ -136,7 +136,7 @@ def measure_speed(data: Tensor, statistics: DatasetStatistics, output: Path) -> 
 
     found = speed.speedup(data, statistics, noisy(2), 0.005)
     others = [speed.speedup(data, statistics, noisy(count), 0.005) for count in CALLS]
-    floats = speed.speedup(data, statistics, noisy(2), 0.005, compute=torch.float32)
+    floats = speed.speedup(data, statistics, noisy(2), 0.005, accelerator="none")
     found["by_images_a_call"] = [
         {name: other[name] for name in ("images_a_call", "speedup")} for other in others
     ]

@@ -59,7 +59,7 @@ def speedup(
     )
     few = [
         LocalDenoiser(images[:4096], tau=tau, statistics=statistics, **options | more)
-        for more in ({}, {"compute": torch.float32})
+        for more in ({}, {"accelerator": "none"})
     ]
     rows, memory = [], 0.0
     for sigma, y in noisy.items():
@@ -94,16 +94,14 @@ def speedup(
         "peak_memory_over_data_mb": memory,
         "images": len(images),
         "images_a_call": len(next(iter(noisy.values()))),
-        "products": products(options.get("compute")),
+        "products": products(options.get("accelerator", "auto")),
         "threads": torch.get_num_threads(),
     }
 
 
-def products(compute: torch.dtype | None) -> str:
+def products(accelerator: str) -> str:
     """What the local denoiser's matrix products are made of on this CPU."""
-    if compute is not None or integer.missing():
-        return str(compute or torch.float32).removeprefix("torch.")
-    return "bytes in AMX tiles"
+    return "float32" if accelerator == "none" or integer.missing() else "bytes in AMX tiles"
 
 
 def cost(images: Tensor, sigma: float, tau: float) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import GaussianTeleport
-from pilotage.pipelines.analytic.model import encode_images
+from pilotage.pipelines.analytic import encode_images
 
 Sampler = Callable[[Any, int, int, int], Tensor]  # scheduler, steps, first seed, count -> pictures
 
@@ -112,8 +112,7 @@ def measure(
         real: Features of real pictures, (N, D).
         count: Pictures generated with each setting.
     """
-    from pilotage.eval.metrics.bootstrap import frechet_interval
-    from pilotage.eval.metrics.frechet import frechet_distance
+    from pilotage.eval.metrics.frechet import frechet_distance, frechet_interval
 
     results = []
     for name, scheduler, steps in tqdm(rows, desc="teleport"):

@@ -7,10 +7,8 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from torch import Tensor
 
 from examples.studies.timing import Operation
-from pilotage.guidance import APG
-from pilotage.guidance.ops import SolverStep, guide_step, reference
-from pilotage.guidance.ops.formulas import settings_of
-from pilotage.guidance.ops.inputs import Request
+from pilotage.guidance import APG, Predictions, Step
+from pilotage.guidance.ops import guide_step
 
 SCALE, ETA, RADIUS, MOMENTUM = 7.5, 0.0, 15.0, -0.5
 # On the predictions as they are: so all providers do the same work.
@@ -46,37 +44,27 @@ def diffusers_apg(cond: Tensor, uncond: Tensor, momentum: MomentumBuffer) -> Ten
     )
 
 
-def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """Our operation.
+def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Our rule, in plain PyTorch.
 
     Returns:
         The guided prediction and the new buffer.
     """
-    step = guide_step(cond, uncond, SCALE, RULE, state=buffer, impl=impl)
-    return step.prediction, step.state
+    step = Step(0, 1)
+    guided, state = RULE.combine(_predictions(cond, uncond, step), step, SCALE, buffer)
+    return guided.to(cond.dtype), state
 
 
-def our_apg_and_solver(
-    cond: Tensor, uncond: Tensor, buffer: Tensor, sample: Tensor, solver: SolverStep, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Our operation with the solver step in the same write.
-
-    Returns:
-        The next sample and the new buffer.
-    """
-    step = guide_step(
-        cond, uncond, SCALE, RULE, x_t=sample, state=buffer, solver=solver, want_prediction=False,
-        impl=impl,
-    )  # fmt: skip
-    return step.x_next, step.state
+def our_fused_apg(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Our kernel; it also tells whether the predictions are finite. Returns as `our_apg`."""
+    step = Step(0, 1)
+    predictions = _predictions(cond, uncond, step)
+    done = guide_step(RULE, predictions, step, SCALE, buffer, impl="fused")
+    return done.prediction, done.state
 
 
-def inlined_reference(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Our reference as plain PyTorch, for ``torch.compile``, which sees `our_apg` as one op."""
-    settings = settings_of(RULE, cond[0].numel())
-    request = Request(RULE.name, settings, SCALE, False, cond, uncond, state=buffer)
-    step = reference.guide_step(request)
-    return step.prediction, step.state
+def _predictions(cond: Tensor, uncond: Tensor, step: Step) -> Predictions:
+    return Predictions({"cond": cond, "uncond": uncond}, step)
 
 
 def providers(
@@ -100,14 +88,14 @@ def providers(
     found = {
         "diffusers": lambda: diffusers_apg(cond, uncond, momentum),
         "comfyui": lambda: comfyui_apg(cond, uncond, last),
-        "reference": lambda: our_apg(cond, uncond, buffer, "reference"),
+        "reference": lambda: our_apg(cond, uncond, buffer),
     }
     if compiled:
         torch._dynamo.reset()  # past a limit of shapes it would silently go on uncompiled
-        graph = torch.compile(inlined_reference, dynamic=False)
+        graph = torch.compile(our_apg, dynamic=False)
         found["compiled"] = lambda: graph(cond, uncond, buffer)
     if device.type == "cuda":
-        found["fused"] = lambda: our_apg(cond, uncond, buffer, "fused")
+        found["fused"] = lambda: our_fused_apg(cond, uncond, buffer)
     return found
 
 

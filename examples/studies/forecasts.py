@@ -16,7 +16,7 @@ import diffusers
 from tqdm import tqdm
 
 from examples.emoji import data as emoji
-from pilotage.eval.comparison.sampling import steps_for_nfe
+from pilotage.eval.comparison.cost import steps_for_nfe
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.bootstrap import interval
 from pilotage.eval.metrics.images import ssim

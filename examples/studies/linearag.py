@@ -31,7 +31,7 @@ from examples.studies.evaluate import fit_alignment
 from examples.studies.policy_timing import clocks_in_turn, evaluations_of, network_in_turn
 from examples.studies.timing import keep_freed_memory
 from pilotage.eval.comparison.comparison import compare
-from pilotage.eval.comparison.sampling import Setting
+from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor

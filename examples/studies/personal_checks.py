@@ -81,7 +81,7 @@ def learn(folder: Path, pictures: Path, processes: int = 1, steps: int = 4) -> t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = [sys.executable, "-m", "pilotage.eval.cli", "personalize", str(pictures)]
+    script = [sys.executable, "-m", "pilotage.eval", "personalize", str(pictures)]
     command = [*script, *COMMAND, "--steps", str(steps), "--output", str(folder)]
     running = []
     for rank in range(processes):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from pilotage.eval.comparison.sampling import Setting
+from pilotage.eval.comparison.plan import Setting
 
 
 def seconds_in_turn(

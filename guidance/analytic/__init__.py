@@ -10,7 +10,7 @@ from .softmax import Info
 from .statistics import DatasetStatistics
 from .translates import ELSDenoiser, PSPCDenoiser
 
-DENOISERS = {
+DENOISERS: dict[str, type[Denoiser]] = {
     "optimal": OptimalDenoiser,
     "wiener": WienerDenoiser,
     "local": LocalDenoiser,

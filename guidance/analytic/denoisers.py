@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .images import checked, load_images
-from .posterior import Box, Precision, Source, Whole, posterior
+from .posterior import Box, Source, Whole, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
-from .statistics import DatasetStatistics
-
-# Share of the score from which wiener_above="auto" lets the Wiener filter answer. At 0.99 the local
-# denoiser of Fashion-MNIST still differs from it visibly (R^2 0.8), at 0.9995 hardly (0.99).
-EXPLAINED = 0.9995
+from .statistics import DatasetStatistics, Sigma
 
 
 class Denoiser(ABC):
@@ -34,9 +30,6 @@ class Denoiser(ABC):
         flips: Whether mirror images are candidates too.
         value_range: Range of float pixels; None for latents. See `images.stream`.
         chunk: Candidates handled at once; None for a size that fits the cache.
-        wiener_above: Noise level from which `statistics`' Wiener filter answers instead, where all
-            denoisers agree; None (default) never; "auto" from where the Gaussian explains at least
-            99.95 % of the score. It approximates; calls with labels or return_info do not use it.
         statistics: Of the same images (mirror images are added here); computed when first needed
             if None.
 
@@ -53,7 +46,6 @@ class Denoiser(ABC):
         flips: bool = False,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
         chunk: int | None = None,
-        wiener_above: float | str | None = None,
         statistics: DatasetStatistics | None = None,
     ) -> None:
         if isinstance(images, Tensor):
@@ -68,18 +60,17 @@ class Denoiser(ABC):
             raise ValueError(f"all {len(images)} images are the same")
         if statistics is not None and statistics.shape != tuple(images.shape[1:]):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
-        if isinstance(wiener_above, str) and wiener_above != "auto":
-            raise ValueError(f"wiener_above must be a number, None or 'auto', got {wiener_above!r}")
-        self.images, self.order, self.pools = images, None, {}
+        self.images = images
+        self.order: Tensor | None = None  # of the images as they were given, once sorted by class
+        self.pools: dict[int, Source] = {}
         self.flips, self.chunk, self.value_range = flips, chunk, value_range
         if labels is not None:
             self._sort_into_pools(torch.as_tensor(labels))
         self._all = Source(self.images, 0, flips)
-        self.wiener_above = wiener_above
         self._given = statistics
 
     @classmethod  # noqa: B027
-    def accept(cls, shape: tuple[int, int, int]) -> None:
+    def accept(cls, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) that are too large for the method, with a ValueError."""
 
     @functools.cached_property
@@ -90,13 +81,16 @@ class Denoiser(ABC):
         )
         return found.mirrored() if self.flips else found
 
+    @overload
     def __call__(
-        self,
-        y: Tensor,
-        sigma: float | Tensor,
-        labels: Tensor | None = None,
-        *,
-        return_info: bool = False,
+        self, y: Tensor, sigma: Sigma, labels: Tensor | None = ..., *, return_info: Literal[True]
+    ) -> tuple[Tensor, Info]: ...
+
+    @overload
+    def __call__(self, y: Tensor, sigma: Sigma, labels: Tensor | None = ...) -> Tensor: ...
+
+    def __call__(
+        self, y: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_info: bool = False
     ) -> Tensor | tuple[Tensor, Info]:
         """Posterior mean of the clean images.
 
@@ -122,16 +116,10 @@ class Denoiser(ABC):
         if len(classes) != len(y):
             raise ValueError(f"{len(classes)} labels for {len(y)} images")
         out = torch.empty_like(y)
-        n_eff, top = (
-            (out.clone(), torch.empty_like(y, dtype=torch.int64)) if return_info else (0, 0)
-        )
+        n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
         for level, label in sorted(set(zip(levels.tolist(), classes.tolist(), strict=True))):
             rows = ((levels == level) & (classes == label)).to(y.device)
-            if label == -1 and not return_info and self._leave_to_wiener(level):
-                out[rows] = self.statistics.wiener(y[rows], level)
-                continue
-            mean, info = self._denoise(y[rows], level, self._source(int(label)), return_info)
-            out[rows] = mean
+            out[rows], info = self._denoise(y[rows], level, self._source(int(label)), return_info)
             if info is not None:
                 n_eff[rows] = info.n_eff
                 top[rows] = info.top if self.order is None else self.order.to(y.device)[info.top]
@@ -142,9 +130,6 @@ class Denoiser(ABC):
         self, y: Tensor, sigma: float, source: Source, info: bool
     ) -> tuple[Tensor, Info | None]:
         """Posterior mean of y at one noise level, from one pool."""
-
-    def _run(self, y: Tensor, sigma: float, source: Source, info: bool, precision: Precision):
-        return posterior(y, sigma, source, precision, chunk=self.chunk, info=info)
 
     def _source(self, label: int) -> Source:
         if label == -1:
@@ -168,35 +153,25 @@ class Denoiser(ABC):
             start = stop - count
             self.pools[label] = Source(self.images[start:stop], start, self.flips)
 
-    def _leave_to_wiener(self, sigma: float) -> bool:
-        if self.wiener_above == "auto":
-            self.wiener_above = explained_from(self.statistics, EXPLAINED)
-        return self.wiener_above is not None and sigma >= float(self.wiener_above)
-
-
-def explained_from(statistics: DatasetStatistics, share: float) -> float:
-    """Smallest noise level whose `explained` is at least `share`, by bisection to 0.1 %."""
-    low, high = 1e-6, 1e6
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if statistics.explained(middle) >= share else (middle, high)
-    return high
-
 
 class OptimalDenoiser(Denoiser):
     """Posterior mean under the empirical distribution: whole images, all of them.
 
-    It reproduces training images at low noise, and never leaves any out.
+    At low noise it reproduces training images.
     """
 
-    def _denoise(self, y, sigma, source, info):
-        return self._run(y, sigma, source, info, Whole())
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
+        return posterior(y, sigma, source, Whole(), chunk=self.chunk, info=info)
 
 
 class WienerDenoiser(Denoiser):
     """Best linear denoiser, from mean and covariance; labels and attribution are refused."""
 
-    def _denoise(self, y, sigma, source, info):
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
         if info:
             raise ValueError("a Wiener filter weighs no images: there is no info to return")
         if len(source.images) != len(self.images):
@@ -216,5 +191,8 @@ class LSDenoiser(Denoiser):
         super().__init__(images, labels, **rest)
         self.window = schedule(k, WINDOWS, odd=True)
 
-    def _denoise(self, y, sigma, source, info):
-        return self._run(y, sigma, source, info, Box(self.window(sigma)))
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
+        box = Box(self.window(sigma))
+        return posterior(y, sigma, source, box, chunk=self.chunk, info=info)

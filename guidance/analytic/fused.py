@@ -23,7 +23,7 @@ LARGEST = 181.0  # of a query's differences as they are squared: float16 holds 1
 if triton is not None:
 
     @triton.jit
-    def _kernel(
+    def _kernel(  # type: ignore[no-untyped-def]
         y, x, mask, out, stretch, n, count, scale,
         OUTPUTS: tl.constexpr, CANDIDATES: tl.constexpr, INNER: tl.constexpr,
     ):  # fmt: skip

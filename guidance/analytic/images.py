@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from ..images import SUFFIXES, image_files, read_image, to_tensor
+
 IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "class_label", "class_labels")
 Block = tuple[Tensor, Tensor | None]
+Accept = Callable[[tuple[int, ...]], None]
 
 
 def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,50 +30,29 @@ def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype)
 
 
-def from_pil(image: Any) -> Tensor:
+def from_pil(image: Image.Image) -> Tensor:
     """A PIL image of mode L or RGB as uint8 (C, H, W), turned as its EXIF orientation says.
 
     Raises:
         ValueError: any other mode; alpha channels and palettes are not guessed at.
     """
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
+    image = read_image(image)
     if image.mode not in ("L", "RGB"):
         advice = "paste it on a background" if "A" in image.mode else "convert it"
         raise ValueError(f"expected images of mode L or RGB, got {image.mode}: {advice} first")
-    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return raw.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+    return to_tensor(image)
 
 
-def folder_files(folder: Path) -> tuple[list[Path], list[int] | None]:
-    """Pictures below a folder, sorted, and their classes if they all lie in subfolders.
-
-    A class is the index of the first folder below `folder` in alphabetical order.
-
-    Raises:
-        ValueError: no pictures.
-    """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"no pictures in {folder} (looked for {', '.join(SUFFIXES)})")
+def _folder_items(folder: Path, files: list[Path]) -> Iterator[tuple[Tensor, int | None]]:
+    """Images and, if all lie in subfolders, classes: the first folder's place in the alphabet."""
     tops = [file.relative_to(folder).parts[:-1][:1] for file in files]
-    if not all(tops):
-        return files, None
-    names = sorted(set(tops))
-    return files, [names.index(top) for top in tops]
-
-
-def _folder_items(files: list[Path], labels: list[int] | None) -> Iterator[tuple[Tensor, Any]]:
-    from PIL import Image
-
-    for file, label in zip(files, labels or [None] * len(files), strict=True):
+    names = sorted(set(tops)) if all(tops) else []
+    for file, top in zip(files, tops, strict=True):
         try:
-            with Image.open(file) as image:
-                pixels = from_pil(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = from_pil(read_image(file))
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        yield pixels, label
+        yield image, names.index(top) if names else None
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
@@ -88,13 +70,13 @@ def _parts(item: Any) -> tuple[Any, Any]:
 def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
     for item in source:
         image, label = _parts(item)
-        if hasattr(image, "mode") and hasattr(image, "tobytes"):
+        if isinstance(image, Image.Image):
             yield from_pil(image), label
             continue
         image = torch.as_tensor(image)
         if image.ndim == 4:
-            labels = itertools.repeat(None) if label is None else label
-            yield from zip(image, labels, strict=label is not None)
+            labels = [None] * len(image) if label is None else label
+            yield from zip(image, labels, strict=True)
         else:
             yield (image[None] if image.ndim == 2 else image), label
 
@@ -104,7 +86,7 @@ def stream(
     *,
     chunk: int = 256,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
-    accept: Callable[[tuple[int, ...]], None] | None = None,
+    accept: Accept | None = None,
 ) -> Iterator[Block]:
     """Blocks of images and labels from any source, in its order.
 
@@ -124,10 +106,12 @@ def stream(
         ValueError: mixed shapes, modes or kinds of number, alpha channels, values that are not
             finite or outside the range, labels for some images only, broken files, no images.
     """
-    files = None
+    files: list[Path] = []
     if isinstance(source, (str, Path)):
-        files, classes = folder_files(Path(source))
-        items = _folder_items(files, classes)
+        files = image_files(source, nested=True)
+        if not files:
+            raise ValueError(f"no pictures in {source} (looked for {', '.join(SUFFIXES)})")
+        items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files)
     elif isinstance(source, Tensor) or _is_pair(source):
         images, labels = source if _is_pair(source) else (source, None)
         if accept is not None:
@@ -140,24 +124,22 @@ def stream(
             # Data sets of the old protocol have __getitem__ and a length, no __iter__.
             entries = (source[index] for index in range(len(source)))
         items = _items(entries)
-    items, seen = _alike(items, files, accept), 0
+    items, count = _alike(items, files, accept), 0
     while block := list(itertools.islice(items, chunk)):
         labels = [label for _, label in block]
         yield (
-            checked(torch.stack([image for image, _ in block]), value_range, seen),
+            checked(torch.stack([image for image, _ in block]), value_range, count),
             None if labels[0] is None else torch.as_tensor([int(label) for label in labels]),
         )
-        seen += len(block)
-    if not seen:
+        count += len(block)
+    if not count:
         raise ValueError("no images")
 
 
 def _alike(
-    items: Iterator[tuple[Tensor, Any]],
-    files: list[Path] | None,
-    accept: Callable[[tuple[int, ...]], None] | None,
+    items: Iterator[tuple[Tensor, Any]], files: list[Path], accept: Accept | None
 ) -> Iterator[tuple[Tensor, Any]]:
-    """The items, all of one shape and kind; files are what they are called if they have names."""
+    """The items, all of one shape and kind; `files` says what they are called, if anything."""
     names, first = ("shape", "dtype", "with a label"), None
     for number, (image, label) in enumerate(items):
         found = (tuple(image.shape), image.dtype, label is not None)
@@ -167,7 +149,7 @@ def _alike(
                 accept(found[0])
         if found != first:
             what = next(i for i in range(3) if found[i] != first[i])
-            place = f"image {number}" if files is None else files[number]
+            place = files[number] if files else f"image {number}"
             raise ValueError(
                 f"mixed images: {names[what]} is {found[what]} at {place}, {first[what]} before"
             )
@@ -178,12 +160,12 @@ def load_images(
     source: Any,
     *,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
-    accept: Callable[[tuple[int, ...]], None] | None = None,
+    accept: Accept | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
     blocks = list(stream(source, value_range=value_range, accept=accept))
-    labels = None if blocks[0][1] is None else torch.cat([label for _, label in blocks])
-    return torch.cat([images for images, _ in blocks]), labels
+    labels = [label for _, label in blocks if label is not None]  # of all blocks or of none
+    return torch.cat([images for images, _ in blocks]), torch.cat(labels) if labels else None
 
 
 def checked(images: Tensor, value_range: tuple[float, float] | None, first: int = 0) -> Tensor:
@@ -226,10 +208,7 @@ def _is_pair(source: Any) -> bool:
 
 
 def _tensor_blocks(
-    images: Tensor,
-    labels: Tensor | None,
-    chunk: int,
-    value_range: tuple[float, float] | None,
+    images: Tensor, labels: Tensor | None, chunk: int, value_range: tuple[float, float] | None
 ) -> Iterator[Block]:
     if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")

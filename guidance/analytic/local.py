@@ -23,6 +23,7 @@ from torch import Tensor
 from . import fused, integer
 from .denoisers import Denoiser
 from .posterior import Rows, Source, posterior
+from .softmax import Info
 from .statistics import DatasetStatistics
 
 # Published thresholds by data set.
@@ -48,14 +49,9 @@ def sensitivity(statistics: DatasetStatistics, sigma: float, rows: slice) -> Ten
     n = statistics.dimension
     start, stop, _ = rows.indices(n)
     unit = torch.zeros(stop - start, n, dtype=torch.float64)
-    unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-    square = sigma**2
-
-    def wiener(values: Tensor) -> Tensor:
-        return values / (values + square)
-
-    w = statistics.apply(unit.view(-1, *statistics.shape), wiener).flatten(1)
-    diagonal = w[torch.arange(stop - start), torch.arange(start, stop)]
+    unit.diagonal(start).fill_(1)
+    w = statistics.apply(unit.view(-1, *statistics.shape), lambda v: v / (v + sigma**2)).flatten(1)
+    diagonal = w.diagonal(start)
     return w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]
 
 
@@ -86,10 +82,10 @@ class LocalDenoiser(Denoiser):
         normalization: "exact" normalizes over all candidates; "minibatch" within each block and
             averages the blocks, as the published code does (it depends on the order of images).
         minibatch: Size of those blocks; the published code has 256 or 512.
-        compute: Precision of the matrix products; see `posterior.Rows`. None also lets stored bytes
-            be multiplied as bytes where that is possible (`integer`): on CPUs with AMX, given a C
-            compiler, for uint8 images and float32 queries, exactly normalized. That keeps a second
-            copy of the images and moves the query by up to 1e-4 sigma; torch.float32 rules it out.
+        accelerator: "auto" takes a kernel made for uint8 images and float32 queries, exactly
+            normalized, where one runs: on CUDA a Triton kernel (`fused`), on CPUs with AMX, given
+            a C compiler, products of the stored bytes (`integer`), which keeps a second copy of
+            the images and moves the query by up to 1e-4 sigma. "none": `posterior` everywhere.
     """
 
     weight_bytes = 1  # of what `weights` gives
@@ -102,7 +98,7 @@ class LocalDenoiser(Denoiser):
         tau: float | str,
         normalization: str = "exact",
         minibatch: int = 256,
-        compute: torch.dtype | None = None,
+        accelerator: str = "auto",
         **rest: Any,
     ) -> None:
         super().__init__(images, labels, **rest)
@@ -116,12 +112,14 @@ class LocalDenoiser(Denoiser):
         if minibatch < 1:
             raise ValueError(f"minibatch must be >= 1, got {minibatch}")
         self.minibatch = minibatch if normalization == "minibatch" else None
-        self.compute = compute
+        if accelerator not in ("auto", "none"):
+            raise ValueError(f"accelerator is 'auto' or 'none', got {accelerator!r}")
+        self.accelerator = accelerator
         self._kept: dict[float, Rows] = {}
         self._packed: Tensor | None = None
 
     @classmethod
-    def accept(cls, shape: tuple[int, int, int]) -> None:
+    def accept(cls, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) whose weights would take more than `LARGEST` bytes."""
         n, most = math.prod(shape), math.isqrt(LARGEST // cls.weight_bytes)
         if n > most:
@@ -143,22 +141,29 @@ class LocalDenoiser(Denoiser):
             most = max(2, KEPT // (5 * self.statistics.dimension**2))
             while len(self._kept) >= most:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[sigma] = Rows(self.weights(sigma).to(self.images.device), self.compute)
+            self._kept[sigma] = Rows(self.weights(sigma).to(self.images.device))
         return self._kept[sigma]
 
-    def _denoise(self, y, sigma, source, info):
-        rows, size = self.precision(sigma), self.minibatch
-        plain = size is None and self.compute is None and not info and not source.flips
-        if plain and sigma < float("inf"):
-            if fused.available(y, source.images, rows.weights):
-                return fused.masked_posterior(y, sigma, source.images, rows.weights), None
-            if integer.available(y, source.images, rows.weights):
-                mean = self._from_bytes(y, sigma, source, rows.weights)
-                if mean is not None:
-                    return mean, None
-        return posterior(y, sigma, source, rows, minibatch=size, chunk=self.chunk, info=info)
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
+        rows = self.precision(sigma)
+        if self.minibatch is None and not info and not source.flips and sigma < math.inf:
+            mean = self._accelerated(y, sigma, source, rows.weights)
+            if mean is not None:
+                return mean, None
+        return posterior(
+            y, sigma, source, rows, minibatch=self.minibatch, chunk=self.chunk, info=info
+        )
 
-    def _from_bytes(self, y: Tensor, sigma: float, source: Source, mask: Tensor) -> Tensor | None:
+    def _accelerated(self, y: Tensor, sigma: float, source: Source, mask: Tensor) -> Tensor | None:
+        """The mean from a kernel made for this case; None where there is none."""
+        if self.accelerator == "none":
+            return None
+        if fused.available(y, source.images, mask):
+            return fused.masked_posterior(y, sigma, source.images, mask)
+        if not integer.available(y, source.images, mask):
+            return None
         if self._packed is None:
             self._packed = integer.pack(self.images)
         candidates = (source.first, source.first + len(source.images))

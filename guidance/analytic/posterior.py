@@ -21,7 +21,6 @@ import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +30,9 @@ from .softmax import Info, Softmax
 
 WORK = 3 * 2**21  # bytes of intermediates at once on a CPU: small blocks stay in the cache
 WORK_CUDA = 2**30
-SPARSE = 0.15  # density of a mask below which gathering beats a dense product (measured)
+SPARSE = (
+    0.15  # density of a mask below which a sparse product is faster than a dense one (measured)
+)
 ROWS = 1024  # rows of a mask that are multiplied at once
 HALF = 2.0**15  # what the largest square becomes in float16
 
@@ -80,23 +81,9 @@ class Source:
         return norm, largest
 
 
-class Precision(Protocol):
-    """Which coordinates a group of outputs is compared on."""
-
-    response: str
-
-    def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
-        """Groups g of one query y (C, H, W) and their squared distances (g, c) over 2 sigma^2.
-
-        Up to a constant per group; x are candidates (C, H, W, c).
-        """
-
-
 @dataclass(frozen=True)
 class Whole:
-    """All coordinates count the same; the one group writes the image."""
-
-    response = "image"
+    """All coordinates count the same, for one group per noisy image, which writes all of it."""
 
 
 def by_product(y: Tensor, source: Source, sigma: float) -> bool:
@@ -137,14 +124,24 @@ class Rows:
 
     weights: Tensor
     compute: torch.dtype | None = None
-    response = "coordinate"
-    _cast: dict = field(default_factory=dict, repr=False)
+    _cast: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
-        """See `Precision`; differences first, so that nothing cancels."""
+        """Groups g of one noisy image and their squared distances over 2 sigma^2.
+
+        Differences first, so that nothing cancels.
+
+        Args:
+            y: A noisy image, with shape (C, H, W).
+            x: Candidates, with shape (C, H, W, c).
+            sigma: Noise level, > 0.
+
+        Yields:
+            A slice of the groups, and their distances, (g, c).
+        """
         scale = (1 / (2 * sigma**2)) ** 0.5
         squares = (y.flatten()[:, None] - x.flatten(0, 2)).mul_(scale).square_()
-        if self._sparse(x):
+        if self._density < SPARSE and not x.is_cuda and self.compute is None:
             yield slice(0, len(squares)), self._csr(x.dtype) @ squares
             return
         exact = self.weights.dtype == torch.bool  # in float16
@@ -153,10 +150,9 @@ class Rows:
             rows = slice(start, min(start + ROWS, len(squares)))
             yield rows, product(self._dense(rows, kind), squares).to(x.dtype)
 
-    def _sparse(self, x: Tensor) -> bool:
-        if "density" not in self._cast:
-            self._cast["density"] = int(self.weights.count_nonzero()) / self.weights.numel()
-        return self._cast["density"] < SPARSE and not x.is_cuda and self.compute is None
+    @functools.cached_property
+    def _density(self) -> float:
+        return int(self.weights.count_nonzero()) / self.weights.numel()
 
     def _csr(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._cast:
@@ -187,7 +183,7 @@ def product(weights: Tensor, squares: Tensor) -> Tensor:
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """Product of factors of less than float32, summed and returned in float32."""
-    if a.is_cuda and torch.__version__ >= (2, 8):
+    if a.is_cuda and torch.__version__ >= "2.8":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -201,14 +197,16 @@ class Box:
     """
 
     k: int
-    response = "pixel"
 
     def distances(self, y: Tensor, x: Tensor, sigma: float) -> Iterator[tuple[slice, Tensor]]:
-        """See `Precision`."""
+        """See `Rows.distances`; the groups are pixels."""
         squares = (y[..., None] - x).square_().sum(0).div_(2 * sigma**2)
         h, w, _ = squares.shape
         found = torch.matmul(band(w, self.k, x), squares)
         yield slice(0, h * w), (band(h, self.k, x) @ found.view(h, -1)).view(h * w, -1)
+
+
+Precision = Whole | Rows | Box
 
 
 def band(length: int, k: int, like: Tensor) -> Tensor:
@@ -221,7 +219,7 @@ def posterior(
     y: Tensor,
     sigma: float,
     source: Source,
-    precision: Precision | Whole,
+    precision: Precision,
     *,
     minibatch: int | None = None,
     chunk: int | None = None,
@@ -244,36 +242,33 @@ def posterior(
         The mean, with shape and dtype of y, and Info or None.
     """
     shape = y.shape[1:]
-    whole = precision.response == "image"
-    pixel = precision.response == "pixel"
-    groups = len(y) if whole else shape[1:].numel() if pixel else shape.numel()
-    width = shape.numel() if whole else shape[0] if pixel else 1
-    states = [
-        Softmax(y.new_zeros(groups, width), minibatch=minibatch is not None, info=info)
-        for _ in range(1 if whole else len(y))
-    ]
-    as_product = whole and by_product(y.flatten(1), source, sigma)
-    for x, index in source.blocks(minibatch or chunk or block_size(y), y):
-        if whole:
-            flat = x.flatten(0, 2)
-            found = whole_distances(y.flatten(1), flat, sigma, as_product)
-            states[0].update(slice(0, len(y)), found, flat.T, index)
-            continue
-        values = x.flatten(1, 2) if pixel else x.flatten(0, 2)[None]
-        for query, state in zip(y, states, strict=True):
-            for rows, found in precision.distances(query, x, sigma):
-                state.update(rows, found, values[:, rows], index)
-    if whole:
+    state = functools.partial(Softmax, minibatch=minibatch is not None, info=info)
+    blocks = source.blocks(minibatch or chunk or block_size(y), y)
+    one: tuple[int, ...]  # shape of one number per group
+    if isinstance(precision, Whole):
+        flat, one = y.flatten(1), (len(y), 1, 1, 1)
+        states = [state(y.new_zeros(flat.shape))]
+        as_product = by_product(flat, source, sigma)
+        for x, index in blocks:
+            candidates = x.flatten(0, 2)
+            found = whole_distances(flat, candidates, sigma, as_product)
+            states[0].update(slice(0, len(y)), found, candidates.T, index)
         mean = states[0].mean().view_as(y)
     else:
-        mean = torch.stack([state.mean().T.reshape(shape) for state in states])
+        channels = shape[0] if isinstance(precision, Box) else 1  # that a group writes
+        one = (len(y), shape[0] // channels, *shape[1:])
+        states = [state(y.new_zeros(shape.numel() // channels, channels)) for _ in y]
+        for x, index in blocks:
+            values = x.reshape(channels, -1, x.shape[-1])
+            for query, own in zip(y, states, strict=True):
+                for rows, found in precision.distances(query, x, sigma):
+                    own.update(rows, found, values[:, rows], index)
+        mean = torch.stack([own.mean().T.reshape(shape) for own in states])
     if not info:
         return mean, None
     # One number per group becomes one per coordinate.
-    one = (-1, 1, 1, 1) if whole else (len(y), 1, *shape[1:]) if pixel else y.shape
-    n_eff = torch.cat([state.n_eff() for state in states]).view(one).expand_as(y)
-    top = torch.cat([state.top for state in states]).view(one).expand_as(y)
-    return mean, Info(n_eff, top)
+    n_eff, top = map(torch.cat, zip(*(own.info() for own in states), strict=True))
+    return mean, Info(n_eff.view(one).expand_as(y), top.view(one).expand_as(y))
 
 
 def block_size(y: Tensor) -> int:

@@ -17,21 +17,15 @@ from collections.abc import Callable
 import torch
 
 Schedule = Callable[[float], int]
+Table = tuple[tuple[float, int], ...]  # noise levels and sizes
 
 
-def linear_beta_sigmas(timesteps: list[int]) -> list[float]:
-    """Noise levels sqrt((1 - a) / a) of the DDPM schedule (1000 steps, beta from 1e-4 to 0.02)."""
-    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    return [math.sqrt((1 - float(kept[t])) / float(kept[t])) for t in timesteps]
-
-
-def edm_sigmas(steps: int = 18) -> list[float]:
-    """EDM's noise levels, from 80 down to 0.002 (rho = 7)."""
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    return [(high + i / (steps - 1) * (low - high)) ** 7 for i in range(steps)]
-
-
-_STEPS = linear_beta_sigmas([50 * i - 1 for i in range(1, 21)])
+# sqrt((1 - a) / a) of the DDPM schedule (1000 steps, beta from 1e-4 to 0.02) at 49, 99, ..., 999.
+_SQUARES = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[49::50]
+_STEPS = ((1 - _SQUARES) / _SQUARES).sqrt().tolist()
+# EDM's noise levels, from 80 down to 0.002 (rho = 7).
+_LOW, _HIGH = 0.002 ** (1 / 7), 80 ** (1 / 7)
+_EDM = [(_HIGH + i / 17 * (_LOW - _HIGH)) ** 7 for i in range(18)]
 _CIFAR = (3, 3, 3, 3, 5, 5, 5, 5, 7, 7, 7, 7, 9, 9, 11, 13, 13, 15, 17, 25)
 _FASHION = (3, 3, 5, 5, 7, 7, 7, 9, 11, 11, 11, 13, 15, 15, 21, 23, 25, 25, 25, 25)
 _CROPS = (32, 32, 32, 32, 32, 32, 32, 23, 15, 11, 7, 5, 3, 3, 3, 3, 3, 3)
@@ -40,17 +34,17 @@ WINDOWS = {
     "cifar10": tuple(zip(_STEPS, _CIFAR, strict=True)),
     "fashion_mnist": tuple(zip(_STEPS, _FASHION, strict=True)),
 }
-CROPS = {"edm32": tuple(zip(edm_sigmas(), _CROPS, strict=True))}
+CROPS = {"edm32": tuple(zip(_EDM, _CROPS, strict=True))}
 
 
-def nearest(table: tuple[tuple[float, int], ...], sigma: float) -> int:
+def nearest(table: Table, sigma: float) -> int:
     """Size of the table's noise level that is nearest in log sigma; the ends extend."""
     if not math.isfinite(sigma):
         return max(table)[1]
     return min(table, key=lambda entry: abs(math.log(entry[0] / sigma)))[1]
 
 
-def schedule(size: int | str | Schedule, tables: dict, *, odd: bool) -> Schedule:
+def schedule(size: int | str | Schedule, tables: dict[str, Table], *, odd: bool) -> Schedule:
     """A function of sigma from a fixed size, the name of a table, or a function.
 
     Raises:

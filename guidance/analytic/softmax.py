@@ -36,17 +36,14 @@ class Softmax:
         values: Zeros with the shape of the result, (groups, responses).
         minibatch: Normalize within each block of candidates and average over blocks, instead of
             over all candidates.
-        info: Keep what `Info` needs.
+        info: Keep what `info` needs.
     """
 
     def __init__(self, values: Tensor, *, minibatch: bool = False, info: bool = False) -> None:
-        groups = len(values)
         self.values, self.minibatch = values, minibatch
-        self.peak = values.new_full((groups,), -torch.inf)
-        self.mass = values.new_zeros(groups)
-        self.square = values.new_zeros(groups) if info else None
-        self.best = values.new_full((groups,), -torch.inf) if info else None
-        self.top = torch.zeros(groups, dtype=torch.int64, device=values.device) if info else None
+        self.peak = values.new_full((len(values),), -torch.inf)
+        self.mass = torch.zeros_like(self.peak)
+        self.attribution = _Attribution(self.mass) if info else None
 
     def update(self, rows: slice, distances: Tensor, values: Tensor, index: Tensor) -> None:
         """Take in a block of candidates.
@@ -69,8 +66,10 @@ class Softmax:
             mass, scale = mass.new_ones(()), mass.new_ones(())
         else:
             scale = (self.peak[rows] - peak).exp()
-        if self.top is not None:
-            self._keep(rows, weights, scale, index, high)
+        if self.attribution is not None:
+            # Weights of whole blocks compare as they are; others only by their logits.
+            rank = weights.amax(1) if self.minibatch else high
+            self.attribution.update(rows, weights, scale, index, rank)
         self.peak[rows] = peak
         self.mass[rows] = self.mass[rows] * scale + mass
         if values.ndim == 2:
@@ -87,18 +86,31 @@ class Softmax:
         """Logarithm of the sum of exponentials, shape (groups,)."""
         return self.peak + self.mass.log()
 
-    def n_eff(self) -> Tensor:
-        """Effective numbers of candidates, shape (groups,)."""
-        return self.mass**2 / self.square
+    def info(self) -> tuple[Tensor, Tensor]:
+        """Effective number of candidates and number of the top image, each with shape (groups,).
 
-    def _keep(
-        self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, high: Tensor
+        Raises:
+            ValueError: the state was made without ``info=True``.
+        """
+        if self.attribution is None:
+            raise ValueError("a softmax without info=True does not know its candidates")
+        return self.mass**2 / self.attribution.square, self.attribution.top
+
+
+class _Attribution:
+    """Sums of squared weights, and the candidate with the largest weight, per group."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.square = torch.zeros_like(like)
+        self.best = torch.full_like(like, -torch.inf)
+        self.top = torch.zeros_like(like, dtype=torch.int64)
+
+    def update(
+        self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, rank: Tensor
     ) -> None:
+        """Take in a block; `rank` (g,) compares its best candidates with those of other blocks."""
         self.square[rows] *= scale**2
         self.square[rows] += torch.linalg.vecdot(weights, weights)
-        largest, which = weights.max(1)
-        # Weights of whole blocks compare as they are; others only by their logits.
-        found = largest if self.minibatch else high
-        better = found > self.best[rows]
-        self.best[rows] = torch.where(better, found, self.best[rows])
-        self.top[rows] = torch.where(better, index[which], self.top[rows])
+        better = rank > self.best[rows]
+        self.best[rows] = torch.where(better, rank, self.best[rows])
+        self.top[rows] = torch.where(better, index[weights.argmax(1)], self.top[rows])

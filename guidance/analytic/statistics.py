@@ -1,13 +1,16 @@
 r"""Mean and covariance of a data set, and everything Gaussian that follows from them.
 
-With :math:`y = x_0 + \sigma z` and covariance :math:`\Sigma = U \Lambda U^\top`,
+With covariance :math:`\Sigma = U \Lambda U^\top`, the Wiener filter for
+:math:`y = x_0 + \sigma z` and the exact solution of the probability-flow ODE for
+:math:`x_t = \alpha_t x_0 + \sigma_t z`, from level s to level t, are
 
 .. math::
     D(y) &= \mu + \Sigma (\Sigma + \sigma^2)^{-1} (y - \mu) \\
-    x_b &= \mu + (\Sigma + b^2)^{1/2} (\Sigma + a^2)^{-1/2} (x_a - \mu)
+    x_t &= \alpha_t \mu + (\alpha_t^2 \Sigma + \sigma_t^2)^{1/2}
+           (\alpha_s^2 \Sigma + \sigma_s^2)^{-1/2} (x_s - \alpha_s \mu).
 
-the Wiener filter and the exact solution of the probability-flow ODE from noise level a to b. Both
-are spectral functions of :math:`\Sigma`: one operation, `apply`.
+The latter holds whatever the convention (variance preserving, exploding, flow), also where
+:math:`\alpha_s = 0`. Both are spectral functions of :math:`\Sigma`: one operation, `apply`.
 
 References:
     Wang & Vastola, "The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion
@@ -16,9 +19,8 @@ References:
 
 from __future__ import annotations
 
-import importlib.metadata
+import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .accumulate import Accumulator, fingerprint, read
+from ..files import atomic
+from .accumulate import Accumulator
 from .images import stream
 
 KINDS = ("full", "low_rank", "stationary")
@@ -44,7 +47,7 @@ class DatasetStatistics:
 
     Args:
         shape: (C, H, W).
-        count: N, the number of images seen.
+        count: N, the number of images counted.
         mean: mu, float64 (C, H, W).
         kind: "full", "low_rank" (leading directions and an isotropic residual) or "stationary"
             (the covariance commutes with cyclic shifts: one C x C matrix per frequency).
@@ -53,11 +56,10 @@ class DatasetStatistics:
         basis: Orthonormal directions, float64 (n, r); stationary: complex128 (H, W // 2 + 1, C, C).
         residual: Variance of every direction outside the basis.
         identity: What the numbers come from: "pixels" ("[-1, 1]" or "as given"), "data" (a hash of
-            the images, whatever their order) and "version" (of this package); "mirrored" if mirror
-            images were added.
+            the images, whatever their order); "mirrored" if mirror images were added.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     count: int
     mean: Tensor
     kind: str
@@ -65,7 +67,9 @@ class DatasetStatistics:
     basis: Tensor
     residual: float = 0.0
     identity: dict[str, str] = field(default_factory=dict)
-    _casts: dict = field(default_factory=dict, repr=False)
+    _casts: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def dimension(self) -> int:
@@ -81,8 +85,6 @@ class DatasetStatistics:
         rank: int | None = None,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
         chunk: int = 256,
-        state: str | Path | None = None,
-        save_every: int = 65536,
     ) -> DatasetStatistics:
         """Statistics of a folder, tensor, data set or iterator, in one pass.
 
@@ -92,40 +94,15 @@ class DatasetStatistics:
                 are more images than coordinates, else low-rank; up to 65536 low-rank; stationary
                 beyond.
             rank: Directions of a low-rank covariance; None for min(256, n / 2, N / 2).
-            state: A file to continue from if it exists, and to save the accumulator to after every
-                `save_every` images. The source must begin with the images that it counted (in any
-                order): they are read again and compared by their hash.
-            save_every: Images between two saves.
 
         Raises:
-            ValueError: what the images or the kind make impossible, see `from_accumulator`; a state
-                of other images.
+            ValueError: what the images or the kind make impossible, see `from_accumulator`.
         """
-        total, saved, seen, hashed = None, 0, 0, 0
-        if state is not None and Path(state).is_file():
-            total = Accumulator.load(state)
-            saved = total.count
-        counted = saved
-        for images, _ in stream(source, chunk=chunk, value_range=value_range):
-            known, images = images[: counted - seen], images[counted - seen :]
-            if seen < counted:
-                seen, hashed = seen + len(known), hashed + fingerprint(known)
-                if seen == counted and hashed % 2**128 != total.hash:
-                    raise ValueError(
-                        f"{state} counted {counted} other images than the first of the source (or "
-                        "in another value_range): delete it or name another"
-                    )
-            if not len(images):
-                continue
-            total = total or accumulator(tuple(images.shape[1:]), kind, rank)
+        blocks = (images for images, _ in stream(source, chunk=chunk, value_range=value_range))
+        first = next(blocks)
+        total = accumulator(tuple(first.shape[1:]), kind, rank)
+        for images in itertools.chain([first], blocks):
             total.add(images)
-            if state is not None and total.count - saved >= save_every:
-                total.save(state)
-                saved = total.count
-        if seen < counted:
-            raise ValueError(
-                f"{state} counted {counted} images, the source has {seen}: it is of another source"
-            )
         pixels = "as given" if value_range is None else "[-1, 1]"
         return cls.from_accumulator(total, kind=kind, rank=rank, pixels=pixels)
 
@@ -138,7 +115,7 @@ class DatasetStatistics:
         rank: int | None = None,
         pixels: str = "[-1, 1]",
     ) -> DatasetStatistics:
-        """Statistics of what an accumulator (of one or, merged, of several processes) has seen.
+        """Statistics of what an accumulator (of one or, merged, of several processes) counted.
 
         Raises:
             ValueError: fewer than two images, images that are all the same, a full covariance from
@@ -150,34 +127,32 @@ class DatasetStatistics:
             raise ValueError(f"statistics need at least two images, got {count}")
         if total.total <= 1e-12 * n * count:
             raise ValueError(f"all {count} images are the same: there is nothing to estimate")
-        common = {
-            "shape": total.shape,
-            "count": count,
-            "mean": total.mean.view(total.shape),
-            "kind": kind,
-            "identity": {
-                "pixels": pixels,
-                "data": f"{total.hash:032x}",
-                "version": importlib.metadata.version("pilotage"),
-            },
-        }
+        rest = 0.0
         if kind == "stationary":
-            values, vectors = torch.linalg.eigh(total.second / count)
-            return cls(eigenvalues=values.flip(-1).clamp(min=0), basis=vectors.flip(-1), **common)
-        if total.form == "sketch":
-            values, vectors = torch.linalg.eigh(total.second @ total.second.T / count)
-            values, keep = values.flip(0).clamp(min=0), vectors.flip(1)
+            values, basis = descending(total.second / count)
+        elif total.form == "sketch":
+            values, keep = descending(total.second @ total.second.T / count)
             values = values[values > 1e-14 * values[0]]
             basis = total.second.T @ keep[:, : len(values)] / (count * values).sqrt()
         else:
-            values, basis = torch.linalg.eigh(total.second / count)
-            values, basis = values.flip(0).clamp(min=0), basis.flip(1)
-        if kind == "full":
-            return cls(eigenvalues=values, basis=basis.contiguous(), **common)
-        rank = min(default_rank(n, count) if rank is None else rank, len(values), n - 1)
-        values, basis = values[:rank], basis[:, :rank].contiguous()
-        rest = max(total.total / count - float(values.sum()), 0.0) / (n - rank)
-        return cls(eigenvalues=values, basis=basis, residual=rest, **common)
+            values, basis = descending(total.second / count)
+        if kind == "low_rank":
+            # Half of what N images span: the eigenvalues beyond are mostly the noise of the
+            # estimate, and their mean is what the isotropic residual stands for.
+            rank = max(1, min(RANK, n // 2, count // 2)) if rank is None else rank
+            rank = min(rank, len(values), n - 1)
+            values, basis = values[:rank], basis[:, :rank]
+            rest = max(total.total / count - float(values.sum()), 0.0) / (n - rank)
+        return cls(
+            shape=total.shape,
+            count=count,
+            mean=total.mean.view(total.shape),
+            kind=kind,
+            eigenvalues=values,
+            basis=basis if kind == "stationary" else basis.contiguous(),
+            residual=rest,
+            identity={"pixels": pixels, "data": f"{total.hash:032x}"},
+        )
 
     def apply(self, residual: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(covariance) times a residual: U f(L) U^T r + f(c) (r - U U^T r).
@@ -212,17 +187,33 @@ class DatasetStatistics:
         """Best linear denoiser: y (B, C, H, W) = x0 + sigma z; sigma a number or (B,)."""
         square = _column(sigma, y) ** 2
         # Written so that sigma = 0 with a variance of 0 keeps y, and sigma = inf gives the mean.
-        return self._around(y, lambda v: v / (v + square.clamp(min=1e-300)))
+        mean = self._mean(y)
+        return mean + self.apply(y - mean, lambda v: v / (v + square.clamp(min=1e-300)))
 
-    def score(self, y: Tensor, sigma: Sigma) -> Tensor:
-        """Gradient of the log density of the Gaussian at noise level sigma > 0."""
-        square = _column(sigma, y) ** 2
-        return self.apply(y - self._mean(y), lambda v: -1 / (v + square))
+    def teleport(
+        self,
+        x: Tensor,
+        sigma_from: Sigma,
+        sigma_to: Sigma,
+        alpha_from: float = 1.0,
+        alpha_to: float = 1.0,
+    ) -> Tensor:
+        """Samples moved along the exact probability flow of the Gaussian, see above.
 
-    def teleport(self, x: Tensor, sigma_from: Sigma, sigma_to: Sigma) -> Tensor:
-        """Exact probability flow of the Gaussian from one noise level to another; see above."""
-        a, b = _column(sigma_from, x) ** 2, _column(sigma_to, x) ** 2
-        return self._around(x, lambda v: ((v + b) / (v + a)).sqrt())
+        Args:
+            x: Samples at the level they come from, with shape (B, C, H, W).
+            sigma_from, sigma_to: Noise coefficients of the two levels, numbers or shape (B,).
+            alpha_from, alpha_to: Signal coefficients.
+
+        Returns:
+            Shape (B, C, H, W), in float32 (float64 if x is).
+        """
+        mean, (a, b) = self._mean(x), (_column(sigma, x) ** 2 for sigma in (sigma_from, sigma_to))
+        moved = self.apply(
+            x - alpha_from * mean,
+            lambda v: ((b + alpha_to * alpha_to * v) / (a + alpha_from * alpha_from * v)).sqrt(),
+        )
+        return alpha_to * mean + moved
 
     def mirrored(self) -> DatasetStatistics:
         r"""Statistics of the images and their left-right mirror images together.
@@ -238,16 +229,15 @@ class DatasetStatistics:
             second = (basis * values[..., None, :]) @ basis.mH
             second = (second + second.flip(0).roll(1, 0).conj()) / 2
             wave = torch.fft.rfft2(step, norm="ortho").permute(1, 2, 0)[..., None]
-            values, vectors = torch.linalg.eigh(second + wave @ wave.mH)
-            values, basis = values.flip(-1).clamp(min=0), vectors.flip(-1)
+            values, basis = descending(second + wave @ wave.mH)
         else:
             # Beside the residual, the sum of b b^T over the columns of one matrix.
             beside = basis * ((values - residual).clamp(min=0) / 2).sqrt()
             mirror = beside.view(*self.shape, -1).flip(2).flatten(0, 2)
             columns = torch.cat([beside, mirror, step.view(-1, 1)], 1)
             if self.kind == "full":
-                values, basis = torch.linalg.eigh(columns @ columns.T)
-                values, basis = values.flip(0).clamp(min=0), basis.flip(1).contiguous()
+                values, basis = descending(columns @ columns.T)
+                basis = basis.contiguous()
             else:
                 basis, values, _ = torch.linalg.svd(columns, full_matrices=False)
                 keep = values > 1e-7 * values[0]
@@ -277,52 +267,66 @@ class DatasetStatistics:
         rest = (self.dimension - shares.numel()) * square / (self.residual + square)
         return (float(shares.sum()) + rest) / self.dimension
 
-    def variance(self) -> float:
-        """Trace of the covariance: the summed variance of all coordinates."""
-        if self.kind == "stationary":
-            return float((self.eigenvalues.sum(-1) * self._multiplicity()).sum())
-        rest = (self.dimension - self.eigenvalues.numel()) * self.residual
-        return float(self.eigenvalues.sum()) + rest
-
     def save(self, path: str | Path) -> None:
-        """Write everything as safetensors with its identity, under a temporary name first."""
+        """Write everything as safetensors with its identity, whole or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        facts = {k: getattr(self, k) for k in ("shape", "count", "kind", "residual", "identity")}
-        basis = torch.view_as_real(self.basis) if self.basis.is_complex() else self.basis
-        tensors = {"mean": self.mean, "eigenvalues": self.eigenvalues, "basis": basis}
+        tensors, facts = self.parts()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, partial, {"statistics": json.dumps(facts)})
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            save_file(tensors, partial, {"statistics": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path, *, identity: dict[str, str] | None = None) -> DatasetStatistics:
         """Read what `save` wrote.
 
         Args:
-            identity: Entries that the file's identity must have ("pixels", "data", "version").
+            identity: Entries that the file's identity must have ("pixels", "data").
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: the file is truncated, holds something else, or has another identity.
         """
-        tensors, tags = read(path, "statistics")
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tags = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+        if "statistics" not in tags:
+            raise ValueError(f"{path} holds no statistics: tags {sorted(tags)}")
         facts = json.loads(tags["statistics"])
         for key, wanted in (identity or {}).items():
             if facts["identity"].get(key) != wanted:
                 raise ValueError(
                     f"{path}: {key} is {facts['identity'].get(key)!r}, expected {wanted!r}"
                 )
-        facts["shape"] = tuple(facts["shape"])
-        if facts["kind"] == "stationary":
-            tensors["basis"] = torch.view_as_complex(tensors["basis"])
-        return cls(**facts, **tensors)
+        return cls.from_parts(tensors, facts)
 
-    def _around(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        mean = self._mean(x)
-        return mean + self.apply(x - mean, function)
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What files hold: real tensors, and what JSON can hold."""
+        basis = torch.view_as_real(self.basis) if self.basis.is_complex() else self.basis
+        tensors = {"mean": self.mean, "eigenvalues": self.eigenvalues, "basis": basis}
+        return tensors, {k: getattr(self, k) for k in ("count", "kind", "residual", "identity")}
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> DatasetStatistics:
+        """The inverse of `parts`."""
+        mean, basis = tensors["mean"], tensors["basis"]
+        return cls(
+            shape=tuple(mean.shape),
+            count=facts["count"],
+            mean=mean,
+            kind=facts["kind"],
+            eigenvalues=tensors["eigenvalues"],
+            basis=torch.view_as_complex(basis) if facts["kind"] == "stationary" else basis,
+            residual=facts["residual"],
+            identity=facts["identity"],
+        )
 
     def _mean(self, like: Tensor) -> Tensor:
         dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
@@ -341,7 +345,7 @@ class DatasetStatistics:
         return torch.where((columns == 0) | (2 * columns == width), 1.0, 2.0).double()
 
 
-def accumulator(shape: tuple[int, int, int], kind: str, rank: int | None) -> Accumulator:
+def accumulator(shape: tuple[int, ...], kind: str, rank: int | None) -> Accumulator:
     """The accumulator that `DatasetStatistics.from_accumulator` needs for a kind.
 
     Raises:
@@ -383,13 +387,10 @@ def resolve_kind(kind: str, n: int, count: int, form: str) -> str:
     return kind
 
 
-def default_rank(n: int, count: int) -> int:
-    """Directions of a low-rank covariance: min(256, n / 2, N / 2), at least one.
-
-    Half of what N images span: the eigenvalues beyond are mostly the noise of the estimate, and
-    their mean is what the isotropic residual stands for.
-    """
-    return max(1, min(RANK, n // 2, count // 2))
+def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of positive Hermitian matrices, the largest first."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1).clamp(min=0), vectors.flip(-1)
 
 
 def _column(sigma: Sigma, like: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from .denoisers import Denoiser
-from .posterior import block_size, by_product, whole_distances
+from .posterior import Source, block_size, by_product, whole_distances
 from .schedules import CROPS, WINDOWS, schedule
 from .softmax import Info, Softmax
 
+Places = tuple[slice, int, int]  # along an axis, and the first and last offset of their windows
 
-def border_classes(length: int, k: int) -> list[tuple[slice, int, int]]:
-    """Places along an axis whose windows are cut alike: (places, first, last) offsets of each.
+
+def border_classes(length: int, k: int) -> list[Places]:
+    """Places along an axis whose windows are cut alike.
 
     Places near a border are alone in their class; those whose whole window fits share one.
     """
@@ -49,7 +51,9 @@ class ELSDenoiser(Denoiser):
         super().__init__(images, labels, **rest)
         self.window = schedule(k, WINDOWS, odd=True)
 
-    def _denoise(self, y, sigma, source, info):
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
         k, out = self.window(sigma), torch.empty_like(y)
         n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
         for rows in border_classes(y.shape[2], k):
@@ -59,11 +63,14 @@ class ELSDenoiser(Denoiser):
                 shape = out[place].permute(0, 2, 3, 1).shape
                 out[place] = state.mean().view(shape).permute(0, 3, 1, 2)
                 if info:
-                    n_eff[place] = state.n_eff().view(shape[:3])[:, None]
-                    top[place] = state.top.view(shape[:3])[:, None]
+                    n_eff[place], top[place] = (
+                        part.view(shape[:3])[:, None] for part in state.info()
+                    )
         return out, Info(n_eff, top) if info else None
 
-    def _border_class(self, y, sigma, source, rows, columns, info) -> Softmax:
+    def _border_class(
+        self, y: Tensor, sigma: float, source: Source, rows: Places, columns: Places, info: bool
+    ) -> Softmax:
         queries = patches(y.permute(1, 2, 3, 0), rows, columns)
         places = queries.shape[1] // len(y)
         # (d, places, B) as one row per query, in the order (B, places).
@@ -85,7 +92,7 @@ class ELSDenoiser(Denoiser):
         return state
 
 
-def patches(x: Tensor, rows: tuple[slice, int, int], columns: tuple[slice, int, int]) -> Tensor:
+def patches(x: Tensor, rows: Places, columns: Places) -> Tensor:
     """Windows of x (C, H, W, c) around the places of a border class, shape (d, places c)."""
     (r, top, bottom), (s, left, right) = rows, columns
     x = x[:, r.start + top : r.stop + bottom, s.start + left : s.stop + right]
@@ -111,7 +118,9 @@ class PSPCDenoiser(Denoiser):
         super().__init__(images, labels, **rest)
         self.size = schedule(size, CROPS, odd=False)
 
-    def _denoise(self, y, sigma, source, info):
+    def _denoise(
+        self, y: Tensor, sigma: float, source: Source, info: bool
+    ) -> tuple[Tensor, Info | None]:
         (h, w), size = y.shape[2:], self.size(sigma)
         down, right = crops(h, min(size, h), y), crops(w, min(size, w), y)
         coverage = torch.outer(down.sum(0), right.sum(0))

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from .guide_kernel import guide_kernel, sums_kernel
+from ..base import Predictions, Rule, Step
+from ..prediction import Space
+from ..rules.apg import APG
+from ..rules.cfg import CFG
+from ..rules.cfg_zero_star import CFGZeroStar
+from ..rules.magnitude_aware import MagnitudeAware
+from ..rules.rescale import CFGRescale
+from ..rules.tcfg import TCFG
+from .guide_kernel import guide_kernel
 from .guide_sums import ROWS
-from .inputs import GuideStep, Request
 from .layout import Layout, common_layout, dense_strides
 
 ONE_PROGRAM = 65536
 """Elements of a sample up to which one program sums and writes all of it."""
+
+BLOCK = 4096
+"""Elements that a program holds at a time, at most; 16 warps do."""
 
 PARTS = 256
 """Largest number of partial sums of a sample."""
@@ -20,141 +34,144 @@ PARTS = 256
 MOST_DIMENSIONS = 4
 """Dimensions of a sample, after merging, that are read in place; above, inputs are copied."""
 
+Numbers = tuple[float, float, float]
+"""The first and the second number of a rule's formula in `guide_sums.coefficients`, and beta."""
 
-def launch(r: Request) -> GuideStep:
-    """See `guide_step`."""
-    momentum = r.momentum
-    inputs = {
-        "cond": r.pred_cond,
-        "uncond": r.pred_uncond,
-        "x": r.x_t,
-        "state": r.state if momentum != 0 else None,
-        "previous": r.previous,
-    }
+KERNELS: dict[type[Rule], Callable[[Any, int], Numbers]] = {
+    CFG: lambda rule, elements: (0.0, 0.0, 0.0),
+    CFGRescale: lambda rule, elements: (rule.phi, 0.0, 0.0),
+    APG: lambda rule, elements: (rule.eta, _radius(rule, elements), rule.momentum),
+    CFGZeroStar: lambda rule, elements: (float(rule.optimized_scale), 0.0, 0.0),
+    TCFG: lambda rule, elements: (0.0, 0.0, 0.0),
+    MagnitudeAware: lambda rule, elements: (rule.alpha, 0.0, 0.0),
+}
+"""Rule with a kernel -> its numbers, from the rule and the number of elements of a sample."""
+
+
+def has_kernel(rule: Rule, step: Step) -> bool:
+    """Whether a rule is computed by the kernel at a step.
+
+    A subclass of such a rule may combine differently and is not; neither are the first steps of
+    CFG-Zero*, which are 0.
+    """
+    if isinstance(rule, CFGZeroStar) and step.index < rule.zero_steps:
+        return False
+    return type(rule) in KERNELS
+
+
+def launch(
+    rule: Rule,
+    predictions: Predictions,
+    step: Step,
+    w: float | Tensor,
+    state: Tensor | None,
+    gamma_space: Space | None,
+    want_prediction: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The fields `finite`, `prediction`, `state` and `gamma` of a `GuideStep`.
+
+    Arguments as of `guide_step`, for a rule that `has_kernel`.
+
+    Raises:
+        ValueError: samples have scales of their own, or denoised images are needed and the noise
+            level or x_t is not known.
+    """
+    if isinstance(w, Tensor) and w.ndim > 0:
+        raise ValueError(f"the kernel takes one scale for all samples, got {tuple(w.shape)}")
+    cond, uncond = predictions.pair("native")
+    batch, *shape = cond.shape
+    elements, device = math.prod(shape), cond.device
+    first, second, momentum = KERNELS[type(rule)](rule, elements)
+    x: Tensor | None = None
+    a_x: float | Tensor = 0.0
+    a_p: float | Tensor = 1.0
+    if "x0" in (rule.space, gamma_space):
+        level, x = step.level, step.x_t
+        if level is None or x is None:
+            raise ValueError("denoised images need the noise level of the scheduler and x_t")
+        a_x, a_p = level.coefficients()
+    inputs = [cond, uncond, x, state if momentum != 0 else None]
+    inputs = [t if t is None or t.shape == cond.shape else t.expand_as(cond) for t in inputs]
     layout = _layout(inputs)
     if len(layout.sizes) > MOST_DIMENSIONS:
-        inputs = {name: None if t is None else t.contiguous() for name, t in inputs.items()}
+        inputs = [None if t is None else t.contiguous() for t in inputs]
         layout = _layout(inputs)
-    batch, elements = len(r.pred_cond), r.pred_cond[0].numel()
-    device = r.pred_cond.device
 
-    def empty(wanted: bool, dtype: torch.dtype, copies: int = 1) -> Tensor | None:
-        if not wanted:
-            return None
-        shape = r.pred_cond.shape[1:]
-        strides = (elements, *dense_strides(shape, layout.order))
-        size = (batch * copies, *shape)
-        return torch.empty_strided(size, strides, dtype=dtype, device=device)
+    def like_cond(dtype: torch.dtype) -> Tensor:
+        strides = (elements, *dense_strides(tuple(shape), layout.order))
+        return torch.empty_strided(cond.shape, strides, dtype=dtype, device=device)
 
-    prediction = empty(r.want_prediction, r.pred_cond.dtype)
-    state = empty(momentum != 0, torch.float32)
-    denoised = empty(r.want_denoised, torch.float32)
-    x_next = empty(r.solver is not None, r.pred_cond.dtype if r.x_t is None else r.x_t.dtype)
-    next_input = empty(r.copies > 0, r.pred_cond.dtype, max(r.copies, 1))
-    scalars = torch.empty(5, batch, dtype=torch.float32, device=device) if r.measures else None
-    steps = r.state if r.kind == "cfg-zero*" else None
-    new_steps = None
-    if r.kind == "cfg-zero*":
-        new_steps = torch.empty(batch, 1, dtype=torch.int32, device=device)
-    block, warps = (4096, 16) if elements > 4096 else (triton.next_power_of_2(elements), 4)
-    block = max(block, 128)
-    one_program = elements <= ONE_PROGRAM
-    if one_program and (r.needs_sums or elements <= block):
-        parts, chunk = 1, block * triton.cdiv(elements, block)
-    else:
-        parts, chunk = _parts(elements, block)
-    common = {
-        "LAYOUT": _constants(layout, inputs),
-        "RULE": r.kind,
-        "IN_X0": r.in_x0,
-        "OTHER": r.gamma_space is not None and (r.gamma_space == "x0") != r.in_x0,
-        "SCALE_POINTER": isinstance(r.guidance_scale, Tensor),
-        "A_X_POINTER": isinstance(r.a_x, Tensor),
-        "A_P_POINTER": isinstance(r.a_p, Tensor),
-        "WIDE": layout.wide,
-        "BLOCK": block,
-        "num_warps": warps,
-    }
-    table = None
-    if parts > 1 and r.needs_sums:
+    prediction = like_cond(cond.dtype) if want_prediction else None
+    if want_prediction:
+        state = like_cond(torch.float32) if momentum != 0 else None
+    finite = torch.empty(batch, dtype=torch.bool, device=device)
+    gamma = None
+    if gamma_space is not None:
+        gamma = torch.empty(batch, dtype=torch.float32, device=device)
+    numbers = [_number(value, device) for value in (a_x, a_p, w)]
+    block = min(BLOCK, max(128, triton.next_power_of_2(elements)))
+    blocks = triton.cdiv(elements, block)
+    table, part, parts = None, block * blocks, 1
+    if elements > ONE_PROGRAM:
+        part = block * triton.cdiv(blocks, PARTS)
+        parts = triton.cdiv(elements, part)
         table = torch.empty(batch, ROWS, parts, dtype=torch.float32, device=device)
-        sums_kernel[(parts, batch)](
-            *(inputs[name] for name in ("cond", "uncond", "x", "state")),
+
+    def run(stage: str, programs: int, chunk: int) -> None:
+        guide_kernel[programs, batch](
+            *inputs,
             table,
-            r.a_x,
-            r.a_p,
-            r.guidance_scale,
+            prediction,
+            state if want_prediction else None,
+            gamma,
+            finite,
+            *numbers,
+            first,
+            second,
             momentum,
             elements,
-            *(_batch_stride(inputs[name]) for name in ("cond", "uncond", "x", "state")),
+            *(0 if t is None else t.stride(0) for t in inputs),
+            LAYOUT=_constants(layout, inputs),
+            POINTERS=tuple(isinstance(number, Tensor) for number in numbers),
+            RULE=rule.name,
+            IN_X0=rule.space == "x0",
+            GAMMA=gamma_space,
+            WIDE=layout.wide,
+            STAGE=stage,
             PARTS=parts,
+            PADDED=triton.next_power_of_2(parts),
+            PART=part,
             CHUNK=chunk,
-            **common,
+            BLOCK=block,
+            num_warps=16 if elements > BLOCK else 4,
         )
-    part, writes = chunk, r.writes or momentum != 0
-    if table is not None:
-        # Small programs write; one is enough where only scalars are wanted.
-        chunk = 2 * block
-    grid = (triton.cdiv(elements, chunk) if writes else 1, batch)
-    guide_kernel[grid](
-        *inputs.values(),
-        steps,
-        None if r.solver is None else r.solver.row,
-        table,
-        prediction,
-        state,
-        new_steps,
-        scalars,
-        denoised,
-        x_next,
-        next_input,
-        r.a_x,
-        r.a_p,
-        r.guidance_scale,
-        *r.settings,
-        elements,
-        batch,
-        *(_batch_stride(tensor) for tensor in inputs.values()),
-        NEEDS_SUMS=r.needs_sums,
-        COPIES=r.copies,
-        PARTS=parts,
-        PADDED=triton.next_power_of_2(parts),
-        PART=part,
-        CHUNK=chunk,
-        WRITES=writes,
-        **common,
-    )
-    return _result(r, scalars, prediction, state, new_steps, denoised, x_next, next_input)
+
+    if table is None:
+        run("whole", 1, part)
+    else:
+        run("sums", parts, part)
+        # Small programs write; one is enough where nothing but gamma and finite is wanted.
+        run("write", triton.cdiv(blocks, 2) if want_prediction else 1, 2 * block)
+    return finite[0] if batch == 1 else finite.all(), prediction, state, gamma
 
 
-def _result(r: Request, scalars, prediction, state, steps, denoised, x_next, next_input):
-    measured = (None,) * 5
-    if scalars is not None:
-        wanted = (r.gamma_space is not None, *(r.want_norms,) * 3, r.want_finite)
-        measured = tuple(row if w else None for row, w in zip(scalars, wanted, strict=True))
-    state = state if steps is None else steps
-    return GuideStep(prediction, state, *measured, denoised, x_next, next_input)
+def _radius(rule: APG, elements: int) -> float:
+    return rule.norm_threshold * (math.sqrt(elements) if rule.threshold_unit == "rms" else 1.0)
 
 
-def _layout(inputs: dict[str, Tensor | None]) -> Layout:
-    given = [tensor for tensor in inputs.values() if tensor is not None]
+def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """What the kernel takes for a number: one that lies on another device is read."""
+    return value if isinstance(value, Tensor) and value.device == device else float(value)
+
+
+def _layout(inputs: Sequence[Tensor | None]) -> Layout:
+    given = [tensor for tensor in inputs if tensor is not None]
     return common_layout(tuple(given[0].shape[1:]), *(tensor.stride()[1:] for tensor in given))
 
 
-def _constants(layout: Layout, inputs: dict[str, Tensor | None]) -> tuple[tuple[int, ...], ...]:
+def _constants(layout: Layout, inputs: Sequence[Tensor | None]) -> tuple[tuple[int, ...], ...]:
     """Sizes, then strides of every input; nothing but () for dense ones, to compile only once."""
     if layout.dense:
         return ((),) * (1 + len(inputs))
     strides = iter(layout.strides)
-    return layout.sizes, *(() if t is None else next(strides) for t in inputs.values())
-
-
-def _batch_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
-def _parts(elements: int, block: int) -> tuple[int, int]:
-    """Number of programs per sample and elements of each, a multiple of the block."""
-    blocks = triton.cdiv(elements, block)
-    chunk = block * triton.cdiv(blocks, PARTS)
-    return triton.cdiv(elements, chunk), chunk
+    return layout.sizes, *(() if t is None else next(strides) for t in inputs)

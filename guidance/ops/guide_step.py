@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..base import Predictions, Rule, Step
-from ..prediction import Space, accumulate, cosine
+from ..prediction import Space, accumulate, all_finite, cosine
 from .solver import Impl, fused_by_default
 
 
 class GuideStep(NamedTuple):
-    """The result of `guide_step`; what was not asked for is None.
+    """The result of `guide_step`; what was not asked for is None, but for the state.
 
     Args:
         finite: Whether all predictions are finite, a 0-d tensor.
         prediction: The guided prediction, with shape (B, \\*) and the network's dtype.
-        state: The rule's new state.
+        state: The rule's new state; without a prediction, the one given.
         gamma: Cosine of the two predictions, with shape (B,), at least float32.
         update: Guided minus conditional prediction in the rule's space, with shape (B, \\*).
     """
@@ -45,7 +45,8 @@ def guide_step(
     """Guide a step's predictions, and measure what policies and traces ask for.
 
     `Rule.combine` defines the result. A Triton kernel computes the same in float32, in one launch
-    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`.
+    for up to 65536 elements a sample and two above, for the rules in `guide_launch.KERNELS`; where
+    there are several samples, one more joins their flags to `finite`.
 
     Args:
         rule: The rule.
@@ -71,10 +72,11 @@ def guide_step(
 
         if has_kernel(rule, step) and not want_update:
             with torch.cuda.device_of(cond):  # Triton launches on the current device
-                return launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+                done = launch(rule, predictions, step, w, state, gamma_space, want_prediction)
+            return GuideStep(*done)
         if impl == "fused":
             raise ValueError(f"there is no fused kernel for {rule} at this step")
-    finite = torch.isfinite(cond).all() & torch.isfinite(uncond).all()
+    finite = all_finite(cond) & all_finite(uncond)
     gamma = None if gamma_space is None else cosine(*predictions.pair(gamma_space))
     prediction = update = None
     if want_prediction or want_update:

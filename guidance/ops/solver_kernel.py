@@ -16,17 +16,17 @@ D_X, D_P = (tl.constexpr(INDEX[name]) for name in ("d_x", "d_p"))
 
 @triton.jit
 def solver_kernel(
-    x_ptr,
-    pred_ptr,
-    previous_ptr,
-    row_ptr,
-    next_ptr,
-    denoised_ptr,
-    elements,
+    x_ptr: tl.tensor,
+    pred_ptr: tl.tensor,
+    previous_ptr: tl.tensor,
+    row_ptr: tl.tensor,
+    next_ptr: tl.tensor,
+    denoised_ptr: tl.tensor,
+    elements: tl.tensor,
     HAS_PREVIOUS: tl.constexpr,
     WANT_DENOISED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program per BLOCK elements of contiguous tensors; float32 inside."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-
-Distribution = Literal["gaussian", "rademacher"]
-
-DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -23,35 +17,18 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def perturbations(
-    size: int,
-    seed: int,
-    step: int,
-    indices: Iterable[int],
-    distribution: Distribution = "gaussian",
-) -> Tensor:
-    """The directions u of one step, each with zero mean and unit covariance.
+def perturbations(size: int, seed: int, step: int, count: int) -> Tensor:
+    """The directions u of one step: Gaussian, with zero mean and unit covariance.
 
     Args:
         size: d, elements of a direction.
         seed: Seed of the run.
         step: Step of the run.
-        indices: Which directions of the step, k of them.
-        distribution: "gaussian" or "rademacher" (signs).
+        count: n, directions of the step, at least 1.
 
     Returns:
-        Directions with shape (k, d), float32, on the CPU: the same on every device.
-
-    Raises:
-        ValueError: the distribution is unknown.
+        Directions with shape (n, d), float32, on the CPU: the same on every device.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution {distribution!r}: known are {DISTRIBUTIONS}")
-    rows = []
-    for index in indices:
-        source = generator(seed, step, index)
-        if distribution == "gaussian":
-            rows.append(torch.randn(size, generator=source))
-        else:
-            rows.append(torch.randint(2, (size,), generator=source) * 2.0 - 1.0)
-    return torch.stack(rows) if rows else torch.empty(0, size)
+    return torch.stack(
+        [torch.randn(size, generator=generator(seed, step, i)) for i in range(count)]
+    )

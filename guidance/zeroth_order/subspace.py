@@ -6,7 +6,7 @@ The remaining ones, W, are noise:
 
 .. math:: \hat g \leftarrow \hat g - W^T W \hat g
 
-for the next tau steps, during which the history is filled anew.
+for the next tau steps, during which the next tau tokens are recorded.
 
 The paper does not say what becomes of directions that tau tokens cannot span (tau < d): here they
 stay in ĝ, so that the search is never confined to where it has been. Components without variance

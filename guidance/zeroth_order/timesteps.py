@@ -1,6 +1,6 @@
 """Partial Uniform Timestep Sampling (PUTS): timesteps from a window only.
 
-Text steers colour and shape at middle to high noise; the rest of the range adds variance to the
+Text controls colour and shape at middle to high noise; the rest of the range adds variance to the
 loss and hardly any signal.
 
 References:
@@ -20,23 +20,20 @@ class PartialUniformTimesteps:
     """Uniform over the integers low, ..., high - 1.
 
     Args:
-        low: First timestep, of `total`.
+        low: First timestep.
         high: One past the last.
-        total: Timesteps of the noise schedule.
 
     Raises:
-        ValueError: the window is empty or leaves the schedule.
+        ValueError: the window is empty or begins below 0.
     """
 
     low: int = 500
     high: int = 900
-    total: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= self.total:
+        if not 0 <= self.low < self.high:
             raise ValueError(
-                f"timesteps must satisfy 0 <= low < high <= {self.total}, "
-                f"got low={self.low}, high={self.high}"
+                f"timesteps must satisfy 0 <= low < high, got low={self.low}, high={self.high}"
             )
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
@@ -44,7 +41,7 @@ class PartialUniformTimesteps:
         return torch.randint(self.low, self.high, (count,), generator=generator)
 
     def stratified(self, count: int, generator: torch.Generator) -> Tensor:
-        """One timestep from each of `count` equal parts of the window, in rising order."""
+        """One timestep from each of `count` equal parts of the window, in rising order, int64."""
         places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         width = self.high - self.low
         return self.low + (places * width).long().clamp(max=width - 1)

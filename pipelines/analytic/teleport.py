@@ -1,14 +1,8 @@
-r"""Gaussian teleportation: the first steps of a sampler in closed form, for any stock scheduler.
+"""Gaussian teleportation: the first steps of a sampler in closed form, for any stock scheduler.
 
-For data with mean :math:`\mu` and covariance :math:`\sum_k \lambda_k u_k u_k^\top`, and samples
-:math:`x_t = \alpha_t x_0 + \sigma_t \varepsilon`, the probability flow from one level to another is
-
-.. math::
-    x_t = \alpha_t \mu + \sum_k \sqrt{\frac{\sigma_t^2 + \alpha_t^2 \lambda_k}
-          {\sigma_T^2 + \alpha_T^2 \lambda_k}} \; u_k u_k^\top (x_T - \alpha_T \mu),
-
-whatever the convention (variance preserving, exploding, flow), and also where :math:`\alpha_T = 0`.
-At high noise a trained network computes little else, so those steps need no network.
+At high noise a trained network computes little but the Wiener filter of its data, and for Gaussian
+data the probability flow from one noise level to another is known (see
+`pilotage.guidance.analytic.statistics`). So those steps need no network.
 
 References:
     Wang & Vastola, "The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion
@@ -21,39 +15,37 @@ import copy
 import functools
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from ...guidance.analytic import DatasetStatistics
+from ..seam.noise_levels import BY_FLOW_SIGMA, BY_SIGMA, BY_TIMESTEP
 
 EXPLAINED = 0.999  # share of the score that the Gaussian explains at sigma_skip="auto"
 
-# Scheduler -> what its samples are: alpha_t^2 = alphas_cumprod[t]; unit variance with sigma / alpha
-# in `sigmas`; data plus sigma times noise; (1 - sigma) data plus sigma times noise.
-TIMESTEP, PRESERVING, EXPLODING, FLOW = "timestep", "preserving", "exploding", "flow"
-SCHEDULERS = {
-    "CogVideoXDDIMScheduler": TIMESTEP,
-    "DDIMParallelScheduler": TIMESTEP,
-    "DDIMScheduler": TIMESTEP,
-    "DDPMParallelScheduler": TIMESTEP,
-    "DDPMScheduler": TIMESTEP,
-    "DEISMultistepScheduler": PRESERVING,
-    "DPMSolverMultistepScheduler": PRESERVING,
-    "DPMSolverSinglestepScheduler": PRESERVING,
-    "EulerAncestralDiscreteScheduler": EXPLODING,
-    "EulerDiscreteScheduler": EXPLODING,
-    "FlowMatchEulerDiscreteScheduler": FLOW,
-    "FlowMatchHeunDiscreteScheduler": FLOW,
-    "HeunDiscreteScheduler": EXPLODING,
-    "KDPM2AncestralDiscreteScheduler": EXPLODING,
-    "KDPM2DiscreteScheduler": EXPLODING,
-    "LMSDiscreteScheduler": EXPLODING,
-    "SASolverScheduler": PRESERVING,
-    "UniPCMultistepScheduler": PRESERVING,
+# Of the schedulers with a table of sigmas, those whose samples are data plus sigma times noise
+# (scaled for the network only); samples of the others have unit variance.
+EXPLODING = {
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
 }
+FROM_THE_START = {  # cannot begin in the middle of their grid
+    "CogVideoXDPMScheduler",
+    "DDPMWuerstchenScheduler",
+    "FlowMatchLCMScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+}
+SCHEDULERS = sorted((BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA) - FROM_THE_START)
 JUMPS = ("auto", "input", "step")
 TABLES = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
 Level = tuple[float, float]
@@ -61,26 +53,22 @@ Level = tuple[float, float]
 
 def levels(scheduler: Any) -> list[Level]:
     """(alpha, sigma) of the pipeline's samples at every entry of ``scheduler.timesteps``."""
-    kind = SCHEDULERS[type(scheduler).__name__]
-    if kind == TIMESTEP:
+    name = type(scheduler).__name__
+    if name in BY_TIMESTEP:
         squares = scheduler.alphas_cumprod.cpu().double()[scheduler.timesteps.cpu().long()]
         return [(math.sqrt(square), math.sqrt(1 - square)) for square in squares.tolist()]
     sigmas = torch.as_tensor(scheduler.sigmas).double().tolist()[: len(scheduler.timesteps)]
-    if kind == FLOW or scheduler.config.get("use_flow_sigmas", False):
+    if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
         return [(1 - sigma, sigma) for sigma in sigmas]
-    if kind == EXPLODING:
+    if name in EXPLODING:
         return [(1.0, sigma) for sigma in sigmas]
     return [((1 + s * s) ** -0.5, s * (1 + s * s) ** -0.5) for s in sigmas]
 
 
 def teleport(statistics: DatasetStatistics, x: Tensor, source: Level, target: Level) -> Tensor:
-    """The closed form above: x (B, C, H, W) at level `source` moved to level `target`."""
+    """x (B, C, H, W) at level `source`, moved to level `target`; see `DatasetStatistics`."""
     (a, s), (b, t) = source, target
-    mean = statistics.mean.to(x.device, x.dtype if x.dtype.itemsize >= 4 else torch.float32)
-    moved = statistics.apply(
-        x - a * mean, lambda v: ((t * t + b * b * v) / (s * s + a * a * v)).sqrt()
-    )
-    return (b * mean + moved).to(x.dtype)
+    return statistics.teleport(x, s, t, a, b).to(x.dtype)
 
 
 def trusted_sigma(statistics: DatasetStatistics, share: float = EXPLAINED) -> float:
@@ -90,6 +78,15 @@ def trusted_sigma(statistics: DatasetStatistics, share: float = EXPLAINED) -> fl
         middle = math.sqrt(low * high)
         low, high = (low, middle) if statistics.explained(middle) >= share else (middle, high)
     return high
+
+
+class _Jump(NamedTuple):
+    """A jump that is still to come."""
+
+    source: Level  # of the pipeline's initial noise
+    target: Level  # where the network's first input is moved to
+    after: Level  # where the sample is moved to if the first ``step`` has to do it
+    on_input: bool = False  # whether the network's input was moved already
 
 
 class GaussianTeleport(SchedulerMixin):
@@ -106,8 +103,8 @@ class GaussianTeleport(SchedulerMixin):
         statistics: Of what the network denoises: pixels in [-1, 1], or scaled latents.
         sigma_skip: sigma / alpha down to which the closed form is trusted; "auto" for the level at
             which it explains 99.9 % of the score; infinity for the stock scheduler.
-        jump: When the sample is moved. "input": before the network first sees it, which takes a
-            pipeline that hands it to ``scale_model_input`` first. "step": in the first ``step``,
+        jump: When the sample is moved. "input": before it first reaches the network, which takes
+            a pipeline that hands it to ``scale_model_input`` first. "step": in the first ``step``,
             after an evaluation of no use; works everywhere. "auto": "input" or "step" where the
             scheduler leaves no choice (samples of exploding variance, no ``scale_model_input``),
             else a start one evaluation early, which becomes the one of no use in pipelines that
@@ -119,6 +116,10 @@ class GaussianTeleport(SchedulerMixin):
     Raises:
         ValueError: an unknown scheduler or option.
     """
+
+    stock_class: ClassVar[Any]
+    order: int
+    timesteps: Tensor
 
     def __new__(cls, scheduler: Any, *args: Any, **kwargs: Any) -> GaussianTeleport:
         """A shallow copy of `scheduler` with the class that does both."""
@@ -132,7 +133,8 @@ class GaussianTeleport(SchedulerMixin):
             )
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")
-        self = object.__new__(_teleporting_class(type(scheduler)))
+        stock: Any = type(scheduler)
+        self: GaussianTeleport = object.__new__(_teleporting_class(stock))
         self.__dict__.update(copy.copy(scheduler).__dict__)
         return self
 
@@ -153,12 +155,11 @@ class GaussianTeleport(SchedulerMixin):
             raise ValueError(f"sigma_skip must be 'auto' or a number > 0, got {sigma_skip!r}")
         if jump == "auto" and not hasattr(scheduler, "scale_model_input"):
             jump = "step"
-        if jump == "auto" and SCHEDULERS[type(scheduler).__name__] == EXPLODING:
+        if jump == "auto" and type(scheduler).__name__ in EXPLODING:
             jump = "input"  # no pipeline can use them without scale_model_input
         self.statistics, self.sigma_skip, self.jump = statistics, float(sigma_skip), jump
         self.skipped = 0
-        self._source: Level | None = None  # set while the jump is still to come
-        self._served = False
+        self._jump: _Jump | None = None
         self._initial: Any = None  # what the pipeline scales its noise by, of the whole grid
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -171,9 +172,8 @@ class GaussianTeleport(SchedulerMixin):
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """See the stock scheduler; the grid begins where the jump ends."""
-        self._initial = None
-        super().set_timesteps(*args, **kwargs)
-        self._source, self._served, self.skipped = None, False, 0
+        self._initial, self._jump, self.skipped = None, None, 0
+        self.stock_class.set_timesteps(self, *args, **kwargs)
         self._initial = getattr(self, "init_noise_sigma", 1.0)
         grid = levels(self)
         start = 0
@@ -185,18 +185,15 @@ class GaussianTeleport(SchedulerMixin):
         if start <= wasted:
             return
         self.skipped = start - wasted
-        self._source, self._after = grid[0], grid[start]
-        if self.jump == "auto":
-            start -= 1
-        self._target = grid[start]
-        self._keep([*([0] if self.jump == "step" else []), *range(start, len(grid))])
+        first = start - 1 if self.jump == "auto" else start
+        self._jump = _Jump(source=grid[0], target=grid[first], after=grid[start])
+        self._keep([*([0] if self.jump == "step" else []), *range(first, len(grid))])
 
     def _keep(self, indices: list[int]) -> None:
         """Restrict every table of the grid to some steps."""
         count = len(self.timesteps)
-        # Schedulers of the "timestep" kind have one table; what else they hold is of training.
-        by_timestep = SCHEDULERS[type(self).__name__] == TIMESTEP
-        for name in TABLES[:1] if by_timestep else TABLES:
+        # Schedulers by timestep have one table; what else they hold is of training.
+        for name in TABLES[:1] if type(self).__name__ in BY_TIMESTEP else TABLES:
             table = getattr(self, name, None)
             if table is None:
                 continue
@@ -204,36 +201,33 @@ class GaussianTeleport(SchedulerMixin):
             picked = [table[i] for i in kept] if isinstance(table, list) else table[kept]
             setattr(self, name, picked)
 
-    def teleported(self, sample: Tensor, target: Level) -> Tensor:
-        """The pipeline's initial noise, moved to `target`."""
-        return teleport(self.statistics, sample, self._source, target)
-
     def scale_model_input(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """See the stock scheduler; what the network sees first is the teleported sample."""
-        if self._source is not None and self.jump != "step":
+        """See the stock scheduler; what the network is given first is the teleported sample."""
+        if self._jump is not None and self.jump != "step":
             self._check_first(timestep)
-            self._served = True
-            sample = self.teleported(sample, self._target)
-        return super().scale_model_input(sample, timestep, *args, **kwargs)
+            self._jump = self._jump._replace(on_input=True)
+            sample = teleport(self.statistics, sample, self._jump.source, self._jump.target)
+        return self.stock_class.scale_model_input(self, sample, timestep, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """See the stock scheduler."""
-        if self._source is None:
-            return super().step(*args, **kwargs)
+        jump = self._jump
+        if jump is None:
+            return self.stock_class.step(self, *args, **kwargs)
         bound = inspect.signature(self.stock_class.step).bind(self, *args, **kwargs)
         self._check_first(bound.arguments["timestep"])
         sample = bound.arguments["sample"]
-        if self._served:
-            bound.arguments["sample"] = self.teleported(sample, self._target)
-            self._source = None
-            return super().step(*bound.args[1:], **bound.kwargs)
+        if jump.on_input:
+            sample = teleport(self.statistics, sample, jump.source, jump.target)
+            bound.arguments["sample"], self._jump = sample, None
+            return self.stock_class.step(*bound.args, **bound.kwargs)
         if self.jump == "input":
             raise ValueError(
                 "this pipeline does not hand its first sample to scale_model_input, so the network "
-                "has seen it where it was: use jump='step' or 'auto'"
+                "was given it where it was: use jump='step' or 'auto'"
             )
-        moved = self.teleported(sample, self._after)
-        self._source = None
+        moved = teleport(self.statistics, sample, jump.source, jump.after)
+        self._jump = None
         self._keep(list(range(1, len(self.timesteps))))
         if hasattr(self, "_step_index"):
             self._step_index, self._begin_index = None, 0
@@ -243,17 +237,17 @@ class GaussianTeleport(SchedulerMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """See the stock scheduler; a run that teleports begins at its beginning."""
-        if begin_index and self._source is not None:
+        if begin_index and self._jump is not None:
             raise ValueError(
                 f"a teleported run cannot begin at step {begin_index} (from a given picture)"
             )
-        super().set_begin_index(begin_index)
+        self.stock_class.set_begin_index(self, begin_index)
 
     def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         """See the stock scheduler; refused where a run would begin from a given picture."""
-        if self._source is not None:
+        if self._jump is not None:
             raise ValueError("a teleported run begins from pure noise, not from a given picture")
-        return super().add_noise(*args, **kwargs)
+        return self.stock_class.add_noise(self, *args, **kwargs)
 
     def _check_first(self, timestep: Any) -> None:
         first = float(torch.as_tensor(timestep).reshape(-1)[0])
@@ -265,9 +259,13 @@ class GaussianTeleport(SchedulerMixin):
 
 
 @functools.cache
-def _teleporting_class(stock: type) -> type:
+def _teleporting_class(stock: Any) -> Any:
     """The subclass of a scheduler class and of `GaussianTeleport`, of the stock class' name."""
-    members = {"stock_class": stock, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    members: dict[str, Any] = {
+        "stock_class": stock,
+        "__module__": stock.__module__,
+        "__doc__": stock.__doc__,
+    }
     for name in ("set_timesteps", "scale_model_input", "step", "add_noise"):
         # Pipelines read the signatures (eta, timesteps, ...).
         if hasattr(stock, name):
@@ -288,14 +286,14 @@ def _teleporting_class(stock: type) -> type:
 
 def _restored(stock: type, state: dict[str, Any]) -> GaussianTeleport:
     """A copied or unpickled scheduler."""
-    made = object.__new__(_teleporting_class(stock))
+    made: GaussianTeleport = object.__new__(_teleporting_class(stock))
     made.__dict__.update(state)
     return made
 
 
-def _with_signature(method: Any, stock: Any) -> Any:
+def _with_signature(method: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
-    def call(self, *args, **kwargs):
+    def call(self: GaussianTeleport, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **kwargs)
 
     return call

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...guidance.files import fingerprint
 from ..seam.noise_levels import UnknownSchedulerError, prediction_type_of
 
 PACKAGES = ("pilotage", "diffusers")
@@ -53,7 +54,7 @@ def pipeline_identity(
         prediction = None
     return {
         "pipeline": getattr(type(pipe), "stock_class", type(pipe)).__name__,
-        "model": hashlib.sha256(json.dumps(networks).encode()).hexdigest(),
+        "model": fingerprint(networks),
         "networks": networks,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "scheduler": type(scheduler).__name__,
@@ -78,7 +79,7 @@ def network_hash(network: nn.Module, name: str = "network") -> str:
             )
         value = value.detach().to("cpu", torch.float32 if value.is_floating_point() else None)
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -96,7 +97,9 @@ def _configuration(part: Any) -> dict[str, Any]:
     """The configuration without what changes from one installation to the next."""
     config = getattr(part, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    passing = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
+    # Here diffusers lists the settings that were not given, in another order in every process.
+    passing.add("_use_default_values")
     kept = {k: v for k, v in config.items() if k not in passing and "diffusers_version" not in k}
     return _plain(kept)
 

@@ -51,7 +51,7 @@ class TokenData:
         stride = self.plan.pool // size
         turn, place = divmod(step, stride)
         order = torch.randperm(stride, generator=generator(self.seed, "order", turn))
-        return self.pool.rows([int(order[place]) + i * stride for i in range(size)])
+        return self.pool.rows(int(order[place]) + stride * torch.arange(size))
 
 
 def held_out_batch(
@@ -80,7 +80,7 @@ def _rows(
     """Rows at the given timesteps: all pictures equally often, in random order."""
     count = len(times)
     order = torch.randperm(count, generator=draw)
-    # Fewer rows than pictures: an independent draw, else the first pictures alone would be seen.
+    # Fewer rows than pictures: an independent draw, else the first pictures alone would be taken.
     pictures = order % len(latents)
     if count < len(latents):
         pictures = torch.randint(len(latents), (count,), generator=draw)

@@ -11,11 +11,10 @@ in the file's metadata, where no reader but `load_token` looks. k vectors are k 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -23,7 +22,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
-Family = Literal["sd", "sdxl"]
+from ...guidance.files import atomic
+
 SDXL_KEYS = ("clip_l", "clip_g")
 TAKEN = (*SDXL_KEYS, "string_to_param", "string_to_token")
 
@@ -88,39 +88,28 @@ def _checked(vectors: Sequence[Tensor], origin: str) -> tuple[Tensor, ...]:
     return rows
 
 
-def save_token(
-    path: str | Path,
-    vectors: Tensor | Sequence[Tensor],
-    token: str,
-    family: Family = "sd",
-) -> Path:
-    """Writes a token under a temporary name, then renames it; returns the path.
+def save_token(path: str | Path, vectors: Tensor | Sequence[Tensor], token: str) -> Path:
+    """Writes a token, whole or not at all; returns the path.
 
     Args:
         path: File to write, usually ``learned_embeds.safetensors``.
-        vectors: (k, d) or (d,), one tensor for "sd", two (CLIP-L, OpenCLIP-G) for "sdxl".
+        vectors: (k, d) or (d,): one tensor for Stable Diffusion 1 and 2, two (CLIP-L, OpenCLIP-G)
+            for XL.
         token: Its name in prompts.
-        family: "sd" (Stable Diffusion 1 and 2) or "sdxl".
 
     Raises:
-        ValueError: an unknown family, a wrong number or shape of tensors, a name that readers
-            would take for something else.
+        ValueError: a wrong number or shape of tensors, a name that readers would take for
+            something else.
     """
-    if family not in ("sd", "sdxl"):
-        raise ValueError(f"save_token: family is 'sd' or 'sdxl', got {family!r}")
     check_name(token)
-    keys = SDXL_KEYS if family == "sdxl" else (token,)
-    vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
-    if len(vectors) != len(keys):
-        raise ValueError(f"save_token: {family} has {len(keys)} tensors, got {len(vectors)}")
-    rows = _checked(vectors, "save_token")
+    rows = _checked([vectors] if isinstance(vectors, Tensor) else vectors, "save_token")
+    if len(rows) > len(SDXL_KEYS):
+        raise ValueError(f"save_token: expected one tensor, or two for SDXL, got {len(rows)}")
+    keys = (token,) if len(rows) == 1 else SDXL_KEYS
     tensors = {key: row.cpu().contiguous().clone() for key, row in zip(keys, rows, strict=True)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file(tensors, partial, metadata={"token": token})
-    os.replace(partial, path)
-    return path
+    with atomic(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={"token": token})
+    return Path(path)
 
 
 def load_token(path: str | Path) -> Token:
@@ -145,10 +134,17 @@ def load_token(path: str | Path) -> Token:
     return Token(key, _checked([rows], str(path)))
 
 
+def text_encoders(pipe: Any) -> list[tuple[str, Any, Any]]:
+    """Suffix of its name ("" or "_2"), text encoder and tokenizer, of a pipeline's one or two."""
+    return [
+        (suffix, encoder, getattr(pipe, f"tokenizer{suffix}", None))
+        for suffix in ("", "_2")
+        if (encoder := getattr(pipe, f"text_encoder{suffix}", None)) is not None
+    ]
+
+
 def add_token(
-    pipe: Any,
-    source: str | Path | Tensor | Sequence[Tensor] | Mapping[str, Tensor],
-    token: str | None = None,
+    pipe: Any, source: str | Path | Tensor | Sequence[Tensor], token: str | None = None
 ) -> list[str]:
     """Teaches a pipeline a token, through diffusers' ``load_textual_inversion``.
 
@@ -169,21 +165,13 @@ def add_token(
         raise ValueError(f"add_token: {type(pipe).__name__} takes no textual inversions")
     if isinstance(source, (str, Path)):
         known = load_token(source)
-    elif isinstance(source, Mapping):
-        keys = SDXL_KEYS if set(source) == set(SDXL_KEYS) else tuple(source)
-        own = keys[0] if len(keys) == 1 else None
-        known = Token(own, _checked([source[key] for key in keys], "add_token"))
     else:
         known = Token(None, _checked([source] if isinstance(source, Tensor) else source, "vectors"))
     name = token or known.name
     if not name:
         raise ValueError("add_token: the source has no name for the token: pass token=")
-    pairs = [
-        (encoder, getattr(pipe, f"tokenizer{suffix}"))
-        for suffix in ("", "_2")
-        if (encoder := getattr(pipe, f"text_encoder{suffix}", None)) is not None
-    ]
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder, _ in pairs]
+    parts = text_encoders(pipe)
+    widths = [encoder.get_input_embeddings().weight.shape[1] for _, encoder, _ in parts]
     given = [v.shape[1] for v in known.vectors]
     if given != widths:
         raise ValueError(
@@ -191,11 +179,11 @@ def add_token(
             f"whose text encoders have {widths}"
         )
     names = token_names(name, len(known.vectors[0]))
-    for _, tokenizer in pairs:
+    for _, _, tokenizer in parts:
         check_spelling(tokenizer, name, len(names))
         if taken := [n for n in names if n in tokenizer.get_vocab()]:
             raise ValueError(f"add_token: already in the vocabulary: {', '.join(taken)}")
-    for (encoder, tokenizer), vectors in zip(pairs, known.vectors, strict=True):
+    for (_, encoder, tokenizer), vectors in zip(parts, known.vectors, strict=True):
         with torch.no_grad():
             pipe.load_textual_inversion(
                 {name: vectors}, token=name, text_encoder=encoder, tokenizer=tokenizer

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ...guidance.images import SUFFIXES, check_depth, image_files, read_image, to_tensor
 from .files import check_name, check_spelling, token_names
 
 TEMPLATES = (
@@ -23,7 +23,6 @@ TEMPLATES = (
     "a good photo of {}",
     "{} on a plain background",
 )
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def load_images(images: str | Path | Iterable[str | Path | Image.Image], size: int) -> Tensor:
@@ -39,10 +38,10 @@ def load_images(images: str | Path | Iterable[str | Path | Image.Image], size: i
     """
     source = "the list of images"
     if isinstance(images, (str, Path)):
-        folder, source = Path(images), str(images)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder of images")
-        images = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+        source = str(images)
+        if not Path(images).is_dir():
+            raise FileNotFoundError(f"{images} is not a folder of images")
+        images = image_files(images)
     elif isinstance(images, Image.Image):
         images = [images]
     rows = [_pixels(image, i, size) for i, image in enumerate(images)]
@@ -54,23 +53,14 @@ def load_images(images: str | Path | Iterable[str | Path | Image.Image], size: i
 def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
     name = f"image {index}" if isinstance(image, Image.Image) else str(image)
     try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        if picture.mode[0] in "IF":
-            # PIL would clip them to 8 bits, not scale them, and F has no range of its own.
-            raise TypeError(f"mode {picture.mode!r}: convert it to 8 bits a channel first")
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        picture = read_image(image)
+        check_depth(picture)
+    except ValueError as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     square = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size))
-    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+    return to_tensor(square).float() / 255
 
 
 def check_placeholder(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ...guidance.zeroth_order import generator
 from ..fitting.identity import network_hash
+from ..seam.noise_levels import prediction_type_of
+from .files import text_encoders
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,10 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.noisy)
 
-    def part(self, start: int, stop: int) -> TokenBatch:
-        """Rows start to stop."""
-        rows = slice(start, stop)
-        ids = tuple(i[rows] for i in self.ids)
-        return TokenBatch(self.noisy[rows], self.timesteps[rows], self.targets[rows], ids)
-
-    def rows(self, indices: Sequence[int]) -> TokenBatch:
-        """The rows with these indices, in their order."""
-        i = torch.as_tensor(indices)
-        ids = tuple(x[i] for x in self.ids)
-        return TokenBatch(self.noisy[i], self.timesteps[i], self.targets[i], ids)
+    def rows(self, chosen: slice | Tensor) -> TokenBatch:
+        """The rows of a slice, or with these indices in their order."""
+        ids = tuple(x[chosen] for x in self.ids)
+        return TokenBatch(self.noisy[chosen], self.timesteps[chosen], self.targets[chosen], ids)
 
 
 class TokenLoss(Protocol):
@@ -70,14 +65,14 @@ def injected(table: nn.Module, vocabulary: int, vectors: Tensor) -> Iterator[Non
         vectors: With shape (K, m, d). A call of the table with R rows of ids belongs to the K
             embeddings in K equal, consecutive parts.
     """
-    seen: list[Tensor] = []
+    asked: list[Tensor] = []
 
     def before(_module: nn.Module, args: tuple) -> tuple:
-        seen.append(args[0])
+        asked.append(args[0])
         return (args[0].where(args[0] < vocabulary, 0), *args[1:])
 
     def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        ids = seen.pop()
+        ids = asked.pop()
         per_row = vectors.repeat_interleave(len(ids) // len(vectors), dim=0)
         place = (ids - vocabulary).clamp(min=0)
         index = place[..., None].expand(*place.shape, vectors.shape[-1])
@@ -105,19 +100,17 @@ class DiffusionTokenLoss:
     all the same: sharing it would need the UNet's inside.
 
     Raises:
-        ValueError: the pipeline is of another family.
+        ValueError: the pipeline is of another family, or its scheduler's noise levels are not
+            known.
     """
 
     def __init__(self, pipe: Any, max_rows: int = 0) -> None:
-        self.encoders = [
-            getattr(pipe, name)
-            for name in ("text_encoder", "text_encoder_2")
-            if getattr(pipe, name, None) is not None
-        ]
-        self.xl = len(self.encoders) == 2
+        parts = text_encoders(pipe)
+        self.encoders = {f"text_encoder{suffix}": encoder for suffix, encoder, _ in parts}
+        self.xl = len(parts) == 2
         missing = [n for n in ("unet", "vae", "scheduler", "tokenizer") if not hasattr(pipe, n)]
-        known = all(hasattr(e, "get_input_embeddings") for e in self.encoders)
-        if missing or not self.encoders or not known or hasattr(pipe, "text_encoder_3"):
+        known = all(hasattr(e, "get_input_embeddings") for e in self.encoders.values())
+        if missing or not parts or not known or hasattr(pipe, "text_encoder_3"):
             raise ValueError(
                 f"{type(pipe).__name__} cannot be personalized: expected a pipeline of the Stable "
                 "Diffusion 1, 2 or XL family (unet, vae, one or two CLIP text encoders)"
@@ -129,14 +122,12 @@ class DiffusionTokenLoss:
                 "pipeline"
             )
         self.pipe, self.max_rows = pipe, max_rows
-        self.tables = [encoder.get_input_embeddings() for encoder in self.encoders]
+        self.tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         self.widths = tuple(table.weight.shape[1] for table in self.tables)
-        tokenizers = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
-        self.vocabularies = tuple(len(t) for t in tokenizers if t is not None)
-        self.prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"the prediction type {self.prediction!r} is not known")
-        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        self.vocabularies = tuple(len(tokenizer) for _, _, tokenizer in parts)
+        self.pixels_per_latent = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.prediction = prediction_type_of(pipe.scheduler)
+        if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
         self.forwards = 0
 
@@ -147,19 +138,17 @@ class DiffusionTokenLoss:
         Raises:
             ValueError: weights are not in memory.
         """
-        parts = {"unet": self.pipe.unet, "vae": self.pipe.vae}
-        names = ("text_encoder", "text_encoder_2")
-        parts |= dict(zip(names, self.encoders, strict=False))
-        found = {name: network_hash(part, name) for name, part in parts.items()}
-        found["dtype"] = str(self.pipe.unet.dtype).removeprefix("torch.")
-        return found | self.process_identity
+        parts = {"unet": self.pipe.unet, "vae": self.pipe.vae, **self.encoders}
+        hashes = {name: network_hash(part, name) for name, part in parts.items()}
+        dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
+        return {**hashes, "dtype": dtype, **self.noise_identity}
 
     @property
-    def process_identity(self) -> dict[str, str]:
+    def noise_identity(self) -> dict[str, str]:
         """What the noised latents and their targets depend on."""
         levels = self.pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes()
-        noise = hashlib.sha256(levels).hexdigest()
-        return {"prediction_type": self.prediction, "noise levels": noise}
+        digest = hashlib.sha256(levels).hexdigest()
+        return {"prediction_type": self.prediction, "noise levels": digest}
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +179,7 @@ class DiffusionTokenLoss:
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     def batch(
-        self, latents: Tensor, timesteps: Tensor, ids: tuple[Tensor, ...], *key
+        self, latents: Tensor, timesteps: Tensor, ids: tuple[Tensor, ...], *key: int | str
     ) -> TokenBatch:
         """Noised latents (B, C, h, w) at timesteps (B,); row i takes its noise from (key, i)."""
         noise = torch.stack(
@@ -203,8 +192,7 @@ class DiffusionTokenLoss:
             "v_prediction": alpha * noise - sigma * latents,
             "sample": latents,
         }
-        noisy = alpha * latents + sigma * noise
-        device = latents.device
+        noisy, device = alpha * latents + sigma * noise, latents.device
         ids = tuple(i.to(device) for i in ids)
         return TokenBatch(noisy, timesteps.to(device), targets[self.prediction], ids)
 
@@ -215,7 +203,7 @@ class DiffusionTokenLoss:
         count, hidden, pooled = len(embeddings), [], None
         parts = embeddings.to(self.device).split(self.widths, dim=-1)
         for encoder, table, size, vectors, one in zip(
-            self.encoders, self.tables, self.vocabularies, parts, ids, strict=True
+            self.encoders.values(), self.tables, self.vocabularies, parts, ids, strict=True
         ):
             rows = one.repeat(count, 1)
             mask = None
@@ -246,30 +234,33 @@ class DiffusionTokenLoss:
         pictures = min(self.max_rows, len(batch))
         losses = torch.zeros(len(embeddings), device=self.device)
         for start in range(0, len(batch), pictures):
-            rows = batch.part(start, start + pictures)
+            rows = batch.rows(slice(start, start + pictures))
             tokens = embeddings.split(self.max_rows // len(rows))
             parts = [self._losses(part, rows) for part in tokens]
             losses = losses + torch.cat(parts) * (len(rows) / len(batch))
         return losses
 
     def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        output = self.predict(embeddings, batch)
+        self.forwards += len(output)
+        error = output.float().unflatten(0, (len(embeddings), -1)) - batch.targets
+        return error.square().flatten(1).mean(1)
+
+    def predict(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        """The denoiser's output (K * B, C, H, W) for K tokens and B pictures, in one call."""
         unet, count = self.pipe.unet, len(embeddings)
         hidden, pooled = self.conditions(embeddings, batch.ids)
         noisy = batch.noisy.to(unet.dtype).repeat(count, 1, 1, 1)
         added = None
-        if self.xl:
-            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-            height, width = (side * factor for side in batch.noisy.shape[-2:])
+        if pooled is not None:
+            height, width = (side * self.pixels_per_latent for side in batch.noisy.shape[-2:])
             sizes = torch.tensor([height, width, 0, 0, height, width])
             sizes = sizes.to(pooled).repeat(len(noisy), 1)
             added = {"text_embeds": pooled.to(unet.dtype), "time_ids": sizes}
-        output = unet(
+        return unet(
             noisy,
             batch.timesteps.repeat(count),
             encoder_hidden_states=hidden.to(unet.dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
-        self.forwards += len(noisy)
-        error = output.float().unflatten(0, (count, -1)) - batch.targets
-        return error.square().flatten(1).mean(1)

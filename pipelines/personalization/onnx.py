@@ -7,6 +7,7 @@ graphs; the text encoder takes token *embeddings*, so that a learned vector is a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -15,8 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..fitting.identity import network_hash
 from ..quantization.int8 import Int8Layer
@@ -39,7 +42,7 @@ def _runtime() -> Any:
 class _TextEncoder(nn.Module):
     """Hidden states (R, L, D) of token embeddings (R, L, d)."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -54,7 +57,7 @@ class _TextEncoder(nn.Module):
 
 
 class _UNet(nn.Module):
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
@@ -65,6 +68,24 @@ class _UNet(nn.Module):
 def graph_path(folder: str | Path, name: str, precision: Precision) -> Path:
     """Where a graph lies: in a folder of its own, with its weights where these are big."""
     return Path(folder) / f"{name}-{precision}" / f"{name}.onnx"
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`; in the end its whole folder takes the place of that one's.
+
+    (A graph of more than 2 GB is many files.)
+    """
+    folder = path.parent
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial / path.name
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -95,35 +116,30 @@ def export_onnx(pipe: Any, folder: str | Path) -> Path:
             )
     config, side = pipe.unet.config, pipe.unet.config.sample_size
     length, width = pipe.tokenizer.model_max_length, pipe.text_encoder.config.hidden_size
-    noisy = torch.zeros(2, config.in_channels, side, side)
     inputs = {
         "text_encoder": {"embeddings": torch.zeros(2, length, width)},
         "unet": {
-            "noisy": noisy,
+            "noisy": torch.zeros(2, config.in_channels, side, side),
             "timesteps": torch.tensor([1, 2]),
             "hidden": torch.zeros(2, length, config.cross_attention_dim),
         },
     }
     wrapped = {"text_encoder": _TextEncoder(pipe.text_encoder), "unet": _UNet(pipe.unet)}
-    for name in GRAPHS:
-        path = graph_path(folder, name, "fp32")
-        partial = _fresh(path)
-        named = inputs[name]
-        with warnings.catch_warnings():
+    for name, named in inputs.items():
+        with _writing(graph_path(folder, name, "fp32")) as partial, warnings.catch_warnings():
             # It warns that branches on shapes become constants; those on the number of rows only
             # choose a memory layout.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 wrapped[name].eval(),
                 tuple(named.values()),
-                str(partial / path.name),
+                str(partial),
                 input_names=list(named),
                 output_names=["output"],
                 dynamic_axes={key: {0: "rows"} for key in (*named, "output")},
                 opset_version=17,
                 dynamo=False,
             )
-        _rename(partial, path.parent)
     return Path(folder)
 
 
@@ -137,7 +153,7 @@ def quantize_onnx(loss: OnnxTokenLoss, calibration: Sequence[tuple[Tensor, Token
     Args:
         loss: The closure on the float32 graphs.
         calibration: Embeddings (K, m, d) and batches, over all timesteps that will be used; the
-            ranges are the extremes seen.
+            ranges are the extremes found there.
 
     Raises:
         ValueError: no calibration data, or `loss` is not on the float32 graphs.
@@ -155,52 +171,33 @@ def quantize_onnx(loss: OnnxTokenLoss, calibration: Sequence[tuple[Tensor, Token
         raise ValueError(f"quantize_onnx: needs the fp32 closure, got {loss.precision!r}")
 
     class Reader(CalibrationDataReader):
-        def __init__(self, name: str):
-            self.rows = (
-                {key: value.contiguous().numpy() for key, value in inputs.items()}
-                for embeddings, batch in calibration
-                for graph, inputs in loss.inputs(embeddings, batch)
-                if graph == name
-            )
+        def __init__(self, name: str) -> None:
+            self.rows = (_arrays(loss.inputs(*pair)[name]) for pair in calibration)
 
-        def get_next(self) -> dict | None:
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.rows, None)
 
     for name in GRAPHS:
         source = graph_path(loss.folder, name, "fp32")
-        target = graph_path(loss.folder, name, "int8")
-        partial = _fresh(target)
-        quantize_static(
-            str(source),
-            str(partial / target.name),
-            Reader(name),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=_size(source.parent) > PROTOBUF_LIMIT,
-            extra_options={"MatMulConstBOnly": True},
-        )
-        _rename(partial, target.parent)
+        size = sum(file.stat().st_size for file in source.parent.iterdir())
+        with _writing(graph_path(loss.folder, name, "int8")) as partial:
+            quantize_static(
+                str(source),
+                str(partial),
+                Reader(name),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=size > PROTOBUF_LIMIT,
+                extra_options={"MatMulConstBOnly": True},
+            )
     return loss.folder
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _fresh(path: Path) -> Path:
-    """An empty folder beside the one that `path` will be in; big graphs are many files."""
-    partial = path.parent.with_name(path.parent.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _rename(partial: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+def _arrays(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {key: value.contiguous().numpy() for key, value in inputs.items()}
 
 
 def _check(pipe: Any) -> None:
@@ -214,7 +211,7 @@ def _check(pipe: Any) -> None:
 
 
 class OnnxTokenLoss(DiffusionTokenLoss):
-    """`DiffusionTokenLoss` with the text encoder and the UNet on ONNX Runtime.
+    """`DiffusionTokenLoss` with text encoder and UNet on ONNX Runtime, tensors on the CPU.
 
     Args:
         pipe: The pipeline that was exported: its VAE encodes pictures, its embedding table looks
@@ -262,7 +259,7 @@ class OnnxTokenLoss(DiffusionTokenLoss):
     def identity(self) -> dict[str, Any]:
         """As of `DiffusionTokenLoss`; the graphs' files stand for the networks."""
         found = {"vae": network_hash(self.pipe.vae, "vae"), "precision": self.precision}
-        found |= self.process_identity
+        found.update(self.noise_identity)
         for name in GRAPHS:
             digest = hashlib.sha256()
             for file in sorted(graph_path(self.folder, name, self.precision).parent.iterdir()):
@@ -278,30 +275,21 @@ class OnnxTokenLoss(DiffusionTokenLoss):
 
     def run(self, name: str, inputs: dict[str, Tensor]) -> Tensor:
         """Output of a graph."""
-        arrays = {key: value.contiguous().numpy() for key, value in inputs.items()}
-        return torch.from_numpy(self.sessions[name].run(None, arrays)[0])
+        return torch.from_numpy(self.sessions[name].run(None, _arrays(inputs))[0])
 
-    def inputs(self, embeddings: Tensor, batch: TokenBatch) -> Iterator[tuple[str, dict]]:
-        """The graphs' names and inputs, in the order in which they run."""
+    def inputs(self, embeddings: Tensor, batch: TokenBatch) -> dict[str, dict[str, Tensor]]:
+        """The inputs of both graphs by name, float32 but for the timesteps; the encoder is run."""
         count, table = len(embeddings), self.tables[0]
         rows = batch.ids[0].repeat(count, 1)
         with torch.no_grad(), injected(table, self.vocabularies[0], embeddings):
-            words = table(rows.to(table.weight.device)).float().cpu()
-        text = {"embeddings": words}
-        yield "text_encoder", text
-        yield (
-            "unet",
-            {
-                "noisy": batch.noisy.repeat(count, 1, 1, 1),
-                "timesteps": batch.timesteps.repeat(count),
-                "hidden": self.run("text_encoder", text),
-            },
-        )
+            text = {"embeddings": table(rows.to(table.weight.device)).float().cpu()}
+        unet = {
+            "noisy": batch.noisy.repeat(count, 1, 1, 1),
+            "timesteps": batch.timesteps.repeat(count),
+            "hidden": self.run("text_encoder", text),
+        }
+        return {"text_encoder": text, "unet": unet}
 
-    def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
-        for name, inputs in self.inputs(embeddings, batch):
-            if name == "unet":
-                output = self.run(name, inputs)
-        self.forwards += len(output)
-        error = output.unflatten(0, (len(embeddings), -1)) - batch.targets
-        return error.square().flatten(1).mean(1)
+    def predict(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
+        """As of `DiffusionTokenLoss`."""
+        return self.run("unet", self.inputs(embeddings, batch)["unet"])

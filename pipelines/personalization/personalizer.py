@@ -1,17 +1,10 @@
-"""Personalization by forward passes: a new word for a pipeline's prompts, learned from pictures.
-
-    token = Personalizer(pipe).fit("pictures/", placeholder="<my-cat>", initializer="cat")
-
-The networks are called, never differentiated, so they may be quantized, compiled or remote. What is
-learned are the word's input embeddings. Method and presets: `token_recipes`.
-"""
+"""The run: inputs checked, a search advanced on a loss, checkpoints, previews and the token."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from ...guidance.files import atomic, write_json
 from .data import TokenData, held_out_batch
-from .files import save_token
+from .files import save_token, text_encoders
 from .inputs import (
     TEMPLATES,
     check_placeholder,
@@ -95,11 +90,13 @@ class Personalizer:
                 "max_rows belongs to the pipeline's own loss, and another one is given"
             )
         self.pipe = pipe
-        own = isinstance(loss, DiffusionTokenLoss)
-        self.networks = loss if own else DiffusionTokenLoss(pipe, max_rows)
-        self.loss = loss or self.networks
-        names = ("tokenizer", "tokenizer_2")[: len(self.networks.encoders)]
-        self.tokenizers = {name: getattr(pipe, name) for name in names}
+        self.networks = (
+            loss if isinstance(loss, DiffusionTokenLoss) else DiffusionTokenLoss(pipe, max_rows)
+        )
+        self.loss: TokenLoss = self.networks if loss is None else loss
+        self.tokenizers = {
+            f"tokenizer{suffix}": tokenizer for suffix, _, tokenizer in text_encoders(pipe)
+        }
 
     def fit(
         self,
@@ -146,7 +143,7 @@ class Personalizer:
             patience: Stop after this many held-out losses without improvement; 0 never does.
             seed: Of everything that is drawn.
             output: Folder for the token, checkpoint and previews; None writes nothing. A run that
-                is interrupted or fails leaves the best token so far and a checkpoint in it.
+                is interrupted or fails writes the best token so far and a checkpoint there.
             checkpoint_every: Steps between checkpoints.
             resume: Continue from a checkpoint in `output`.
             preview_every: Steps between pictures of the word; 0 is never.
@@ -163,19 +160,19 @@ class Personalizer:
         """
         began = time.monotonic()
         plan = recipe(preset, **settings)
-        if vectors < 1:
-            raise ValueError(f"vectors must be at least 1, got {vectors}")
+        for name, value, least in [
+            ("vectors", vectors, 1),
+            ("held_out_rows", held_out_rows, 0),
+            ("checkpoint_every", checkpoint_every, 1),
+        ]:
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if preview_every and output is None:
             raise ValueError("previews need an output folder")
         if held_out_prompts is not None and held_out is None:
             raise ValueError("held_out_prompts need held_out images")
         if patience and not held_out_rows:
             raise ValueError("patience needs a held-out loss: held_out_rows is 0")
-        if held_out_rows < 0 or checkpoint_every < 1:
-            raise ValueError(
-                "held_out_rows must be at least 0 and checkpoint_every at least 1, got "
-                f"{held_out_rows} and {checkpoint_every}"
-            )
         levels = len(self.pipe.scheduler.alphas_cumprod)
         if plan.timesteps_high > levels:
             raise ValueError(
@@ -205,14 +202,13 @@ class Personalizer:
             ids = tuple(prompt_ids(t, own or templates, placeholder, vectors) for t in tokenizers)
             sources.append((pixels, ids, own is not None))
 
-        widths, tables = self.networks.widths, [t.weight for t in self.networks.tables]
         trainer = TokenTrainer(
             self.loss,
-            plan.build(initial, widths, tables, seed),
-            (vectors, sum(widths)),
+            plan.build(initial, [table.weight for table in self.networks.tables], seed),
+            (vectors, sum(self.networks.widths)),
             lambda step: data.batch(step),
-            points_per_call=points_per_call,
-            settings={
+            points_per_call,
+            {
                 "recipe": asdict(plan) | {"steps": None},
                 "seed": seed,
                 "placeholder": placeholder,
@@ -222,9 +218,8 @@ class Personalizer:
                 **({} if folder is None else _identity(self.loss)),
             },
         )
-        checkpoint = None if folder is None else folder / CHECKPOINT
-        if checkpoint is not None and resume and checkpoint.is_file():
-            trainer.load(checkpoint)
+        if folder is not None and resume and (folder / CHECKPOINT).is_file():
+            trainer.load(folder / CHECKPOINT)
         # Encoding the pictures is work: it comes after everything that can be refused.
         data = TokenData(self.networks, sources[0], plan, seed)
         if held_out_rows:
@@ -232,17 +227,21 @@ class Personalizer:
 
         every = evaluate_every or max(1, plan.steps // 20)
         main = trainer.process.is_main_process
+        writes = folder if main else None
+
+        def due(interval: int) -> bool:
+            return trainer.step % interval == 0 or trainer.step == plan.steps
 
         def evaluate() -> None:
-            due = trainer.step % every == 0 or trainer.step == plan.steps
-            if held_out_rows and due and trainer.step not in [e[0] for e in trainer.evaluations]:
+            done = trainer.evaluations and trainer.evaluations[-1][0] == trainer.step
+            if held_out_rows and due(every) and not done:
                 trainer.evaluate_held_out()
 
         def result() -> LearnedToken:
             return LearnedToken(
                 placeholder,
                 trainer.best if held_out_rows else trainer.vectors,
-                widths,
+                self.networks.widths,
                 trainer.step,
                 trainer.forwards,
                 trainer.losses,
@@ -252,29 +251,35 @@ class Personalizer:
 
         try:
             evaluate()
-            with _bar(plan.steps, trainer.step, progress and main) as bar:
+            with tqdm(
+                total=plan.steps,
+                initial=trainer.step,
+                unit="step",
+                desc="personalize",
+                disable=not (progress and main),
+            ) as bar:
                 while trainer.step < plan.steps and not trainer.stalled(patience):
                     trainer.advance()
                     evaluate()
-                    _report(bar, trainer)
-                    last = trainer.step == plan.steps
-                    if checkpoint is not None and (trainer.step % checkpoint_every == 0 or last):
+                    bar.set_postfix(_shown(trainer), refresh=False)
+                    bar.update()
+                    if folder is not None and due(checkpoint_every):
                         if main:
-                            trainer.save(checkpoint)
+                            trainer.save(folder / CHECKPOINT)
                         trainer.process.wait_for_everyone()
-                    if preview_every and trainer.step % preview_every == 0 and main:
-                        self._preview(trainer, placeholder, folder, preview_prompt, preview_options)
+                    if writes is not None and preview_every and trainer.step % preview_every == 0:
+                        self._preview(trainer, placeholder, writes, preview_prompt, preview_options)
                     if callback is not None:
                         callback(trainer)
         except BaseException:
-            if folder is not None and main and trainer.step:
+            if writes is not None and trainer.step:
                 if trainer.between_steps:
-                    trainer.save(checkpoint)
-                self._save(result(), folder)
+                    trainer.save(writes / CHECKPOINT)
+                _save(result(), writes)
             raise
         found = result()
-        if folder is not None and main:
-            self._save(found, folder)
+        if writes is not None:
+            _save(found, writes)
         return found
 
     @contextlib.contextmanager
@@ -314,12 +319,12 @@ class Personalizer:
         return word.repeat(vectors, 1)
 
     def _side(self) -> int:
-        blocks = len(self.pipe.vae.config.block_out_channels)
+        """Side of the UNet's pictures, in pixels."""
         sides = self.pipe.unet.config.sample_size
         sides = set(sides) if isinstance(sides, (list, tuple)) else {sides}
         if len(sides) != 1:
             raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
-        return int(sides.pop()) * 2 ** (blocks - 1)
+        return int(sides.pop()) * self.networks.pixels_per_latent
 
     def _preview(
         self,
@@ -330,30 +335,24 @@ class Personalizer:
         options: dict[str, Any] | None,
     ) -> None:
         """Write one picture of the word, the same noise each time."""
-        vectors = trainer.vectors
         options = {"generator": torch.Generator().manual_seed(0), **(options or {})}
-        with self.speaking(placeholder, vectors) as pipe:
+        with self.speaking(placeholder, trainer.vectors) as pipe:
             image = pipe(prompt.format(placeholder), **options).images[0]
-        path = folder / "previews" / f"step-{trainer.step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
+        with atomic(folder / "previews" / f"step-{trainer.step:06d}.png") as partial:
+            image.save(partial)
 
-    def _save(self, token: LearnedToken, folder: Path) -> None:
-        """Write the token and, beside it, how it came about."""
-        folder.mkdir(parents=True, exist_ok=True)
-        family = "sdxl" if len(token.widths) == 2 else "sd"
-        save_token(folder / TOKEN, token.parts, token.placeholder, family)
-        record = {
-            "placeholder": token.placeholder,
-            "steps": token.steps,
-            "forwards": token.forwards,
-            "evaluations": token.evaluations,
-        }
-        partial = folder / "personalization.json.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, folder / "personalization.json")
+
+def _save(token: LearnedToken, folder: Path) -> None:
+    """Write the token and, beside it, how it came about."""
+    save_token(folder / TOKEN, token.parts, token.placeholder)
+    losses = [(*at, loss if math.isfinite(loss) else None) for *at, loss in token.evaluations]
+    record = {
+        "placeholder": token.placeholder,
+        "steps": token.steps,
+        "forwards": token.forwards,
+        "evaluations": losses,
+    }
+    write_json(folder / "personalization.json", record)
 
 
 def _identity(loss: TokenLoss) -> dict[str, Any]:
@@ -362,7 +361,7 @@ def _identity(loss: TokenLoss) -> dict[str, Any]:
 
 
 def _digest(*tensors: Tensor) -> str:
-    """A fingerprint of tensors on the CPU."""
+    """SHA-256 of tensors on the CPU; 64 hex digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
@@ -370,17 +369,10 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _bar(total: int, initial: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit="step", disable=not shown, desc="personalize")
-
-
-def _report(bar: Any, trainer: TokenTrainer) -> None:
-    """Advance the bar; the loss is the mean of the last 50 steps."""
+def _shown(trainer: TokenTrainer) -> dict[str, str]:
+    """What the progress bar shows: the mean loss of the last 50 steps, the last held-out loss."""
     recent = trainer.losses[-50:]
     shown = {"loss": f"{sum(recent) / len(recent):.4f}"}
     if trainer.evaluations:
         shown["held out"] = f"{trainer.evaluations[-1][2]:.4f}"
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
+    return shown

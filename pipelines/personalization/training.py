@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...guidance.files import atomic
 from ...guidance.zeroth_order import Search
 from ..processes import processes
 from .loss import TokenBatch, TokenLoss
+
+HELD_OUT_ROWS_PER_CALL = 8
 
 
 class CheckpointError(ValueError):
@@ -34,11 +36,12 @@ class TokenTrainer:
         search: From `Recipe.build`.
         shape: (m, d).
         batches: The batch of a step, the same in every process.
-        held_out: Rows that the held-out loss is taken on, or None.
         points_per_call: Points of one call of the loss; 0 is all of a process. With a fixed number
             the calls are the same for any number of processes, and so is the token, bit for bit;
             else to rounding.
-        settings: What a checkpoint must agree with to be continued.
+        settings: What a checkpoint must agree with to be continued, ready for JSON.
+
+    `held_out` has the rows of the held-out loss, once they are set.
     """
 
     def __init__(
@@ -47,14 +50,14 @@ class TokenTrainer:
         search: Search,
         shape: tuple[int, int],
         batches: Callable[[int], TokenBatch],
-        held_out: TokenBatch | None = None,
-        points_per_call: int = 0,
-        settings: dict[str, Any] | None = None,
+        points_per_call: int,
+        settings: dict[str, Any],
     ) -> None:
-        self.loss, self.search, self.shape = loss, search, shape
-        self.batches, self.held_out = batches, held_out
-        self.points_per_call, self.settings = points_per_call, settings or {}
+        self.loss, self.search, self.shape, self.batches = loss, search, shape, batches
+        self.points_per_call, self.settings = points_per_call, settings
+        self.held_out: TokenBatch | None = None
         self.process = processes()
+        self._world = self.process.num_processes
         self.between_steps = True  # else an exception has cut an update in two
         self.step = 0
         self.forwards = 0
@@ -79,10 +82,6 @@ class TokenTrainer:
             losses[start : start + size] = values.float().cpu()
         return self._sum(losses)
 
-    @property
-    def _world(self) -> int:
-        return self.process.num_processes
-
     def _sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over processes; each element is zero in all but one of them."""
         if self._world == 1:
@@ -102,18 +101,19 @@ class TokenTrainer:
         return self.losses[-1]
 
     @torch.no_grad()
-    def evaluate_held_out(self, rows: int = 8) -> float:
+    def evaluate_held_out(self) -> float:
         """Held-out loss of the result so far, kept in `evaluations`; the best token is in `best`.
 
-        Rows are evaluated `rows` at a time, the parts shared out over the processes. They are not
+        Rows are evaluated a few at a time, the parts shared out over the processes. They are not
         counted in `forwards`.
         """
         if self.held_out is None:
             raise ValueError("there are no held-out rows")
+        rows = HELD_OUT_ROWS_PER_CALL
         count, token = len(self.held_out), self.vectors[None]
         sums = torch.zeros(-(-count // rows))
         for i in range(self.process.process_index, len(sums), self._world):
-            part = self.held_out.part(i * rows, (i + 1) * rows)
+            part = self.held_out.rows(slice(i * rows, (i + 1) * rows))
             sums[i] = self.loss(token, part).float().cpu()[0] * len(part)
         value = self._sum(sums).double().sum().item() / count
         if all(value < other for _, _, other in self.evaluations):
@@ -129,7 +129,7 @@ class TokenTrainer:
         return min(values[-patience:]) >= min(values[:-patience])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint (safetensors, its header has the JSON) and rename it into place."""
+        """Write a checkpoint (safetensors, its header has the JSON), whole or not at all."""
         state = {f"search.{k}": v.contiguous().clone() for k, v in self.search.state_dict().items()}
         state["best"] = self.best.contiguous().clone()
         state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
@@ -139,10 +139,8 @@ class TokenTrainer:
             "evaluations": self.evaluations,
             "settings": self.settings,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(state, partial, metadata={"personalization": json.dumps(record)})
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            save_file(state, partial, metadata={"personalization": json.dumps(record)})
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: the same steps follow as without the interruption.
@@ -158,16 +156,13 @@ class TokenTrainer:
             raise CheckpointError(
                 f"the checkpoint {path} is damaged ({error}): delete it to begin anew"
             ) from error
-        mine = json.loads(json.dumps(self.settings))
-        differing = sorted(
-            name
-            for name in {*mine, *record["settings"]}
-            if mine.get(name) != record["settings"].get(name)
-        )
+        mine, other = json.loads(json.dumps(self.settings)), record["settings"]
+        differing = sorted(n for n in {*mine, *other} if mine.get(n) != other.get(n))
         if differing:
             raise CheckpointError(
-                f"the checkpoint {path} was made with other settings ({', '.join(differing)}): "
-                "use the same ones, another output folder, or delete it to begin anew"
+                f"the checkpoint {path} was made with other settings ({', '.join(differing)}) or "
+                "by another version: use the same ones, another output folder, or delete it to "
+                "begin anew"
             )
         self.search.load_state_dict(
             {k.removeprefix("search."): v for k, v in state.items() if k.startswith("search.")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import safetensors
@@ -10,6 +9,7 @@ import safetensors.torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...guidance.files import atomic
 from .int8 import INT8_LAYERS, Int8Layer
 from .quantize import put_int8
 
@@ -17,13 +17,12 @@ FORMAT = {"format": "pilotage-int8", "version": "1"}
 
 
 def save_quantized(module: nn.Module, path: str | Path) -> None:
-    """Writes a module with int8 layers of ours to one safetensors file, by rename.
+    """Writes a module with int8 layers of ours to one safetensors file, whole or not at all.
 
     Raises:
         ValueError: no int8 layer of ours, or tensors of another backend (they are named).
     """
-    layers = [m for m in module.modules() if isinstance(m, Int8Layer)]
-    if not layers:
+    if not any(isinstance(m, Int8Layer) for m in module.modules()):
         raise ValueError("save_quantized: no int8 layer here: quantize(module) first")
     others = [k for k, v in module.state_dict().items() if is_traceable_wrapper_subclass(v)]
     if others:
@@ -31,11 +30,8 @@ def save_quantized(module: nn.Module, path: str | Path) -> None:
             f"save_quantized: tensors of another backend ({', '.join(others[:3])}, … "
             f"{len(others)} in all): quantize with backend='pilotage'"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_model(module, str(partial), metadata=FORMAT)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        safetensors.torch.save_model(module, str(partial), metadata=FORMAT)
 
 
 def load_quantized(module: nn.Module, path: str | Path) -> None:
@@ -52,11 +48,11 @@ def load_quantized(module: nn.Module, path: str | Path) -> None:
     if {k: metadata.get(k) for k in FORMAT} != FORMAT:
         raise ValueError(f"{path}: expected {FORMAT} in its metadata, got {metadata}")
     names = {key.removesuffix(".scale") for key in keys if key.endswith(".scale")}
-    layers = {n: m for n, m in module.named_modules() if n in names and type(m) in INT8_LAYERS}
-    there = {name for name, layer in module.named_modules() if isinstance(layer, Int8Layer)}
-    if missing := names - there - set(layers):
+    layers = {name: layer for name, layer in module.named_modules() if name in names}
+    fits = {n for n, m in layers.items() if type(m) in INT8_LAYERS or isinstance(m, Int8Layer)}
+    if missing := names - fits:
         raise ValueError(f"{path}: the module has no Linear or Conv2d {', '.join(sorted(missing))}")
-    put_int8(module, layers, set(INT8_LAYERS))
+    put_int8(module, layers.values())
     try:
         safetensors.torch.load_model(module, str(path))
     except RuntimeError as error:

@@ -65,7 +65,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, rest = _unpacked(*ctx.saved_tensors, grad.dtype)
+        weight, scale = ctx.saved_tensors
+        weight, rest = _unpacked(weight, scale, grad.dtype)
         grad = grad * ctx.layer.on_outputs(rest)
         return ctx.layer.transposed(ctx.shape, weight, grad).to(ctx.dtype), None
 
@@ -73,10 +74,12 @@ class _Frozen(torch.autograd.Function):
 class Int8Layer(nn.Module):
     """A frozen layer with an int8 `weight`, a float32 `scale` (out,) and a bias or None."""
 
-    covers: ClassVar[type[nn.Module]]
     settings: ClassVar[tuple[str, ...]]
+    weight: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         for name in self.settings:
             setattr(self, name, getattr(layer, name))
@@ -84,9 +87,8 @@ class Int8Layer(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         # A parameter, because pipelines ask the first parameter of some layers for its dtype.
-        bias = layer.bias
-        frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_parameter("bias", frozen)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.train(layer.training)
 
     def apply_weight(self, x: Tensor) -> Tensor:
@@ -136,7 +138,6 @@ class Int8Layer(nn.Module):
 class Int8Linear(Int8Layer):
     """`torch.nn.Linear` with an int8 weight."""
 
-    covers = nn.Linear
     settings = ("in_features", "out_features")
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -151,31 +152,22 @@ class Int8Linear(Int8Layer):
 class Int8Conv2d(Int8Layer):
     """`torch.nn.Conv2d` with an int8 weight."""
 
-    covers = nn.Conv2d
     settings = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
+        *("groups", "padding_mode"),
     )
 
-    def __init__(self, layer: nn.Conv2d):
+    def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
-        self.outside = layer.padding_mode != "zeros" or layer.padding == "same"
+        self.mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.outside = self.mode != "constant" or layer.padding == "same"
         self.border = list(layer._reversed_padding_repeated_twice)
-        inside = 0 if self.outside or layer.padding == "valid" else layer.padding
+        inside = (0, 0) if self.outside or isinstance(layer.padding, str) else layer.padding
         self.geometry = (layer.stride, inside, layer.dilation, layer.groups)
 
     def padded(self, x: Tensor) -> Tensor:
         """Padding with something else than zeros, or on unequal sides."""
-        if not self.outside:
-            return x
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self.border, mode=mode)
+        return F.pad(x, self.border, mode=self.mode) if self.outside else x
 
     def on_outputs(self, vector: Tensor) -> Tensor:
         """See `Int8Layer`."""
@@ -191,5 +183,6 @@ class Int8Conv2d(Int8Layer):
 
 
 INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
-    layer.covers: layer for layer in (Int8Linear, Int8Conv2d)
+    nn.Linear: Int8Linear,
+    nn.Conv2d: Int8Conv2d,
 }

@@ -1,9 +1,9 @@
 """int8 weights for the networks of a pipeline: Linear and Conv2d of UNet, VAE and text encoder.
 
 Two thirds of a Stable Diffusion UNet's weights sit in convolutions, which torchao does not cover:
-they get the layers of `pipelines/int8.py`. Linear layers go to torchao or to the same layers. A
+they get the layers of `int8.py`. Linear layers go to torchao or to the same layers. A
 pipeline that diffusers has already quantized (torchao, bitsandbytes, quanto, GGUF) keeps what it
-has; its convolutions, left in full precision there, are quantized here.
+has; its convolutions, which stay in full precision there, are quantized here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -21,15 +21,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .int8 import INT8_LAYERS, Int8Layer
 
 Backend = Literal["auto", "torchao", "pilotage"]
-BACKENDS = ("auto", "torchao", "pilotage")
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)
+BACKENDS = get_args(Backend)
+COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 WEIGHTY = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 OTHER_BACKENDS = ("bitsandbytes.", "optimum.quanto.", "diffusers.quantizers.", "torchao.")
 
@@ -61,7 +54,7 @@ def quantize(
             it is installed and `gradients` is off. Conv2d are always ours.
         gradients: A gradient will flow through to the input. torchao's layers then keep their
             dequantized weights until the backward pass, ours never do.
-        skip: Shell patterns of layer names to leave in full precision, e.g. ``"*.conv_out"``.
+        skip: Shell patterns of layer names that stay in full precision, e.g. ``"*.conv_out"``.
 
     Raises:
         ValueError: an unknown dtype or backend; layers with weights that are not covered (they
@@ -87,12 +80,11 @@ def quantize(
     before = quantized_bytes(target)["total"]
     layers: Counter[str] = Counter()
     for name, module in modules.items():
-        own = {nn.Linear, nn.Conv2d} if backend == "pilotage" else {nn.Conv2d}
-        layers["pilotage"] += put_int8(module, found[name].plain, own)
-        rest = [layer for layer in found[name].plain.values() if type(layer) not in own]
-        if rest:
-            layers["torchao"] += _by_torchao(module, rest)
-    kept = tuple(name for lists in found.values() for name in lists.kept)
+        plain, _ = found[name]
+        own = {m for m in plain if backend == "pilotage" or type(m) is nn.Conv2d}
+        layers["pilotage"] += put_int8(module, own)
+        layers["torchao"] += _by_torchao(module, [m for m in plain if m not in own])
+    kept = tuple(name for _, names in found.values() for name in names)
     after = quantized_bytes(target)["total"]
     return Quantized({k: n for k, n in layers.items() if n}, kept, before, after)
 
@@ -107,8 +99,8 @@ def networks(target: Any) -> dict[str, nn.Module]:
         if isinstance(target, (*WEIGHTY, Int8Layer)):
             raise ValueError(f"expected a network, got a single layer: {type(target).__name__}")
         return {"": target}
-    found = {name: getattr(target, name, None) for name in COMPONENTS}
-    found = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    parts = {name: getattr(target, name, None) for name in COMPONENTS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found:
         raise ValueError(
             f"expected a module or a pipeline with one of {', '.join(COMPONENTS)}, "
@@ -117,19 +109,16 @@ def networks(target: Any) -> dict[str, nn.Module]:
     return found
 
 
-@dataclass(frozen=True)
-class _Layers:
-    plain: dict[str, nn.Module]
-    kept: list[str]
-
-
-def _sorted_layers(component: str, module: nn.Module, skip: Sequence[str]) -> _Layers:
+def _sorted_layers(
+    component: str, module: nn.Module, skip: Sequence[str]
+) -> tuple[list[nn.Module], list[str]]:
     """Layers to quantize, and names of those that stay.
 
     Raises:
         ValueError: layers that are not covered and not in `skip`, or that carry hooks.
     """
-    plain, kept, foreign, hooked = {}, [], [], []
+    plain: list[nn.Module] = []
+    kept, foreign, hooked = [], [], []
     for name, layer in module.named_modules():
         full = f"{component}.{name}" if component else name
         if not isinstance(layer, WEIGHTY):
@@ -141,14 +130,14 @@ def _sorted_layers(component: str, module: nn.Module, skip: Sequence[str]) -> _L
         elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
             hooked.append(full)
         else:
-            plain[full] = layer
+            plain.append(layer)
     if foreign:
         raise ValueError(
             f"quantize covers Linear and Conv2d, not: {', '.join(foreign)}; name them in skip="
         )
     if hooked:
         raise ValueError(f"quantize before hooks are attached (offloading): {', '.join(hooked)}")
-    return _Layers(plain, kept)
+    return plain, kept
 
 
 def _by_others(layer: nn.Module) -> bool:
@@ -160,20 +149,25 @@ def _by_others(layer: nn.Module) -> bool:
     )
 
 
-def put_int8(module: nn.Module, layers: dict[str, nn.Module], types: set[type]) -> int:
-    """Puts int8 layers in place of those of the given types; one at several places stays one."""
-    made: dict[int, Int8Layer] = {}
-    wanted = {id(layer) for layer in layers.values() if type(layer) in types}
+def put_int8(module: nn.Module, layers: Iterable[nn.Module]) -> int:
+    """Puts int8 layers in place of the Linear and Conv2d among `layers`; their number.
+
+    A layer that a module has at several places stays one.
+    """
+    wanted = {id(layer) for layer in layers}
+    made: dict[nn.Module, Int8Layer] = {}
     for parent in module.modules():
         for name, child in parent._modules.items():
-            if id(child) in wanted:
-                if id(child) not in made:
-                    made[id(child)] = INT8_LAYERS[type(child)](child)
-                parent._modules[name] = made[id(child)]
+            if isinstance(child, (nn.Linear, nn.Conv2d)) and id(child) in wanted:
+                if child not in made:
+                    made[child] = INT8_LAYERS[type(child)](child)
+                parent._modules[name] = made[child]
     return len(made)
 
 
 def _by_torchao(module: nn.Module, layers: list[nn.Module]) -> int:
+    if not layers:
+        return 0
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     wanted = {id(layer) for layer in layers}
@@ -194,13 +188,13 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 def quantized_bytes(target: Any) -> dict[str, int]:
     """Bytes of parameters and buffers by dtype, e.g. ``{"int8": …, "bfloat16": …, "total": …}``."""
+    parts = {
+        (part.data_ptr(), part.shape, part.dtype): part.nbytes
+        for module in networks(target).values()
+        for tensor in (*module.parameters(), *module.buffers())
+        for part in _parts(tensor)
+    }
     sizes: Counter[str] = Counter()
-    seen = set()
-    for module in networks(target).values():
-        for tensor in (*module.parameters(), *module.buffers()):
-            for part in _parts(tensor):
-                key = (part.data_ptr(), part.shape, part.dtype)
-                if key not in seen:
-                    seen.add(key)
-                    sizes[str(part.dtype).removeprefix("torch.")] += part.nbytes
+    for (_, _, dtype), size in parts.items():
+        sizes[str(dtype).removeprefix("torch.")] += size
     return {**sizes, "total": sum(sizes.values())}

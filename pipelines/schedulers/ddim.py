@@ -11,31 +11,36 @@ References:
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
-from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...guidance import NoiseLevel
+from ...guidance.device import to_device
 from ...guidance.ops.solver import SolverStep, network_step, solver_step
 from ..seam.noise_levels import prediction_type_of
-from .fused import FusedScheduler, table_of, to_device
+from .fused import FusedScheduler, table_of
 
 
 class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
-    """See `DDIMScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`DDIMScheduler` with its step in one kernel on CUDA, which never waits for the device.
 
-    As with that, a step depends on its timestep alone: the table has a row per training timestep.
+    Its samples are those of the stock scheduler but for rounding. As there, a step depends on its
+    timestep alone: the table has a row per training timestep.
     """
 
+    config_name: Any  # diffusers' own bases disagree about its type
     _eta = 0.0
-    _squares: list[float] | None = None
+    _squares: list[float] = []  # alpha^2 of every training timestep
+    _last_square: float
 
     def check_config(self) -> None:
         """Raise ValueError for a network whose first prediction says nothing of the picture."""
         kind = prediction_type_of(self)
-        if self.config.rescale_betas_zero_snr and kind == "epsilon":
+        if self.config["rescale_betas_zero_snr"] and kind == "epsilon":
             raise ValueError(
                 "FusedDDIMScheduler: with rescale_betas_zero_snr the first sample is noise alone, "
                 "from which an epsilon prediction gives no picture; got prediction_type 'epsilon', "
@@ -44,24 +49,18 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def coefficients(self) -> Tensor:
         """One row per training timestep, at the `eta` last asked for."""
-        if self._squares is None:  # read once: `add_noise` moves the tensor to the device
+        if not self._squares:  # read once: `add_noise` moves the tensor to the device
             self._squares = self.alphas_cumprod.tolist()
             self._last_square = float(self.final_alpha_cumprod)
         square = torch.tensor(self._squares, dtype=torch.float64)
-        stride = self.config.num_train_timesteps // self.num_inference_steps
+        stride = self.config["num_train_timesteps"] // self.num_inference_steps
         last = torch.full((stride,), self._last_square, dtype=torch.float64)
         square_next = torch.cat([last, square])[: len(square)]
         alpha, sigma = square.sqrt(), (1 - square).sqrt()
         variance = (1 - square_next) / (1 - square) * (1 - square / square_next)
         std = self._eta * variance.sqrt()
         along = (1 - square_next - std**2).sqrt()  # weight of the noise's direction
-        match prediction_type_of(self):
-            case "epsilon":
-                d_x, d_p = 1 / alpha, -sigma / alpha
-            case "v_prediction":
-                d_x, d_p = alpha, -sigma
-            case _:
-                d_x, d_p = 0.0, 1.0
+        d_x, d_p = NoiseLevel(alpha, sigma, prediction_type_of(self)).coefficients()
         return table_of(
             len(square),
             k_x=along / sigma,
@@ -75,12 +74,13 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """See `FusedScheduler.noise_level`."""
         value = self.host_timestep(timestep)
-        if value is not None:
+        square: float | Tensor
+        if isinstance(value, Tensor):
+            table = self.alphas_cumprod.to(value.device)
+            square = table.index_select(0, value.long()).squeeze()
+        else:
             square = self._squares[int(value)]
-            return NoiseLevel(square**0.5, (1 - square) ** 0.5, prediction_type_of(self))
-        table = self.alphas_cumprod.to(timestep.device)
-        square = table.index_select(0, timestep.reshape(-1)[:1].long()).squeeze()
-        return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction_type_of(self))
+        return NoiseLevel(square**0.5, (1 - square) ** 0.5, prediction_type_of(self))
 
     def step(
         self,
@@ -99,8 +99,10 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
         if eta > 0 and variance_noise is not None and generator is not None:
             raise ValueError("pass a generator or variance_noise, not both")
         step = self._row_of(timestep, eta, sample.device)
-        prev_sample, denoised = network_step(sample, model_output, None, step)
-        if self.config.thresholding or self.config.clip_sample:
+        prev_sample, denoised = cast(
+            tuple[Tensor, Tensor], network_step(sample, model_output, None, step)
+        )
+        if self.config["thresholding"] or self.config["clip_sample"]:
             clipped = self._clipped(denoised)
             if use_clipped_model_output:
                 prev_sample = solver_step(sample, clipped, None, step)
@@ -123,13 +125,12 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
             self._eta = eta
             self._table = to_device(self.coefficients().float(), self._table.device)
         value = self.host_timestep(timestep)
-        if value is not None:
-            return self.solver_row(int(value), device)
-        table = self.solver_row(slice(None), device).row
-        return SolverStep(table.index_select(0, timestep.reshape(-1)[:1].to(device).long())[0])
+        if isinstance(value, Tensor):
+            return SolverStep(self.table_on(device).index_select(0, value.to(device).long())[0])
+        return self.solver_row(int(value), device)
 
     def _clipped(self, denoised: Tensor) -> Tensor:
-        if self.config.thresholding:
+        if self.config["thresholding"]:
             return self._threshold_sample(denoised)
-        limit = self.config.clip_sample_range
+        limit = self.config["clip_sample_range"]
         return denoised.clamp(-limit, limit)

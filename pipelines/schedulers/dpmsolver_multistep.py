@@ -16,8 +16,10 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -29,15 +31,18 @@ from .fused import FusedScheduler, table_of
 
 
 class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepScheduler):
-    """See `DPMSolverMultistepScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`DPMSolverMultistepScheduler` with its step in one kernel on CUDA.
 
-    Of its algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
+    Its samples are those of the stock scheduler but for rounding; no step waits for the device. It
+    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
     """
+
+    config_name: Any  # diffusers' own bases disagree about its type
 
     def check_config(self) -> None:
         """Raise ValueError for other algorithms and orders."""
         prediction_type_of(self)
-        algorithm, order = self.config.algorithm_type, self.config.solver_order
+        algorithm, order = self.config["algorithm_type"], self.config["solver_order"]
         if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
             raise ValueError(
                 "FusedDPMSolverMultistepScheduler has algorithm_type 'dpmsolver++' and "
@@ -55,24 +60,17 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
 
     def coefficients(self) -> Tensor:
         """The rows of the first order, then those of the second."""
-        alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas.double())
-        ratio = sigma / alpha
+        sigmas = self.sigmas.double()
+        now, following = self.level(sigmas[:-1]), self.level(sigmas[1:])
+        d_x, d_p = now.coefficients()
+        alpha, sigma, alpha_next, sigma_next = map(
+            torch.as_tensor, (now.alpha, now.sigma, following.alpha, following.sigma)
+        )
         count = len(self.timesteps)
-        alpha_next, sigma_next = alpha[1:], sigma[1:]
-        alpha, sigma = alpha[:-1], sigma[:-1]
-        match prediction_type_of(self):
-            case "epsilon":
-                d_x, d_p = 1 / alpha, -sigma / alpha
-            case "v_prediction":
-                d_x, d_p = alpha, -sigma
-            case "flow":
-                d_x, d_p = 1.0, -sigma
-            case _:
-                d_x, d_p = 0.0, 1.0
-        shrink = ratio[1:] / ratio[:-1]  # e^-h, 0 in a last step to sigma = 0
+        shrink = (sigma_next / alpha_next) / (sigma / alpha)  # e^-h, 0 in a last step to sigma = 0
         h = -shrink.log()
         k_x, k_n = sigma_next / sigma, torch.zeros_like(sigma)
-        if self.config.algorithm_type == "sde-dpmsolver++":
+        if self.config["algorithm_type"] == "sde-dpmsolver++":
             k_x, k_n = k_x * shrink, sigma_next * (1 - shrink**2).clamp(min=0).sqrt()
             phi, slope = alpha_next * (1 - shrink**2), -2 * h
         else:
@@ -80,18 +78,18 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         share = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
         first = table_of(count, k_d=phi, **share)
         before = torch.cat([h.new_full((1,), torch.nan), h[:-1]])  # no step before the first
-        weight = phi / 2 if self.config.solver_type == "midpoint" else phi / slope + alpha_next
+        weight = phi / 2 if self.config["solver_type"] == "midpoint" else phi / slope + alpha_next
         change = weight * h / before
         second = table_of(count, k_d=phi + change, k_p=-change, **share)
         return torch.cat([first, second])
 
-    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
-        """See `FusedScheduler.noise_level`."""
-        sigma = self._levels[self.current_index(timestep, default=0)]
-        if self.config.use_flow_sigmas:
-            return NoiseLevel(1 - sigma, sigma, prediction_type_of(self))
+    def level(self, sigma: float | Tensor) -> NoiseLevel:
+        """See `FusedScheduler.level`."""
+        kind = prediction_type_of(self)
+        if self.config["use_flow_sigmas"]:
+            return NoiseLevel(1 - sigma, sigma, kind)
         alpha = (sigma * sigma + 1) ** -0.5
-        return NoiseLevel(alpha, sigma * alpha, prediction_type_of(self))
+        return NoiseLevel(alpha, sigma * alpha, kind)
 
     def step(
         self,
@@ -106,9 +104,9 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         index = self._step_index = self.current_index(timestep)
-        if self.config.prediction_type == "epsilon" and self.config.variance_type is not None:
+        if self.config["prediction_type"] == "epsilon" and self.config["variance_type"] is not None:
             model_output = model_output[:, :3]  # the rest is the learned variance
-        second = self.config.solver_order == 2 and self.lower_order_nums > 0
+        second = self.config["solver_order"] == 2 and self.lower_order_nums > 0
         second = second and not self._ends_in_first_order(index)
         row = index + len(self.timesteps) * second
         step = self.solver_row(row, sample.device, has_previous=second)
@@ -118,17 +116,17 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
             model_output,
             previous,
             step,
-            want_denoised=self.config.solver_order == 2 or self.config.thresholding,
+            want_denoised=self.config["solver_order"] == 2 or self.config["thresholding"],
         )
-        if self.config.thresholding:
+        if self.config["thresholding"]:
             denoised = self._threshold_sample(denoised)
             prev_sample = solver_step(sample, denoised, previous, step)
-        if self.config.algorithm_type == "sde-dpmsolver++":
+        if self.config["algorithm_type"] == "sde-dpmsolver++":
             prev_sample = prev_sample + step.k_n * self._noise(
                 prev_sample, generator, variance_noise
             )
         self.model_outputs = [*self.model_outputs[1:], denoised]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config["solver_order"])
         self._step_index += 1
         prev_sample = prev_sample.to(model_output.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
@@ -137,12 +135,14 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         """Whether the stock scheduler takes its last step at first order, and this is it."""
         count, config = len(self.timesteps), self.config
         return index == count - 1 and (
-            config.euler_at_final
-            or (config.lower_order_final and count < 15)
-            or config.final_sigmas_type == "zero"
+            config["euler_at_final"]
+            or (config["lower_order_final"] and count < 15)
+            or config["final_sigmas_type"] == "zero"
         )
 
-    def _noise(self, like: Tensor, generator, given: Tensor | None) -> Tensor:
+    def _noise(
+        self, like: Tensor, generator: torch.Generator | None, given: Tensor | None
+    ) -> Tensor:
         if given is not None:
             return given.to(device=like.device, dtype=torch.float32)
         return randn_tensor(like.shape, generator, like.device, torch.float32)

@@ -9,11 +9,13 @@ References:
 
 from __future__ import annotations
 
-import math
+from typing import Any, cast
 
 import torch
-from diffusers import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_euler_discrete import (
+    EulerDiscreteScheduler,
+    EulerDiscreteSchedulerOutput,
+)
 from torch import Tensor
 
 from ...guidance import NoiseLevel
@@ -23,10 +25,13 @@ from .fused import FusedScheduler, refuse_integer, table_of
 
 
 class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
-    """See `EulerDiscreteScheduler`; the same trajectory, one launch a step, no host syncs.
+    """`EulerDiscreteScheduler` with its step in one kernel on CUDA, without device reads.
 
-    With `s_churn` > 0 its own step is taken.
+    Its samples are those of the stock scheduler but for rounding. With `s_churn` > 0 the stock
+    scheduler's own step is taken.
     """
+
+    config_name: Any  # diffusers' own bases disagree about its type
 
     def check_config(self) -> None:
         """Raise ValueError for a prediction type that is not known."""
@@ -35,35 +40,28 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
     def coefficients(self) -> Tensor:
         """See `FusedScheduler.coefficients`."""
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:].double()
-        scale = (sigma**2 + 1).rsqrt()
-        match prediction_type_of(self):
-            case "epsilon":
-                d_x, d_p = 1.0, -sigma
-            case "v_prediction":
-                d_x, d_p = scale**2, -sigma * scale
-            case _:
-                d_x, d_p = 0.0, 1.0
+        level = self.level(sigma)
+        a_x, a_p = level.coefficients()
         return table_of(
             len(sigma),
             k_x=sigma_next / sigma,
             k_d=1 - sigma_next / sigma,
-            d_x=d_x,
-            d_p=d_p,
-            scale_in=scale,
-            input_scale=(sigma_next**2 + 1).rsqrt(),
+            d_x=a_x * level.alpha,
+            d_p=a_p,
+            scale_in=level.alpha,
+            input_scale=self.level(sigma_next).alpha,
         )
 
-    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
-        """See `FusedScheduler.noise_level`."""
-        sigma = self._levels[self.current_index(timestep, default=0)]
-        alpha = 1 / math.sqrt(sigma * sigma + 1)
+    def level(self, sigma: float | Tensor) -> NoiseLevel:
+        """See `FusedScheduler.level`."""
+        alpha = (sigma * sigma + 1) ** -0.5
         return NoiseLevel(alpha, sigma * alpha, prediction_type_of(self))
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The network's input, x_t / sqrt(sigma^2 + 1)."""
         self._step_index = self.current_index(timestep)
         self.is_scale_input_called = True
-        return sample * (1 / math.sqrt(self._levels[self._step_index] ** 2 + 1))
+        return sample * self.level(self._levels[self._step_index]).alpha
 
     def step(
         self,
@@ -81,18 +79,15 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
         refuse_integer(timestep)
         self._step_index = self.current_index(timestep)
         if s_churn > 0:
-            churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-            return super().step(
-                model_output,
-                timestep,
-                sample,
-                **churn,
-                generator=generator,
-                return_dict=return_dict,
-            )
+            return self.stock_class.step(
+                self, model_output, timestep, sample,
+                s_churn, s_tmin, s_tmax, s_noise, generator, return_dict,
+            )  # fmt: skip
         step = self.solver_row(self._step_index, sample.device)
-        dtype = model_output.dtype
-        prev_sample, denoised = network_step(sample, model_output, None, step, dtype=dtype)
+        prev_sample, denoised = cast(
+            tuple[Tensor, Tensor],
+            network_step(sample, model_output, None, step, dtype=model_output.dtype),
+        )
         self._step_index += 1
         if not return_dict:
             return prev_sample, denoised

@@ -9,9 +9,11 @@ References:
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from torch import Tensor
@@ -22,28 +24,31 @@ from .fused import FusedScheduler, refuse_integer, table_of
 
 
 class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteScheduler):
-    """See `FlowMatchEulerDiscreteScheduler`; the same trajectory, one launch, no host syncs.
+    """`FlowMatchEulerDiscreteScheduler` with its step in one kernel on CUDA.
 
-    Its sigmas stay on the host. With `stochastic_sampling` its own step is taken; timesteps that
-    differ from token to token are refused.
+    Its samples are those of the stock scheduler but for rounding; no step waits for the device, as
+    the sigmas are kept on the host. With `stochastic_sampling` the stock scheduler's own step is
+    taken; timesteps that differ from token to token are refused.
     """
+
+    config_name: Any  # diffusers' own bases disagree about its type
 
     def coefficients(self) -> Tensor:
         """See `FusedScheduler.coefficients`."""
-        noise, delta = self.sigmas[:-1].double(), self.sigmas.double().diff()
-        velocity = 1.0  # of the noise's share
-        if self.config.invert_sigmas:  # the table holds the picture's share
-            noise, delta, velocity = 1 - noise, -delta, -1.0
+        sigmas = self.sigmas.double()
+        level, delta = self.level(sigmas[:-1]), sigmas.diff()
+        noise = torch.as_tensor(level.sigma)
+        delta = -delta if self.config["invert_sigmas"] else delta
+        d_x, d_p = level.coefficients()
         # Without noise left the step does nothing, whatever D is.
         rate = torch.where(noise == 0, 0, delta / noise)
-        table = table_of(len(noise), k_x=1 + rate, k_d=-rate, d_x=1, d_p=-velocity * noise)
-        table[:, INDEX["c_x"]], table[:, INDEX["c_p"]] = 1, velocity * delta
+        table = table_of(len(delta), k_x=1 + rate, k_d=-rate, d_x=d_x, d_p=d_p)
+        table[:, INDEX["c_x"]], table[:, INDEX["c_p"]] = 1, level.sign * delta
         return table
 
-    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
-        """See `FusedScheduler.noise_level`."""
-        sigma = self._levels[self.current_index(timestep, default=0)]
-        if self.config.invert_sigmas:
+    def level(self, sigma: float | Tensor) -> NoiseLevel:
+        """See `FusedScheduler.level`."""
+        if self.config["invert_sigmas"]:  # the table holds the picture's share
             return NoiseLevel(sigma, 1 - sigma, "flow", sign=-1)
         return NoiseLevel(1 - sigma, sigma, "flow")
 
@@ -72,9 +77,9 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
             )
         refuse_integer(timestep)
         self._step_index = self.current_index(timestep)
-        if self.config.stochastic_sampling:
-            return super().step(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
+        if self.config["stochastic_sampling"]:
+            return self.stock_class.step(
+                self, model_output, timestep, sample, generator=generator, return_dict=return_dict
             )
         step = self.solver_row(self._step_index, sample.device)
         prev_sample, _ = network_step(
@@ -83,4 +88,4 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
         self._step_index += 1
         if not return_dict:
             return (prev_sample,)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+        return FlowMatchEulerDiscreteSchedulerOutput(cast(torch.FloatTensor, prev_sample))

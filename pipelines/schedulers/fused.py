@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ...guidance import NoiseLevel
+from ...guidance.device import to_device
 from ...guidance.ops.solver import COLUMNS, INDEX, SolverStep
 
 
 class FusedScheduler:
-    """First base of a fused scheduler; the second is the stock scheduler it stands for.
+    """First base class of a fused scheduler; the second is the stock scheduler it replaces.
 
     Configuration, timesteps, noise and sigmas (kept on the host) are the stock scheduler's.
 
     Attributes:
-        stock_class: That scheduler.
+        stock_class: The stock scheduler's class.
     """
 
-    stock_class: ClassVar[type[SchedulerMixin]]
+    stock_class: ClassVar[Any]
+    timesteps: Any  # this and the next two are the stock scheduler's
+    _step_index: Any
+    _begin_index: Any
     _steps: tuple[Tensor, list[float]] | None = None
+    _levels: list[float]
+    _table: Tensor
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        stock = cls.stock_class = cls.__bases__[1]
+        stock: Any = cls.__bases__[1]
+        cls.stock_class = stock
         # diffusers writes these two into saved pipelines, which then load without Pilotage, and
         # looks schedulers up by name. repr() shows the qualified name, which stays ours.
         cls.__name__, cls.__module__ = stock.__name__, stock.__module__
-        cls.__init__ = _checked(stock.__init__)
-        cls.set_timesteps = _tabulated(stock.set_timesteps)
+        for name, wrap in (("__init__", _checked), ("set_timesteps", _tabulated)):
+            setattr(cls, name, wrap(getattr(stock, name)))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self).__qualname__, self.__dict__.copy())
 
     def check_config(self) -> None:
@@ -45,14 +52,19 @@ class FusedScheduler:
         """The table of `guidance.ops.solver.COLUMNS`, one row per step, float64, on the host."""
         raise NotImplementedError
 
+    def level(self, sigma: float) -> NoiseLevel:
+        """The noise level of the network's input at an entry of the scheduler's `sigmas`."""
+        raise NotImplementedError
+
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """The noise level of the network's input at the current step, without a device read."""
-        raise NotImplementedError
+        return self.level(self._levels[self.current_index(timestep, default=0)])
 
     def tabulate(self) -> None:
         """Compute the tables again, after the timesteps or sigmas were changed by hand."""
         self._steps = (self.timesteps, self.timesteps.tolist())
-        self._levels = self.sigmas.tolist() if hasattr(self, "sigmas") else None
+        sigmas: Tensor | None = getattr(self, "sigmas", None)
+        self._levels = [] if sigmas is None else sigmas.tolist()
         self._table = to_device(self.coefficients().float(), self.timesteps.device)
 
     def known_steps(self) -> tuple[Tensor, list[float]]:
@@ -61,21 +73,22 @@ class FusedScheduler:
         Raises:
             ValueError: `set_timesteps` was not called.
         """
+        if self._steps is not None and self._steps[0] is not self.timesteps:
+            self.tabulate()
         if self._steps is None:
             raise ValueError("call set_timesteps first")
-        if self._steps[0] is not self.timesteps:
-            self.tabulate()
         return self._steps
 
-    def host_timestep(self, timestep: Tensor | float) -> float | None:
-        """The value of a timestep; None if only the device knows it."""
+    def host_timestep(self, timestep: Tensor | float) -> float | Tensor:
+        """The value of a timestep; as a tensor of shape (1,) if only the device knows it."""
         if not isinstance(timestep, Tensor):
             return timestep
         own, values = self.known_steps()
         if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
             # What a loop over `timesteps` yields is a view: where it lies tells which one it is.
-            return values[timestep.storage_offset() - own.storage_offset()]
-        return timestep.reshape(-1)[0].item() if timestep.device.type == "cpu" else None
+            return values[int(timestep.storage_offset()) - int(own.storage_offset())]
+        first = timestep.reshape(-1)[:1]
+        return first.item() if timestep.device.type == "cpu" else first
 
     def current_index(self, timestep: Tensor | float, default: int | None = None) -> int:
         """Index of the step about to be taken, counted on the host.
@@ -93,10 +106,10 @@ class FusedScheduler:
         if self._begin_index is not None:
             return self._begin_index
         value = self.host_timestep(timestep)
-        if value is None:
+        if isinstance(value, Tensor):
             if default is not None:
                 return default
-            value = timestep.reshape(-1)[0].item()
+            value = value.item()
         values = self.known_steps()[1]
         found = [index for index, known in enumerate(values) if known == value]
         if not found:
@@ -114,15 +127,19 @@ class FusedScheduler:
         """Where the stock scheduler begins with a timestep it does not have; None: nowhere."""
         return None
 
-    def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
-        """A row of the table, on the device of the samples (moved there once if need be)."""
+    def table_on(self, device: torch.device) -> Tensor:
+        """The table, on the device of the samples (moved there once if need be)."""
         self.known_steps()
         if self._table.device != device:
-            self._table = to_device(self._table, device)
-        return SolverStep(self._table[row], has_previous)
+            self._table = to_device(self._table.cpu(), device)
+        return self._table
+
+    def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
+        """A row of the table, on the device of the samples."""
+        return SolverStep(self.table_on(device)[row], has_previous)
 
 
-def table_of(count: int, **columns: Tensor) -> Tensor:
+def table_of(count: int, **columns: Tensor | float) -> Tensor:
     """A table with `count` rows from its main columns; what follows from them is added.
 
     Args:
@@ -142,13 +159,6 @@ def table_of(count: int, **columns: Tensor) -> Tensor:
     return table
 
 
-def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device that does not wait for it."""
-    if device.type == "cuda":
-        return table.cpu().pin_memory().to(device, non_blocking=True)
-    return table.to(device)
-
-
 def refuse_integer(timestep: Any) -> None:
     """Raise ValueError where a timestep is an index, which these schedulers cannot take."""
     if isinstance(timestep, int):
@@ -158,38 +168,37 @@ def refuse_integer(timestep: Any) -> None:
         )
 
 
-def _checked(stock_init: Any) -> Any:
+def _checked(stock_init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock_init)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
         self.check_config()
 
     return __init__
 
 
-def _tabulated(stock_set_timesteps: Any) -> Any:
+def _tabulated(stock_set_timesteps: Callable[..., None]) -> Callable[..., None]:
     """`set_timesteps` on the host, then tables and timesteps to the device."""
     signature = inspect.signature(stock_set_timesteps)
 
     @functools.wraps(stock_set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
+    def set_timesteps(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         device = bound.arguments.pop("device", None)
         stock_set_timesteps(*bound.args, **bound.kwargs)
         self.tabulate()
         if device is not None:
-            device = torch.device(device)
-            self.timesteps, self._table = self.timesteps.to(device), to_device(self._table, device)
-            self._steps = (self.timesteps, self._steps[1])
+            _, values = self.known_steps()
+            self.timesteps = self.timesteps.to(device)
+            self._table = to_device(self._table, device)
+            self._steps = (self.timesteps, values)
 
     return set_timesteps
 
 
 def _restore(name: str, state: dict[str, Any]) -> FusedScheduler:
     """Unpickle: the class is found by our name for it."""
-    from .. import schedulers
-
-    cls = getattr(schedulers, name)
+    cls = next(cls for cls in FusedScheduler.__subclasses__() if cls.__qualname__ == name)
     scheduler = cls.__new__(cls)
     scheduler.__dict__.update(state)
     return scheduler

@@ -32,7 +32,7 @@ class GuidedDenoiser:
             return self._network(*args, **kwargs)
         return self._evaluate(self._name, self._network, args, kwargs)
 
-    @property
+    @property  # type: ignore[misc]  # object's own may be written to, this one only read
     def __class__(self) -> type:
         return type(self._network)
 

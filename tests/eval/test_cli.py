@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import pilotage
 from pilotage.eval.cli import app, main
 from pilotage.eval.embedded import embedded_folder, load_embedded
+from pilotage.pipelines import guided
 
 from ..families import FAMILIES
 
@@ -58,27 +60,20 @@ def test_scale_one_is_no_guidance(monkeypatch, tmp_path):
     assert made["guidance"] is None and made["nfe"] == 2
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    """A folder with a pipeline whose scale is called ``true_cfg_scale``."""
-    folder = tmp_path_factory.mktemp("flux")
-    FAMILIES["flux"].build().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("guidance", ["cfg", "apg"])
-def test_generate_guides_where_the_scale_has_another_name(monkeypatch, tmp_path, flux, guidance):
+def test_generate_guides_where_the_scale_has_another_name(monkeypatch, tmp_path):
+    pipe = guided(FAMILIES["flux"].build())
+    monkeypatch.setattr("pilotage.eval.embedded.load_pipeline", lambda *_: pipe)
     pixels = []
-    for scale in (3, 30):
-        path = tmp_path / f"{scale}.png"
-        options = ["--model", flux, "-g", guidance, "-w", scale, "--steps", 1, "-o", path]
+    for guidance, scale in (("cfg", 3), ("cfg", 30), ("apg", 3), ("apg", 30)):
+        path = tmp_path / f"{guidance}-{scale}.png"
+        options = ["--model", "flux", "-g", guidance, "-w", scale, "--steps", 1, "-o", path]
         assert run(monkeypatch, "generate", "a fox", *options) == 0
         image = Image.open(path)
         made = json.loads(image.text["pilotage"])
         assert (made["true_cfg_scale"], made["nfe"]) == (scale, 2)
         assert "guidance_scale" not in made
         pixels.append(np.asarray(image))
-    assert not np.array_equal(*pixels)
+    assert not np.array_equal(*pixels[:2]) and not np.array_equal(*pixels[2:])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +126,16 @@ def test_info_lists_names_and_presets(monkeypatch, capsys):
     out = capsys.readouterr().out
     for word in ("apg", "sdxl", "torch"):
         assert word in out
+    assert run(monkeypatch, "info", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == pilotage.info()
+    assert pilotage.info()["versions"]["pilotage"] == pilotage.__version__
+
+
+@pytest.mark.parametrize("option", ["-h", "--help", "--version"])
+def test_options_of_the_program(monkeypatch, capsys, option):
+    assert run(monkeypatch, option) == 0
+    expected = pilotage.__version__ if option == "--version" else "precision-recall"
+    assert expected in capsys.readouterr().out
 
 
 def test_every_command_explains_itself():

@@ -83,11 +83,10 @@ def test_ours_and_diffusers_do_the_same_work_and_comfyui_one_scale_more():
     )
     momentum = MomentumBuffer(MOMENTUM)
     momentum.update(last)
-    ours, buffer = our_apg(cond, uncond, last, "reference")
+    ours, buffer = our_apg(cond, uncond, last)
     theirs = diffusers_apg(cond, uncond, momentum)
     comfy, _ = comfyui_apg(cond, uncond, last, SCALE - 1)  # its scale is one too strong
-    inlined, _ = apg_providers.inlined_reference(cond, uncond, last)
-    for found in (ours, theirs, comfy, inlined):
+    for found in (ours, theirs, comfy):
         torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(buffer, cond - uncond + MOMENTUM * last)
 

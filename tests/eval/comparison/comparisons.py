@@ -3,7 +3,7 @@
 from PIL import Image
 
 from pilotage.eval.comparison.evaluation import Cell
-from pilotage.eval.comparison.sampling import Samples, Setting
+from pilotage.eval.comparison.plan import Samples, Setting
 
 PROMPTS = ["a fox", "a key & a lock", '<script>alert("x")</script>']
 SETTINGS = [
@@ -23,7 +23,7 @@ FACTS = {
     "pipeline": "StableDiffusionPipeline",
     "scheduler": "DPMSolverMultistepScheduler",
     "context": {
-        "command": "python -m pilotage.eval.comparison.compare -p '<img src=x onerror=alert(1)>'",
+        "command": "python -m pilotage.eval compare -p '<img src=x onerror=alert(1)>'",
         "date": "2026-01-01",
         "machine": {"processor": "a", "cores": 2, "accelerator": None, "python": "3.11"},
         "versions": {"torch": "2"},

@@ -7,17 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotage.eval.comparison.sampling import (
-    Plan,
-    Setting,
-    evaluations,
-    generate,
-    sample_seed,
-    steps_for_nfe,
-    update_norms,
-)
+from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_norms
+from pilotage.eval.comparison.plan import Plan, Setting, sample_seed
+from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
-from pilotage.guidance import APG, AdaptiveGuidance, Forecast, Gram, LinearAG, fit_coefficients
+from pilotage.guidance import APG, AdaptiveGuidance, Gram, fit_coefficients, forecast, linear_ag
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.identity import pipeline_identity
 from pilotage.pipelines.quantization.quantize import quantize
@@ -25,7 +19,7 @@ from pilotage.pipelines.quantization.quantize import quantize
 from ...families import FAMILIES, flow
 
 PROMPTS = ["noto style fox", "flat style key", "twemoji style red apple"]
-SETTINGS = [Setting("cfg", 5.0, 3), Setting("apg", 5.0, 3)]
+SETTINGS = [Setting("cfg", 5.0, 2), Setting("apg", 5.0, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +34,8 @@ def plan(**changes):
 
 
 def pictures(folder):
-    """Bytes of every PNG below a folder, by relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    """Bytes of every PNG below a folder, by relative path; half-written ones are hidden."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("[!.]*.png"))}
 
 
 def pixels(path):
@@ -70,7 +64,7 @@ def test_an_interrupted_run_ends_with_the_same_pictures(pipe, tmp_path):
     assert per_setting == [2, 2]
     # Killed while writing: a picture without its chunk's record, and a picture half written.
     (parts / SETTINGS[0].slug / "chunk-00000.json").unlink()
-    (parts / SETTINGS[1].slug / "000000-00002.png.partial").write_bytes(b"\x89PNG")
+    (parts / SETTINGS[1].slug / ".000000-00002-x.partial.png").write_bytes(b"\x89PNG")
     seen = []
     generate(pipe, plan(), parts, progress=False, on_chunk=lambda *counts: seen.append(counts))
     assert seen == [(2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
@@ -81,7 +75,8 @@ def test_an_interrupted_run_ends_with_the_same_pictures(pipe, tmp_path):
 def test_pictures_do_not_depend_on_the_batch_size(pipe, tmp_path):
     """The same samples from the same noise; convolutions of another batch round differently."""
     for size in (1, 6):
-        generate(pipe, plan(batch_size=size), tmp_path / str(size), progress=False)
+        few = plan(batch_size=size, settings=SETTINGS[1:])
+        generate(pipe, few, tmp_path / str(size), progress=False)
     names = sorted(pictures(tmp_path / "1"))
     assert names == sorted(pictures(tmp_path / "6"))
     for name in names:
@@ -91,8 +86,9 @@ def test_pictures_do_not_depend_on_the_batch_size(pipe, tmp_path):
 def test_samples_are_what_the_pipeline_makes(pipe, tmp_path):
     seed, i = 7, 1
     setting = Setting(APG(eta=0.5) | AdaptiveGuidance(0.9), 6.0, 4, method="mine")
-    (samples,) = generate(pipe, plan(settings=[setting], batch_size=1), tmp_path, progress=False)
-    index = plan().samples.index((seed, i))
+    alone = plan(settings=[setting], batch_size=1, prompts=PROMPTS[:2], seeds=(seed,))
+    (samples,) = generate(pipe, alone, tmp_path, progress=False)
+    index = alone.samples.index((seed, i))
     direct = pipe(
         samples.prompts[index],
         guidance=setting.guidance,
@@ -110,16 +106,18 @@ def test_samples_are_what_the_pipeline_makes(pipe, tmp_path):
 def test_update_norm_is_that_of_denoised_images(pipe, tmp_path):
     """CFG acts on raw predictions, APG without its settings is CFG on denoised images."""
     same = Setting(APG(eta=1.0, momentum=0.0, norm_threshold=0.0), 5.0, 3, method="same")
-    one, two = generate(pipe, plan(settings=[SETTINGS[0], same]), tmp_path, progress=False)
+    one, two = generate(
+        pipe, plan(settings=[Setting("cfg", 5.0, 3), same], seeds=(0,)), tmp_path, progress=False
+    )
     assert one.update == pytest.approx(two.update, rel=1e-3) and min(one.update) > 0
 
 
-@pytest.mark.parametrize("tail", [Forecast(head=0), AdaptiveGuidance(-1.0, tail="forecast")])
-def test_steps_at_rest_do_not_count_towards_the_mean_update(pipe, tail):
-    guidance = APG() | tail
+@pytest.mark.parametrize("policy", [forecast(first=0), AdaptiveGuidance(-1.0, then="forecast")])
+def test_skipped_steps_do_not_count_towards_the_mean_update(pipe, policy):
+    guidance = APG() | policy
     pipe(PROMPTS, guidance=guidance, num_inference_steps=4, detailed_trace=True)
     first, rest, second, last = pipe.guidance_trace.steps
-    assert [len(step.resting) for step in pipe.guidance_trace.steps] == [0, 3, 0, 3]
+    assert [len(step.skipped) for step in pipe.guidance_trace.steps] == [0, 3, 0, 3]
     assert rest.update_norm is last.update_norm is None
     expected = (first.update_norm + second.update_norm) / 2
     found = update_norms(pipe.guidance_trace, guidance, pipe.scheduler)
@@ -187,7 +185,7 @@ def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):
     steps = 3
     cond, uncond = torch.randn(2, steps, 2, 9, generator=torch.Generator().manual_seed(0))
     policies = [
-        LinearAG(coefficients=fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
+        linear_ag(fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
         for ridge in (0.1, 0.2)
     ]
     assert str(policies[0]) == str(policies[1])
@@ -218,7 +216,7 @@ def test_another_model_or_scheduler_is_refused(tmp_path):
         ({"prompts": []}, "needs prompts"),
         ({"prompts": ["a", " "]}, r"empty at the positions \[1\]"),
         ({"seeds": (1, 1)}, "seed occurs twice"),
-        ({"settings": [SETTINGS[0]] * 2}, "setting occurs twice: cfg-w5-s3"),
+        ({"settings": [SETTINGS[0]] * 2}, "setting occurs twice: cfg-w5-s2"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )

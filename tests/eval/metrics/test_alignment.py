@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pilotage.eval.metrics.alignment import CLIPAlignment, RidgeAlignment, rank_accuracy
+from pilotage.eval.metrics.alignment import CLIPAlignment, RidgeAlignment
 from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.ridge import SentenceEncoder
 
@@ -259,7 +259,8 @@ def test_ridge_finds_captions_of_linear_features(encoder, tmp_path):
         features[:80], texts[:80], ridge=0.01, extractor=Named(), encoder=encoder
     )
     table = fitted.similarity(features[80:], texts[80:])
-    assert rank_accuracy(table) > 0.5 > 10 * rank_accuracy(table[:, torch.randperm(20)]) - 5
+    found = (table.argmax(1) == torch.arange(20)).double().mean()  # by chance: 0.05
+    assert found > 0.5
     scores = fitted.score(features[80:], texts[80:])
     torch.testing.assert_close(scores, table.diagonal())
     assert scores.mean() > fitted.score(features[80:], texts[80:][::-1]).mean() + 0.2
@@ -298,13 +299,3 @@ def test_bad_fits(encoder):
         RidgeAlignment.fit(rand(2, 4), ["a", "b"], ridge=0, **options)
     with pytest.raises(ValueError, match="NaN"):
         RidgeAlignment.fit(rand(2, 4).log().sqrt(), ["a", "b"], **options)
-
-
-def test_rank_accuracy():
-    table = torch.tensor([[3.0, 2, 1], [2, 1, 3], [0, 1, 1]])
-    # Ranks of the own column: 0, 2, and 1 (a tie counts against).
-    assert [rank_accuracy(table, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
-    with pytest.raises(ValueError, match="between 1 and 3"):
-        rank_accuracy(table, 4)
-    with pytest.raises(ValueError, match=r"\(N, N\)"):
-        rank_accuracy(table[:2])

@@ -17,7 +17,7 @@ from pilotage.eval.metrics.features import (
     load_features,
     require_same,
 )
-from pilotage.eval.metrics.pictures import batches, load_pictures, picture_files, prompt_of
+from pilotage.eval.pictures import batches, load_pictures, picture_files, prompt_of
 
 
 class Means:

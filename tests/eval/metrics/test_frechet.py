@@ -6,9 +6,9 @@ import scipy.linalg
 import torch
 
 from examples.studies.agreement import fid_of_torchmetrics, made_up
-from pilotage.eval.metrics.bootstrap import frechet_interval, grouped_interval, interval
+from pilotage.eval.metrics.bootstrap import grouped_interval, interval
 from pilotage.eval.metrics.features import FeatureStatistics
-from pilotage.eval.metrics.frechet import frechet_distance
+from pilotage.eval.metrics.frechet import frechet_distance, frechet_interval
 
 
 def randn(*shape, seed=0):

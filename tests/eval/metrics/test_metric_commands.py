@@ -6,30 +6,41 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pilotage.eval.cli import MODULES
-from pilotage.eval.metrics import extractors
+from pilotage.eval.cli import COMMANDS
+from pilotage.eval.metrics import extractors, ridge
 from pilotage.eval.metrics.cmmd import cmmd
 from pilotage.eval.metrics.features import folder_features
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.images import psnr, saturation, ssim
 from pilotage.eval.metrics.kid import kernel_distance
-from pilotage.eval.metrics.pictures import load_pictures
 from pilotage.eval.metrics.precision_recall import precision_recall
+from pilotage.eval.pictures import load_pictures
 
 from ..test_cli import run
 
 
-@pytest.fixture(scope="module")
-def network():
-    return extractors.EfficientNetLite0()
+class Coarse(torch.nn.Module):
+    """Pictures of 4 x 4 pixels as features, in the place of a network."""
+
+    name, preprocessing, dimension = "efficientnet-lite0", "none", 48
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch, network):
-    """Two folders of eight pictures; the extractor is built once for all tests."""
-    monkeypatch.setattr(extractors, "EfficientNetLite0", lambda: network)
+def network():
+    return Coarse()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two folders of eight pictures."""
+    for module in (extractors, ridge):
+        monkeypatch.setattr(module, "EfficientNetLite0", Coarse)
     generator = np.random.default_rng(0)
     for name, high in (("real", 256), ("fake", 128)):
         (tmp_path / name).mkdir()
@@ -46,31 +57,51 @@ def values(monkeypatch, tmp_path, *arguments):
     return json.loads(path.read_text())
 
 
-def test_distances(monkeypatch, tmp_path, folders, network):
-    """From folders, from files of features, and from a file of statistics."""
-    real, fake = (network(load_pictures(folder)) for folder in folders)
-    expected = pytest.approx(frechet_distance(real, fake), rel=1e-3)
-    found = values(monkeypatch, tmp_path, "fid", *folders, "--batch-size", 3)
-    assert found["fd"] == expected
-    assert (found["n_real"], found["n_fake"], found["extractor"]) == (8, 8, network.name)
+@pytest.fixture(params=["folders", "files"])
+def sources(request, monkeypatch, tmp_path, folders):
+    """The folders, or files of their features made by ``pilotage statistics``."""
+    if request.param == "folders":
+        return folders
     files = [tmp_path / f"{folder.name}.npz" for folder in folders]
     for folder, file in zip(folders, files, strict=True):
         assert run(monkeypatch, "statistics", folder, "-o", file, "--features") == 0
-    found = values(monkeypatch, tmp_path, "fid", *files, "--resamples", 5)
+    return files
+
+
+@pytest.fixture
+def features(folders, network):
+    return [network(load_pictures(folder)) for folder in folders]
+
+
+def test_fid(monkeypatch, tmp_path, sources, features):
+    expected = pytest.approx(frechet_distance(*features), rel=1e-6)
+    found = values(monkeypatch, tmp_path, "fid", *sources, "--batch-size", 3, "--resamples", 5)
     low, high = found["interval"]
     assert low <= found["fd"] <= high and found["fd"] == expected
-    found = values(monkeypatch, tmp_path, "kid", *files)
-    assert found["kid"] == pytest.approx(kernel_distance(real, fake).value, rel=1e-3)
-    found = values(monkeypatch, tmp_path, "kid", *files, "--subsets", 3, "--subset-size", 5)
+    assert (found["n_real"], found["n_fake"], found["extractor"]) == (8, 8, Coarse.name)
+
+
+def test_kid(monkeypatch, tmp_path, sources, features):
+    found = values(monkeypatch, tmp_path, "kid", *sources)
+    assert found["kid"] == pytest.approx(kernel_distance(*features).value, rel=1e-6)
+    found = values(monkeypatch, tmp_path, "kid", *sources, "--subsets", 3, "--subset-size", 5)
     assert found["std"] > 0
-    found = values(monkeypatch, tmp_path, "precision-recall", *files)
-    assert (found["precision"], found["recall"]) == precision_recall(real, fake)
+
+
+def test_precision_recall(monkeypatch, tmp_path, sources, features):
+    found = values(monkeypatch, tmp_path, "precision-recall", *sources)
+    assert (found["precision"], found["recall"]) == precision_recall(*features)
     assert {"density", "coverage"} <= set(found)
-    found = values(monkeypatch, tmp_path, "cmmd", *files, "-e", "efficientnet-lite0")
-    assert found["cmmd"] == pytest.approx(cmmd(real, fake), rel=1e-3)
-    assert run(monkeypatch, "statistics", folders[0], "-o", files[0]) == 0  # without features
-    assert values(monkeypatch, tmp_path, "fid", *files)["fd"] == expected
-    assert run(monkeypatch, "kid", *files) == 2
+
+
+def test_cmmd(monkeypatch, tmp_path, sources, features):
+    found = values(monkeypatch, tmp_path, "cmmd", *sources, "-e", Coarse.name)
+    assert found["cmmd"] == pytest.approx(cmmd(*features), rel=1e-6)
+
+
+def test_values_are_printed_as_json(monkeypatch, folders, capsys):
+    assert run(monkeypatch, "saturation", folders[0], "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 8
 
 
 def test_similarity_and_saturation(monkeypatch, tmp_path, folders):
@@ -165,25 +196,27 @@ def test_mistakes_are_found_before_the_work(
     assert "picture/s" not in error  # the bar of an extraction
 
 
-def test_statistics_do_for_real_pictures(monkeypatch, tmp_path, folders, network):
+def test_statistics_do_for_real_pictures(monkeypatch, tmp_path, folders, features):
     real, fake = folders
-    folder_features(real, network, keep=False, progress=False).save(tmp_path / "plain.npz")
+    assert run(monkeypatch, "statistics", real, "-o", tmp_path / "plain.npz") == 0
     found = values(monkeypatch, tmp_path, "fid", tmp_path / "plain.npz", fake, "--resamples", 5)
     assert found["interval"][0] <= found["fd"] <= found["interval"][1]
+    assert found["fd"] == pytest.approx(frechet_distance(*features), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(monkeypatch, capsys, name):
     assert run(monkeypatch, name, "--help") == 0
     assert f"pilotage {name}" in capsys.readouterr().out
 
 
-def test_module_command(folders):
-    command = [sys.executable, "-m", "pilotage.eval.metrics.saturation", str(folders[0])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "saturation: " in done.stdout
-
-
-def test_help_of_all_imports_no_torch():
-    code = "import sys, pilotage.eval.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_help_and_version_import_no_torch():
+    for option in ("--help", "--version"):
+        code = f"""
+import sys, pilotage.eval.cli
+sys.argv = ["pilotage", "{option}"]
+try: pilotage.eval.cli.main()
+except SystemExit as end: assert end.code == 0
+assert "torch" not in sys.modules
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)

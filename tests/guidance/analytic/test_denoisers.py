@@ -73,7 +73,7 @@ def test_masked_denoisers_equal_the_dense_oracle(sigma, chunk):
         "ls": oracles.window_weights(SHAPE, 3),
     }
     for name, rows in weights.items():
-        # The package keeps soft weights in float32; the oracle must see the same numbers.
+        # The package keeps soft weights in float32; the oracle must have the same numbers.
         rows = rows.float() if name == "soft" else rows
         denoiser = DENOISERS[name](X, chunk=chunk, **LATENTS)
         found, info = denoiser(y, sigma, return_info=True)
@@ -300,14 +300,6 @@ def test_flips_count_in_the_statistics_as_well(name):
     assert (DENOISERS[name](x, **LATENTS)(y, 0.8) - expected).abs().max() > 0.01
 
 
-def test_flips_at_high_noise_keep_to_the_mirrored_mean():
-    x = X + torch.linspace(2, 0, SHAPE[2])
-    y = noisy(x, 300.0)
-    exact = OptimalDenoiser(torch.cat([x, x.flip(-1)]), **LATENTS)(y, 300.0)
-    found = OptimalDenoiser(x, flips=True, wiener_above=100.0, **LATENTS)(y, 300.0)
-    assert (found - exact).abs().max() < 0.01
-
-
 @pytest.mark.parametrize(
     ("make", "shape", "message"),
     [
@@ -329,19 +321,6 @@ def test_images_whose_mask_would_not_fit_are_refused_before_the_rest_is_read(mak
     make.accept((3, 73, 73))
 
 
-def test_dispatch_hands_high_noise_to_the_wiener_filter():
-    statistics = DatasetStatistics.from_images(X, **LATENTS)
-    plain = LocalDenoiser(X, tau=0.1, statistics=statistics, **LATENTS)
-    auto = LocalDenoiser(X, tau=0.1, statistics=statistics, wiener_above="auto", **LATENTS)
-    y = noisy(X, 1.0)
-    auto(y, 1.0)
-    edge = auto.wiener_above
-    assert statistics.explained(edge) >= 0.9995 > statistics.explained(edge / 1.01)
-    assert torch.equal(auto(y, edge), statistics.wiener(y, edge))
-    assert torch.equal(auto(y, edge * 0.999), plain(y, edge * 0.999))
-    assert not torch.equal(plain(y, edge), statistics.wiener(y, edge))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -355,7 +334,7 @@ def test_dispatch_hands_high_noise_to_the_wiener_filter():
         (lambda: LocalDenoiser(X, tau=2, **LATENTS), "tau must lie"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1], 0.0), "sigma must be > 0"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1, :1], 1.0), "denoiser of images"),
-        (lambda: OptimalDenoiser(X, wiener_above="high", **LATENTS), "wiener_above"),
+        (lambda: LocalDenoiser(X, tau=0.1, accelerator="amx", **LATENTS), "'auto' or 'none'"),
     ],
 )
 def test_bad_input_is_refused(make, message):

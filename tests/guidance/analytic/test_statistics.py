@@ -43,7 +43,7 @@ def test_full_covariance_is_the_population_covariance():
     found, (mean, cov) = make("full"), oracles.covariance(X)
     torch.testing.assert_close(found.mean.flatten(), mean)
     torch.testing.assert_close(dense(found), cov, rtol=0, atol=1e-13)
-    assert found.variance() == pytest.approx(float(cov.trace()), rel=1e-12)
+    assert float(dense(found).trace()) == pytest.approx(float(cov.trace()), rel=1e-12)
 
 
 def test_low_rank_keeps_the_leading_directions_and_the_total_variance():
@@ -51,7 +51,7 @@ def test_low_rank_keeps_the_leading_directions_and_the_total_variance():
     values, vectors = torch.linalg.eigh(cov)
     values[:-20] = values[:-20].mean()
     torch.testing.assert_close(dense(found), (vectors * values) @ vectors.T, rtol=0, atol=1e-12)
-    assert found.variance() == pytest.approx(float(cov.trace()), rel=1e-12)
+    assert float(dense(found).trace()) == pytest.approx(float(cov.trace()), rel=1e-12)
 
 
 def test_stationary_covariance_is_the_mean_over_cyclic_shifts():
@@ -66,11 +66,11 @@ def test_stationary_covariance_is_the_mean_over_cyclic_shifts():
     expected = torch.stack(shifts).mean(0)
     found = make("stationary")
     torch.testing.assert_close(dense(found), expected, rtol=0, atol=1e-12)
-    assert found.variance() == pytest.approx(float(expected.trace()), rel=1e-12)
+    assert float(dense(found).trace()) == pytest.approx(float(expected.trace()), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wiener_score_and_teleport(kind):
+def test_wiener_and_teleport(kind):
     found = make(kind)
     cov, mean = dense(found), found.mean.flatten()
     y = noisy(X, 1.0)
@@ -81,7 +81,6 @@ def test_wiener_score_and_teleport(kind):
         step = torch.linalg.solve(total, residual)
         wiener = found.wiener(y, sigma)[row].flatten()
         torch.testing.assert_close(wiener, mean + cov @ step, rtol=0, atol=1e-11)
-        torch.testing.assert_close(found.score(y, sigma)[row].flatten(), -step, rtol=0, atol=1e-9)
         share = float(torch.linalg.inv(total).trace()) * level**2 / len(cov)
         assert found.explained(level) == pytest.approx(share, rel=1e-10)
     whole = found.teleport(y, 50.0, 0.2)
@@ -101,9 +100,9 @@ def test_teleport_solves_the_probability_flow(kind):
     grid[0] = 5.0
     start = x
     for a, b in zip(grid[:-1], grid[1:], strict=True):  # Heun on dx = -sigma score dsigma
-        slope = -a * found.score(x, a)
+        slope = (x - found.wiener(x, a)) / a
         ahead = x + (b - a) * slope
-        x = x + (b - a) / 2 * (slope - b * found.score(ahead, b))
+        x = x + (b - a) / 2 * (slope + (ahead - found.wiener(ahead, b)) / b)
     exact = found.teleport(start, 5.0, grid[-1])
     torch.testing.assert_close(exact, x, rtol=0, atol=1e-4)
     assert (exact - start).abs().max() > 1
@@ -152,44 +151,6 @@ def test_large_images_take_the_sketch(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_uninterrupted(kind, tmp_path):
-    def interrupted():
-        yield from X[:70]
-        raise KeyboardInterrupt
-
-    state = tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        make(kind, interrupted(), state=state, save_every=32)
-    assert Accumulator.load(state).count == 64
-    resumed, whole = make(kind, iter(X), state=state, save_every=32), make(kind)
-    assert resumed.identity == whole.identity and resumed.count == len(X)
-    assert torch.equal(resumed.mean, whole.mean)
-    assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        (X[:60], LATENTS, "counted 64 images, the source has 60"),
-        (X.flip(0), LATENTS, "counted 64 other images"),
-        (torch.cat([X[:63], X[70:]]), LATENTS, "counted 64 other images"),
-        (X / 40 + 0.5, {"value_range": (0, 1)}, "counted 64 other images"),
-    ],
-)
-def test_a_state_of_other_images_is_refused(source, options, message, tmp_path):
-    state = tmp_path / "state.safetensors"
-    first = X if options is LATENTS else (X[:, :1] / 20).clamp(-1, 1)
-    source = source if options is LATENTS else source[:, :1].clamp(0, 1)
-    done = DatasetStatistics.from_images(first[:64], state=state, save_every=64, **LATENTS)
-    before = state.read_bytes()
-    with pytest.raises(ValueError, match=message):
-        DatasetStatistics.from_images(source, state=state, chunk=10, **options)
-    assert state.read_bytes() == before
-    again = DatasetStatistics.from_images(first[:64].flip(0), state=state, **LATENTS)
-    assert again.identity == done.identity and torch.equal(again.eigenvalues, done.eigenvalues)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_mirrored_is_the_covariance_with_all_mirror_images(kind):
     x = X + torch.linspace(2, 0, X.shape[3])
     one = make(kind, x)
@@ -206,7 +167,7 @@ def test_mirrored_is_the_covariance_with_all_mirror_images(kind):
         wanted = (cov.view(*X.shape[1:], *X.shape[1:]).flip(2, 5).reshape(60, 60) + cov) / 2
         wanted = wanted + torch.stack([s[:, None] * s for s in shifts]).mean(0)
     torch.testing.assert_close(dense(found), wanted, rtol=0, atol=1e-11)
-    assert found.variance() == pytest.approx(float(wanted.trace()), rel=1e-11)
+    assert float(dense(found).trace()) == pytest.approx(float(wanted.trace()), rel=1e-11)
     if kind != "low_rank":
         both = make(kind, torch.cat([x, x.flip(-1)]))
         torch.testing.assert_close(dense(found), dense(both), rtol=0, atol=1e-11)
@@ -234,7 +195,7 @@ def test_files_keep_everything_and_refuse_others(kind, tmp_path):
     save_file(load_file(_saved(found, tmp_path)), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="holds no statistics"):
         DatasetStatistics.load(tmp_path / "bare.safetensors")
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def _saved(found, folder):

@@ -1,16 +1,12 @@
 """The solver step: both forms of it, the kernel against float64, views of the table."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from pilotage.guidance.ops import solver_kernel
 from pilotage.guidance.ops.solver import COLUMNS, SolverStep, network_step, solver_step
 
-ROOT = Path(__file__).resolve().parents[3]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUMBERS = {"k_x": 0.7, "k_d": 0.2, "k_p": -0.15, "d_x": 1.3, "d_p": -0.6}
 NUMBERS |= {"c_x": 0.7 + 0.2 * 1.3, "c_p": 0.2 * -0.6}
 
@@ -77,50 +73,36 @@ def test_gradients_pass_through_the_reference():
     torch.testing.assert_close(slope, torch.full_like(pred, NUMBERS["c_p"]), rtol=1e-6, atol=0)
 
 
-KERNEL = """
-import torch, triton
-from tests.guidance.ops.test_solver import NUMBERS, exact, inputs
-from pilotage.guidance.ops import solver_kernel
-from pilotage.guidance.ops.solver import SolverStep, network_step
-
-def poisoned(like, dtype):
-    return torch.full_like(like, float("nan"), dtype=dtype)
-
-solver_kernel.torch.empty_like = poisoned
-step = SolverStep.of(**NUMBERS)
-first = SolverStep.of(**(NUMBERS | {"k_p": 0.0}))
-for dtype in (torch.float16, torch.bfloat16, torch.float32):
-    for shape in ((1,), (3, 5, 7), (2, 3, 23, 17)):
-        x, pred, previous = inputs(dtype, shape)
-        views = {"plain": (x, pred, previous), "mixed": (x.mT.contiguous().mT, pred, previous)
-                 } if len(shape) > 1 else {"plain": (x, pred, previous)}
-        if len(shape) == 4:
-            last = torch.channels_last
-            views["last"] = [t.contiguous(memory_format=last) for t in (x, pred, previous)]
-            views["half"] = (torch.cat([x, x])[: len(x)], torch.cat([pred, pred], 1)[:, :3],
-                             previous.float())
-        for views_of in views.values():
-            for given, its in ((step, NUMBERS), (first, NUMBERS | {"k_p": 0.0})):
-                for want in (True, False):
-                    x_next, denoised = network_step(
-                        *views_of, given, want_denoised=want, dtype=dtype, impl="fused")
-                    H, H_x0 = exact(*views_of, its)
-                    # The plain result in the dtype of the tensors.
-                    a, b, c = (t.to(dtype) for t in views_of)
-                    L = its["c_x"] * a + its["c_p"] * b + its["k_p"] * c
-                    bound = 2 * ((L.double() - H).abs().max()
-                                 + torch.finfo(dtype).eps * H.abs().max())
-                    assert x_next.dtype == dtype and (x_next - H).abs().max() <= bound
-                    assert (denoised is None) != want
-                    if want:
-                        assert (denoised - H_x0).abs().max() <= 1e-6 * H_x0.abs().max() + 1e-6
-print("kernel ok")
-"""
-
-
-def test_kernel_under_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", KERNEL]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "kernel ok", done.stderr[-2000:]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k_p", [NUMBERS["k_p"], 0.0])
+def test_kernel(dtype, k_p, monkeypatch):
+    """In Triton's interpreter where there is no CUDA device; see tests/conftest.py."""
+    monkeypatch.setattr(
+        solver_kernel.torch,
+        "empty_like",
+        lambda like, dtype: torch.full_like(like, float("nan"), dtype=dtype),
+    )
+    numbers = NUMBERS | {"k_p": k_p}
+    step = SolverStep.of(DEVICE, **numbers)
+    x, pred, previous = (t.to(DEVICE) for t in inputs(dtype, (2, 3, 23, 17)))
+    last = torch.channels_last
+    for given in (
+        (x[:1, :1, :1, :1], pred[:1, :1, :1, :1], previous[:1, :1, :1, :1]),
+        (x, pred, previous),
+        (x.mT.contiguous().mT, pred, previous),
+        [t.contiguous(memory_format=last) for t in (x, pred, previous)],
+        (torch.cat([x, x])[: len(x)], torch.cat([pred, pred], 1)[:, :3], previous.float()),
+    ):
+        for want in (True, False):
+            x_next, denoised = network_step(
+                *given, step, want_denoised=want, dtype=dtype, impl="fused"
+            )
+            H, H_x0 = exact(*given, numbers)
+            # The plain result in the dtype of the tensors.
+            a, b, c = (t.to(dtype) for t in given)
+            L = numbers["c_x"] * a + numbers["c_p"] * b + k_p * c
+            bound = 2 * ((L.double() - H).abs().max() + torch.finfo(dtype).eps * H.abs().max())
+            assert x_next.dtype == dtype and (x_next - H).abs().max() <= bound
+            assert (denoised is None) != want
+            if want:
+                assert (denoised - H_x0).abs().max() <= 1e-6 * H_x0.abs().max() + 1e-6

@@ -13,9 +13,13 @@ from optimum.quanto import quantize as quanto_quantize
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
-from pilotage.pipelines.quantization.files import load_quantized, save_quantized
+from pilotage.pipelines.quantization import (
+    load_quantized,
+    quantize,
+    quantized_bytes,
+    save_quantized,
+)
 from pilotage.pipelines.quantization.int8 import Int8Conv2d, Int8Layer, Int8Linear, quantize_weight
-from pilotage.pipelines.quantization.quantize import quantize, quantized_bytes
 
 from ... import components as c
 from ...families import FAMILIES
@@ -131,12 +135,7 @@ def test_gradient_reaches_the_input_and_only_int8_is_kept(layer, x):
     assert sum(t.nbytes for t in kept if t.dtype != torch.int8) == 4 * len(quantized.scale)
 
 
-def families():
-    return {name: FAMILIES[name] for name in ("sd", "sdxl")}
-
-
-@pytest.mark.parametrize("name", families())
-@pytest.mark.parametrize("backend", ["pilotage", "auto"])
+@pytest.mark.parametrize(("name", "backend"), [("sd", "pilotage"), ("sdxl", "auto")])
 def test_whole_pipelines(name, backend):
     family = FAMILIES[name]
     stock = family.build()

@@ -1,4 +1,4 @@
-"""The fused schedulers against the stock ones they stand for."""
+"""The fused schedulers against the stock ones they replace."""
 
 import copy
 import json
@@ -17,7 +17,6 @@ from pilotage.pipelines import (
     FusedFlowMatchEulerScheduler,
     guided,
     noise_level,
-    seam,
 )
 
 from ...families import FAMILIES
@@ -98,7 +97,7 @@ def build(cls, settings):
 
 
 def network(x, t, kind):
-    """A smooth deterministic stand-in for a network, with outputs of the size of real ones."""
+    """A smooth function in place of a network, with outputs of the size of real ones."""
     wave = torch.sin(3 * x.flip(-1) + float(t) / 300) * torch.cos(x.roll(1, 2))
     guess = 0.6 * torch.tanh(x) + 0.3 * wave
     return x - guess if kind == "flow" else {"epsilon": 0.9 * x - 0.4 * wave}.get(kind, guess)
@@ -233,13 +232,13 @@ def test_nothing_is_read_back(case):
 
 
 def test_a_timestep_known_to_the_device_only_needs_no_read_with_ddim():
-    """A copy of the timestep, not a view of the table: its row is gathered on the device."""
+    """A copy of the timestep, not a view of the table: its row is selected on the device."""
     stock, ours = build(DDIM, {"clip_sample": False})
     for scheduler in (stock, ours):
         scheduler.set_timesteps(5)
     x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = stock.step(x, stock.timesteps[2], x).prev_sample
-    ours.host_timestep = lambda timestep: None  # as for a tensor on another device
+    ours.host_timestep = lambda timestep: timestep.reshape(-1)[:1]  # as on another device
     with HostReads():
         found = ours.step(x, ours.timesteps[2].clone(), x).prev_sample
         level = noise_level(ours, ours.timesteps[2].clone())
@@ -353,22 +352,36 @@ def test_misuse_is_refused():
         ddim.step(x, 999, x, eta=1.0, variance_noise=x, generator=torch.Generator())
 
 
+@pytest.fixture(scope="module")
+def loops():
+    """A tiny pipeline, and a trained one, whose samples can stop at different steps."""
+    tiny, trained = guided(FAMILIES["sd"].build()), load_embedded()
+    trained.set_progress_bar_config(disable=True)
+    prompts = {"prompt": ["noto style fox", "twemoji style red apple"], "output_type": "latent"}
+    for pipe in (tiny, trained):
+        pipe.scheduler = DPM.from_config(pipe.scheduler.config)
+    return (tiny, FAMILIES["sd"].call(2, False)), (trained, prompts)
+
+
 @pytest.mark.parametrize("guidance", ["cfg", "apg", "rescale", "hold", AG, APG() | AG], ids=str)
-def test_a_guided_loop_reads_nothing_back(guidance, monkeypatch):
+def test_a_guided_loop_reads_nothing_back(guidance, loops, monkeypatch):
     """Twice the steps, no more reads: decisions come from values already on the host.
 
     As on a device, where a stop takes effect a step later; the samples stop at different steps.
     """
-    monkeypatch.setattr(seam, "Run", lambda g, n, total, on_cpu, detailed: Run(g, n, total, False))
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DPM.from_config(pipe.scheduler.config)
-    prompts = ["noto style fox", "twemoji style red apple", "flat style key"]
+    init = Run.__init__
+
+    def on_device(self, guidance, batch, total, on_cpu, detailed=False):
+        init(self, guidance, batch, total, False, detailed)
+
+    monkeypatch.setattr(Run, "__init__", on_device)
+    adaptive = "Adaptive" in str(guidance)
+    pipe, call = loops[adaptive]
     found = []
-    for steps in (6, 12):
+    for steps in (5, 10):
         with HostReads(refuse=False) as reads:
-            pipe(prompts, guidance=guidance, num_inference_steps=steps, output_type="latent")
+            pipe(**call | {"guidance": guidance, "num_inference_steps": steps})
         found.append(reads.found)
     assert found[0] == found[1] and len(found[0]) <= 2
-    if "Adaptive" in str(guidance):
+    if adaptive:
         assert len(set(pipe.guidance_trace.nfe)) > 1

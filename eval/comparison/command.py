@@ -1,9 +1,4 @@
-"""Compare guidance settings: the command.
-
-    python -m pilotage.eval.comparison.compare -p "twemoji style fox" -g cfg -g apg -w 3 -w 7.5 -o outputs/fox
-
-See `comparison` for what is compared and how.
-"""
+"""``pilotage compare``; see `comparison` for what is compared and how."""
 
 from __future__ import annotations
 
@@ -12,32 +7,16 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_EXTRACTOR = "efficientnet-lite0"
+from ..options import DEFAULT_EXTRACTOR, BatchSize, Device, Model, Negative, check_target
+from ..prompts import read_prompts
+
 NONE: list[str] = []
 GUIDANCES = ["cfg", "apg"]
 SCALES = [3.0, 7.5, 15.0]
 STEPS = [20]
 
-app = typer.Typer(add_completion=False)
 
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        ValueError: there is none, or the file is not UTF-8 text.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
-    if not any(prompts):
-        raise ValueError(f"{path} has no prompts: one a line is expected")
-    return [prompt for prompt in prompts if prompt]
-
-
-@app.command()
-def command(
+def compare(
     prompts: Annotated[
         Path | None, typer.Argument(help="Text file, one prompt a line.", show_default=False)
     ] = None,
@@ -64,18 +43,16 @@ def command(
     ridge: Annotated[
         Path | None, typer.Option(help="A ridge map of `alignment --fit`, for the alignment.")
     ] = None,
-    negative: Annotated[str, typer.Option(help="What the pictures shall not show.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 8,
+    negative: Negative = None,
+    batch_size: BatchSize = 8,
     equal_nfe: Annotated[bool, typer.Option(help="Add CFG with fewer steps.")] = True,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    model: Model = None,
+    device: Device = "auto",
 ) -> None:
     """Compare guidance settings: pictures, every metric, one HTML report; resumable.
 
-    Under `accelerate launch -m pilotage.eval.comparison.compare` the work is split among the processes.
+    Under `accelerate launch -m pilotage.eval compare` the work is split among the processes.
     """
     from ..embedded import check_guidance, load_on
 
@@ -87,10 +64,15 @@ def command(
     for name in guidance:
         check_guidance(name, model)  # an unknown name fails before anything is loaded
 
+    import torch
+
     from ...pipelines.processes import processes
-    from ..metrics.options import check_target, device_of
-    from .comparison import compare, grid
-    from .sampling import Plan
+    from ..metrics.alignment import load_scorer
+    from ..metrics.extractors import load_extractor
+    from ..pictures import load_pictures
+    from .comparison import compare as run
+    from .comparison import grid
+    from .plan import Plan
 
     check_target(output / "cells.json")
     settings = grid(guidance, scale, steps)
@@ -98,40 +80,21 @@ def command(
     seed_list = range(first_seed, first_seed + seeds)
     Plan(texts, settings, seed_list, batch_size, options)
 
-    place = device_of(device)
-    pipe = load_on(place, model)
-    real = network = score = None
-    if reference is not None:
-        from ..metrics.extractors import load_extractor
-        from ..metrics.pictures import load_pictures
-
-        real = load_pictures(reference)
-        network = load_extractor(extractor).to(place)
-    if clip is not None or ridge is not None:
-        from ..metrics.alignment import CLIPAlignment, RidgeAlignment
-
-        score = CLIPAlignment(clip) if clip is not None else RidgeAlignment.load(ridge)
-        score = score.to(place)
-    compare(
+    pipe = load_on(torch.device(device), model)
+    scored = clip is not None or ridge is not None
+    run(
         pipe,
         texts,
         settings,
         output,
         seed_list,
-        reference=real,
-        extractor=network,
-        alignment=score,
+        reference=None if reference is None else load_pictures(reference),
+        extractor=None if reference is None else load_extractor(extractor, device=device),
+        alignment=load_scorer(clip, ridge).to(device) if scored else None,
         batch_size=batch_size,
         equal_nfe=equal_nfe,
         report=report,
         options=options,
     )
     if processes().is_main_process:
-        page = output / "report.html"
-        typer.echo(str(page if report else output / "cells.json"))
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(app)
+        typer.echo(str(output / ("report.html" if report else "cells.json")))

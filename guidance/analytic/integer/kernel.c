@@ -12,7 +12,7 @@
  * of 64 coordinates, four neighbouring coordinates of each candidate side by side, as the
  * instructions want them. Chunks in which no output of a tile compares anything are left out.
  *
- * Compiled by integer.py, for processors with AVX-512 and AMX.
+ * Compiled by build.py, for processors with AVX-512 and AMX.
  */
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-"""Picture files to tensors: sorted, a batch at a time, with errors that name the file."""
+"""Pictures in files: read a batch at a time, written with the settings that made them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .images import to_tensor
+from ..guidance.files import atomic
+from ..guidance.images import check_depth, image_files, read_image
+from .metrics.images import to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TAG = "pilotage"  # the name of the text in a PNG that holds its settings
+
+
+class Digest(Protocol):
+    """A hash of :mod:`hashlib`."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take in more bytes."""
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -24,28 +36,30 @@ def picture_files(folder: str | Path) -> list[Path]:
         FileNotFoundError: no such folder.
         ValueError: it holds no pictures.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
-    if not files:
+    if not (files := image_files(folder, SUFFIXES)):
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return files
 
 
 def _decoded(path: Path, content: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image = read_image(io.BytesIO(content), upright=False)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or not a picture ({error})") from error
-    if image.mode[0] in "IF":  # PIL would clip them to 8 bits, not scale them
-        raise ValueError(f"{path}: mode {image.mode!r}: convert it to 8 bits a channel first")
+    try:
+        check_depth(image)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return image.convert("RGB")
 
 
 def batches(
-    files: Sequence[Path], batch_size: int = 32, resize: int | None = None, digest=None
+    files: Sequence[Path],
+    batch_size: int = 32,
+    resize: int | None = None,
+    digest: Digest | None = None,
 ) -> Iterator[Tensor]:
     """Pictures as float32 (B, 3, H, W) in [0, 1], in the order of `files`.
 
@@ -91,14 +105,22 @@ def load_pictures(folder: str | Path, resize: int | None = None) -> Tensor:
     return torch.cat(list(batches(picture_files(folder), resize=resize)))
 
 
+def save_picture(path: Path, image: Image.Image, made: dict[str, Any]) -> None:
+    """Write a PNG, whole or not at all, with how it was made (ready for JSON) in its metadata."""
+    info = PngInfo()
+    info.add_text(TAG, json.dumps(made))
+    with atomic(path) as partial:
+        image.save(partial, "PNG", pnginfo=info)
+
+
 def prompt_of(path: Path) -> str:
-    """The prompt that ``pilotage generate`` keeps in a PNG.
+    """The prompt that `save_picture` kept in a PNG.
 
     Raises:
         ValueError: there is none.
     """
     try:
         with Image.open(path) as image:
-            return json.loads(image.info["pilotage"])["prompt"]
+            return json.loads(image.info[TAG])["prompt"]
     except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} does not carry its prompt: name a file of prompts") from error

@@ -1,0 +1,208 @@
+"""The metric commands, on folders of pictures or files of their features.
+
+What each measures, and with what its figures compare, is said in the module it calls. That is
+imported when the command runs, so that ``pilotage --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..options import (
+    DEFAULT_EXTRACTOR,
+    BatchSize,
+    Device,
+    Extractor,
+    Fake,
+    Folder,
+    Json,
+    Real,
+    Resize,
+    check_target,
+    report,
+)
+from ..prompts import read_prompts
+
+if TYPE_CHECKING:
+    from .features import Features
+
+CMMD_EXTRACTOR = "clip:openai/clip-vit-large-patch14-336"
+
+
+def _sources(real: Features, fake: Features) -> dict[str, Any]:
+    counts = {"n_real": real.statistics.count, "n_fake": fake.statistics.count}
+    return {"extractor": real.tags.extractor, **counts}
+
+
+def fid(
+    real: Real,
+    fake: Fake,
+    extractor: Extractor = DEFAULT_EXTRACTOR,
+    resamples: Annotated[int, typer.Option(min=0, help="For a bootstrap interval; slow.")] = 0,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """Fréchet distance between two sets of pictures (FID with --extractor inception)."""
+    from .bootstrap import check_resampling
+    from .features import load_pair
+    from .frechet import frechet_distance, frechet_interval
+
+    if resamples:
+        check_resampling(resamples)
+    settings = real, fake, extractor, device, batch_size, resize
+    pair = load_pair(*settings, keep=resamples > 0, least=(2, 2), real_statistics=True)
+    # Kept features spare small sets the eigenvectors of a D x D matrix.
+    one, two = (x.statistics if x.values is None else x.values for x in pair)
+    name = "fid" if extractor.partition(":")[0] == "inception" else "fd"
+    values = {name: frechet_distance(one, two), **_sources(*pair)}
+    if resamples:
+        values["interval"] = list(frechet_interval(one, pair[1].rows(), resamples=resamples))
+    report(values, json)
+
+
+def kid(
+    real: Real,
+    fake: Fake,
+    extractor: Extractor = DEFAULT_EXTRACTOR,
+    subsets: Annotated[int, typer.Option(min=0, help="Random subsets; 0: all at once.")] = 0,
+    subset_size: Annotated[int, typer.Option(min=2, help="Pictures in a subset.")] = 1000,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """Kernel distance between two sets of pictures (KID with --extractor inception)."""
+    from .features import load_pair
+    from .kid import kernel_distance
+
+    count = subset_size if subsets else 2
+    least = (count, count)
+    one, two = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
+    found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
+    std = {} if found.std is None else {"std": found.std}
+    report({"kid": found.value, **std, **_sources(one, two)}, json)
+
+
+def cmmd(
+    real: Real,
+    fake: Fake,
+    extractor: Extractor = CMMD_EXTRACTOR,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """CMMD between two sets of pictures, on CLIP embeddings."""
+    from .cmmd import cmmd as distance
+    from .features import load_pair
+
+    one, two = load_pair(real, fake, extractor, device, batch_size, resize)
+    report({"cmmd": distance(one.rows(), two.rows()), **_sources(one, two)}, json)
+
+
+def precision_recall(
+    real: Real,
+    fake: Fake,
+    extractor: Extractor = DEFAULT_EXTRACTOR,
+    k: Annotated[int, typer.Option(min=1, help="Neighbour for precision and recall.")] = 3,
+    k_coverage: Annotated[int, typer.Option(min=1, help="For density and coverage.")] = 5,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """Precision, recall, density and coverage of generated pictures."""
+    from .features import load_pair
+    from .precision_recall import density_coverage, precision_recall
+
+    least = (max(k, k_coverage) + 1, k + 1)
+    pair = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
+    rows = pair[0].rows(), pair[1].rows()
+    values = precision_recall(*rows, k)._asdict() | density_coverage(*rows, k_coverage)._asdict()
+    report(values | _sources(*pair), json)
+
+
+def saturation(
+    folder: Folder, batch_size: BatchSize = 32, resize: Resize = None, json: Json = None
+) -> None:
+    """Saturation, contrast and colourfulness of pictures, with 95 % intervals."""
+    from .per_picture import colour_statistics
+
+    report(colour_statistics(folder, batch_size, resize), json)
+
+
+def similarity(
+    folder: Folder,
+    baseline: Annotated[Path, typer.Argument(help="Folder of pictures with the same names.")],
+    batch_size: BatchSize = 32,
+    json: Json = None,
+) -> None:
+    """SSIM and PSNR of pictures to those of the same name in another folder."""
+    from .per_picture import folder_similarity
+
+    report(folder_similarity(folder, baseline, batch_size), json)
+
+
+def alignment(
+    folder: Folder,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text, a line a picture in the order of names; default: in the PNGs."),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP folder or hub name.")] = None,
+    ridge: Annotated[Path | None, typer.Option(help="A map made with --fit.")] = None,
+    fit: Annotated[Path | None, typer.Option(help="Fit a map and write it here.")] = None,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """How well pictures show what their prompts say: CLIP score, or a weaker map without a hub."""
+    if sum(option is not None for option in (clip, ridge, fit)) != 1:
+        raise ValueError("name one of --clip, --ridge and --fit")
+    if fit is not None:
+        check_target(fit)
+
+    from ..pictures import load_pictures, picture_files, prompt_of
+    from .alignment import load_scorer
+    from .per_picture import folder_alignment
+    from .ridge import RidgeAlignment
+
+    files = picture_files(folder)
+    texts = read_prompts(prompts) if prompts is not None else [prompt_of(file) for file in files]
+    if len(texts) != len(files):
+        raise ValueError(f"{prompts} has {len(texts)} prompts for {len(files)} pictures")
+    if fit is not None:
+        RidgeAlignment.fit(load_pictures(folder, resize), texts).save(fit)
+        typer.echo(f"{fit}: fitted on {len(files)} pictures")
+        return
+    scorer = load_scorer(clip, ridge).to(device)
+    report(folder_alignment(folder, texts, scorer, batch_size, resize), json)
+
+
+def statistics(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")],
+    extractor: Extractor = DEFAULT_EXTRACTOR,
+    features: Annotated[bool, typer.Option(help="Keep the features too.")] = False,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    device: Device = "cpu",
+) -> None:
+    """Keep mean and covariance of a folder's features in a file, for later comparisons."""
+    check_target(output, ".npz")
+
+    from ..pictures import picture_files
+    from .extractors import load_extractor
+    from .features import folder_features
+
+    picture_files(folder)
+    network = load_extractor(extractor, device=device)
+    found = folder_features(folder, network, batch_size, resize, features)
+    found.save(output)
+    typer.echo(f"{output}: {found.statistics.count} pictures, {found.tags.extractor}")

@@ -1,0 +1,115 @@
+"""Options that commands share, and what checks them. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_EXTRACTOR = "efficientnet-lite0"
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name, if it can be used; ``auto``: an accelerator if there is one.
+
+    Raises:
+        ValueError: nothing can be computed on it here.
+    """
+    import torch
+
+    from ..pipelines.processes import processes
+
+    if name == "auto":
+        return processes().device
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {name!r} cannot be used here ({reason}): expected auto, cpu, cuda, ..."
+        ) from error
+    return device
+
+
+def check_target(path: Path, suffix: str | None = None) -> None:
+    """Refuse the name of a file that could not be written, before there is something to write.
+
+    Args:
+        path: The file.
+        suffix: What its name must end in.
+
+    Raises:
+        ValueError: another suffix, a folder, or nothing can be created where it would lie.
+    """
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ValueError(f"the file to write must end in {suffix}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {place} is not a folder to write to")
+
+
+def report(values: dict[str, Any], json_file: Path | None) -> None:
+    """Print a command's values, one a line, and write them as JSON if asked.
+
+    Args:
+        values: Names and values, ready for JSON.
+        json_file: A file to write, with command, machine and versions; ``-``: print JSON, and
+            nothing else; None: no JSON.
+    """
+    if json_file == Path("-"):
+        typer.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        typer.echo(f"{name}: {shown}")
+    if json_file is not None:
+        from .record import write_figures
+
+        write_figures(json_file, values)
+
+
+def _target(path: Path | None) -> Path | None:
+    if path is not None and path != Path("-"):
+        check_target(path)
+    return path
+
+
+# What is sampled, and how.
+Guidance = Annotated[
+    str, typer.Option("--guidance", "-g", help="cfg, apg, ag, forecast, or e.g. apg+ag.")
+]
+Scale = Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Negative = Annotated[str | None, typer.Option(help="What the pictures shall not show.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture.")]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")]
+Picture = Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub name; default: the embedded emoji model.")
+]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, ...", callback=lambda name: str(device_of(name))),
+]
+# What is measured.
+Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]
+Real = Annotated[Path, typer.Argument(help="Folder of real pictures, or a .npz of theirs.")]
+Fake = Annotated[Path, typer.Argument(help="Folder of generated pictures, or a .npz of theirs.")]
+Extractor = Annotated[
+    str, typer.Option("--extractor", "-e", help="Network; inception, clip:MODEL, dinov2:MODEL.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
+Resize = Annotated[int | None, typer.Option(min=1, help="Bring pictures to this side first.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="File to write the values to; - prints them.", callback=_target),
+]

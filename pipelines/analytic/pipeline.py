@@ -1,0 +1,188 @@
+"""Sampling from a set of images, without a network.
+
+pipe = AnalyticDenoisingPipeline(images="folder/of/pictures")
+pipe(num_images=4, method="local").images[0]
+pipe(num_images=4, class_labels=3, guidance="apg", guidance_scale=4)
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ...guidance.analytic import decode, load_images
+from .model import AnalyticDenoiserModel, noise_schedule_of
+
+
+class AnalyticDenoisingPipeline(DiffusionPipeline):
+    """Sample from a set of images, without a network.
+
+    Args:
+        unet: An `AnalyticDenoiserModel`; None to make one of `images` or `dataset`.
+        scheduler: Any scheduler whose noise levels are known; None for DDIM with linear beta.
+        vae: An ``AutoencoderKL``: images are encoded once and sampled in its latent space.
+        images: See `AnalyticDenoiserModel.from_images`.
+        dataset: The same (a torch or Hugging Face data set).
+        labels: Classes of the images.
+        method: Which denoiser, a name in ``pilotage.guidance.analytic.DENOISERS``.
+        options: Arguments of that denoiser, and of `AnalyticDenoiserModel.from_images`.
+    """
+
+    model_cpu_offload_seq: Any = "unet->vae"
+    _optional_components = ["unet", "scheduler", "vae"]
+    unet: AnalyticDenoiserModel
+    scheduler: Any
+    vae: Any
+
+    def __init__(
+        self,
+        unet: AnalyticDenoiserModel | None = None,
+        scheduler: Any = None,
+        vae: Any = None,
+        *,
+        images: Any = None,
+        dataset: Any = None,
+        labels: Tensor | None = None,
+        method: str = "local",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        sources = [s for s in (unet, images, dataset) if s is not None]
+        if len(sources) != 1:
+            raise ValueError(f"expected one of unet, images and dataset, got {len(sources)}")
+        scheduler = scheduler or DDIMScheduler(clip_sample=False)
+        if unet is None:
+            source, settings = sources[0], {"method": method, "scheduler": scheduler}
+            if vae is not None:
+                source, found = encode_images(vae, source)
+                labels = found if labels is None else labels
+                settings["value_range"] = None
+            settings |= options or {}
+            unet = AnalyticDenoiserModel.from_images(source, labels, **settings)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call evaluates both branches."""
+        return self._guidance_scale > 1
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of the running call; 1 means no guidance."""
+        return self._guidance_scale
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int = 1,
+        method: str | None = None,
+        num_inference_steps: int = 10,
+        class_labels: int | list[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make pictures.
+
+        Args:
+            num_images: How many.
+            method: Which denoiser (with its default options; `AnalyticDenoiserModel.set_method`
+                takes others), for this and later calls; None for the model's.
+            num_inference_steps: Steps of the scheduler.
+            class_labels: One class for all, or one for each.
+            guidance_scale: w; above 1 it needs class labels.
+            generator: One, or one for each picture.
+            latents: Noise to begin with, (num_images, C, H, W).
+            output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (the raw samples).
+            return_dict: Return an ``ImagePipelineOutput`` rather than a tuple.
+
+        Raises:
+            ValueError: labels missing or unknown, wrong shapes, an unknown method.
+        """
+        if method is not None and method != self.unet.config["method"]:
+            self.unet.set_method(method)
+        labels = self._checked_labels(class_labels, num_images, guidance_scale)
+        self._guidance_scale = guidance_scale
+        device, scheduler = self._execution_device, self.scheduler
+        expected = noise_schedule_of(scheduler)
+        wrong = sorted(k for k, v in expected.items() if self.unet.config.get(k, v) != v)
+        if wrong:
+            raise ValueError(
+                f"the scheduler and the model disagree about {', '.join(wrong)}: make the "
+                "model with from_images(..., scheduler=scheduler)"
+            )
+        shape = (num_images, *self.unet.images.shape[1:])
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents {tuple(latents.shape)}, expected {shape}")
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        x = latents.to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        takes = inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if "generator" in takes else {}
+        self._num_timesteps = len(scheduler.timesteps)
+        for t in self.progress_bar(scheduler.timesteps):
+            x_in = torch.cat([x] * 2) if self.do_classifier_free_guidance else x
+            if hasattr(scheduler, "scale_model_input"):
+                x_in = scheduler.scale_model_input(x_in, t)
+            pred = self.unet(x_in, t, class_labels=labels, return_dict=False)[0]
+            if self.do_classifier_free_guidance:
+                uncond, cond = pred.chunk(2)
+                pred = uncond + self.guidance_scale * (cond - uncond)
+            x = scheduler.step(pred, t, x, **extra, return_dict=False)[0]
+        images = self._decoded(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the running call."""
+        return self._num_timesteps
+
+    def _checked_labels(self, labels: Any, count: int, scale: float) -> Tensor | None:
+        """Labels of every row of the network's batch, unconditional rows first."""
+        classes = self.unet.config["num_class_embeds"]
+        if labels is None:
+            if scale > 1:
+                raise ValueError(f"guidance_scale={scale} needs class_labels")
+            return None
+        if classes is None:
+            raise ValueError("class_labels were given, but the images came without labels")
+        labels = torch.as_tensor(labels).flatten()
+        labels = labels.expand(count) if len(labels) == 1 else labels
+        if len(labels) != count or bool(((labels < 0) | (labels >= classes)).any()):
+            raise ValueError(
+                f"expected one or {count} class labels of 0 to {classes - 1}, got {labels.tolist()}"
+            )
+        self.unet.check_classes(labels)
+        if scale > 1:
+            labels = torch.cat([torch.full_like(labels, classes), labels])
+        return labels.to(self._execution_device)
+
+    def _decoded(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            x = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+        processor = VaeImageProcessor(vae_scale_factor=1)
+        return processor.postprocess(x.clamp(-1, 1), output_type=output_type)
+
+
+@torch.no_grad()
+def encode_images(vae: Any, source: Any, batch_size: int = 64) -> tuple[Tensor, Tensor | None]:
+    """Scaled latents (posterior means) of all images of a source, and their labels."""
+    images, labels = load_images(source)
+    parts = [
+        vae.encode(decode(part.to(vae.device), vae.dtype)).latent_dist.mode().float().cpu()
+        for part in images.split(batch_size)
+    ]
+    return torch.cat(parts) * vae.config.scaling_factor, labels
