@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,3 +178,10 @@ def test_parts_of_guidance_that_stand_apart(part):
 
 def test_no_two_files_import_each_other_in_a_circle():
     assert circles() == []
+
+
+def test_the_version_stands_once():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {pilotage.__version__}\n" in citation
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert re.search(r"^## (Unreleased|\d)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
