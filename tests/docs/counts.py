@@ -34,8 +34,9 @@ def text(page: str) -> str:
     machine = f"{made['machine']['cores']} cores of an {made['machine']['processor']}"
     return (
         f"Today that holds for **{known}** pipeline classes of diffusers, every other one is "
-        f"refused with the reason;\n**{tested}** families were tested end to end, as tiny real pipelines "
-        f"(`{made['command']}`,\n{machine}, {made['date']}: [the list]({PAGES[page]}))."
+        f"refused with the reason;\n**{tested}** families were tested end to end, as tiny real "
+        f"pipelines (`{made['command']}`,\n"
+        f"{machine}, {made['date']}: [the list]({PAGES[page]}))."
     )
 
 
