@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TEXTS = ("pyproject.toml", "README.md", "LICENSE")
 # Parts of guidance that know nothing of rules, policies and runs, and what of it they may use.
 APART = ("pilotage.guidance.analytic", "pilotage.guidance.zeroth_order")
-SHARED = ("pilotage.guidance.files", "pilotage.guidance.device", "pilotage.guidance.prediction")
+SHARED = tuple(f"pilotage.guidance.{name}" for name in ("device", "files", "images", "prediction"))
 
 # Run from the root of a checkout by a fresh interpreter, with pytest and without.
 PROBE = """

@@ -11,6 +11,7 @@ from .counts import PAGES, ROOT, with_counts
 
 README = (ROOT / "README.md").read_text()
 PAGES_WITH_LINKS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 
 def test_it_is_short():
@@ -27,6 +28,15 @@ def test_counts_are_those_of_the_package(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
         assert "://" in target or (ROOT / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES_WITH_LINKS, *SITE])
+def test_modules_that_are_run_exist(page):
+    for name in re.findall(r"python -m ([\w.]+)", (ROOT / page).read_text()):
+        package, _, rest = name.partition(".")
+        path = ROOT / (rest if package == "pilotage" else name).replace(".", "/")
+        if package in ("pilotage", "examples", "tests"):
+            assert path.with_suffix(".py").is_file() or path.is_dir(), f"{page}: python -m {name}"
 
 
 def test_the_commands_are_there():
