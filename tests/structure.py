@@ -7,6 +7,7 @@ The layering tests read it, and so does the study that records the state of the 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,12 @@ def type_ignores(root: Path = ROOT) -> int:
     return sum(len(pattern.findall(path.read_text())) for path in modules(root).values())
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, read once a process."""
+    return ast.parse(path.read_text())
+
+
 def imports(name: str, path: Path) -> Iterator[str]:
     """Absolute dotted names that a file imports, wherever in it.
 
@@ -70,7 +77,7 @@ def imports(name: str, path: Path) -> Iterator[str]:
         path: Its file.
     """
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

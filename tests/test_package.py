@@ -17,7 +17,7 @@ import pytest
 import pilotage
 from pilotage.eval import embedded
 
-from .structure import FOLDERS, LAYERS, ROOT, circles, imports, modules, packages, sources
+from .structure import FOLDERS, LAYERS, ROOT, circles, imports, modules, packages, parsed, sources
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TEXTS = ("pyproject.toml", "README.md", "LICENSE")
@@ -160,7 +160,7 @@ def test_layers_import_downwards_only(layer):
 
 def test_imports_within_the_package_are_relative():
     for path in modules().values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
