@@ -33,7 +33,7 @@ def text(page: str) -> str:
     made = json.loads(FIGURES.read_text())["context"]
     machine = f"{made['machine']['cores']} cores of an {made['machine']['processor']}"
     return (
-        f"Today that holds for **{known}** pipeline classes of diffusers, every other one is "
+        f"Today **{known}** pipeline classes of diffusers take `guidance=`, every other one is "
         f"refused with the reason;\n**{tested}** families were tested end to end, as tiny real "
         f"pipelines (`{made['command']}`,\n"
         f"{machine}, {made['date']}: [the list]({PAGES[page]}))."
