@@ -46,7 +46,8 @@ from examples.emoji.networks import (
     build_tokenizer,
     build_unet,
 )
-from examples.emoji.training import Training, write_json
+from examples.emoji.training import Training
+from pilotage.guidance.files import write_json
 
 CAPTION_DROPOUT = 0.12
 CROPS_UNTIL = 0.73  # of the autoencoder's clock

@@ -23,8 +23,9 @@ from diffusers.utils import make_image_grid
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.emoji.training import Training, write_json
+from examples.emoji.training import Training
 from examples.fashion_mnist.data import MODEL, load_images
+from pilotage.guidance.files import write_json
 
 BATCH = 32
 LEARNING_RATE = 1e-3

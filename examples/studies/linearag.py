@@ -7,8 +7,8 @@ Coefficients, thresholds and schedules are fitted on prompts of the training spl
 of the held-out (concept, style) pairs, three seeds each. DPM++ 2M, 20 steps, w = 7.5. What is found
 is written to ``examples/emoji/model/guidance`` and then has a name: "linear-ag" is the paper's
 regression, "linear-ag-steered", "linear-ag-forecast" and the searched schedules have estimates and
-forecasts fitted on runs of their own (`pilotage.pipelines.fitting.on_policy`). Interrupted, it goes on where
-it stopped (``cache/linearag``).
+forecasts fitted on runs of their own (`pilotage.pipelines.fitting.on_policy`). Interrupted, it goes
+on where it stopped (``cache/linearag``).
 
 ``--keep`` makes pictures only for settings that hold fitted numbers and for CFG, and takes the rows
 of the others, which their text describes in full, from the file, with the date they were measured;
@@ -28,8 +28,12 @@ import torch
 
 from examples.emoji import data as emoji
 from examples.studies.evaluate import fit_alignment
-from examples.studies.policy_timing import clocks_in_turn, evaluations_of, network_in_turn
-from examples.studies.timing import keep_freed_memory
+from examples.studies.timing import (
+    clocks_in_turn,
+    evaluations_of,
+    keep_freed_memory,
+    network_in_turn,
+)
 from pilotage.eval.comparison.comparison import compare
 from pilotage.eval.comparison.sampling import Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
