@@ -55,8 +55,8 @@ explained by denoisers computed from the same 60,000 pictures, not to make pictu
 | weights | averaged (EMA), stored in fp16 |
 
 Epsilon-prediction, linear beta 1e-4 to 0.02 in 1000 steps, no augmentation, no clipping. Made by
-`examples/fashion_mnist/train.py` with torch {torch}. That is {epochs:.1f} passes over the data:
-longer training would still lower the loss.
+`python -m examples.fashion_mnist.train` with torch {torch}. That is {epochs:.1f} passes over the
+data: longer training would still lower the loss.
 """
 
 

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from examples.studies.timing import Operation
 from pilotage.guidance import APG
-from pilotage.guidance.ops import SolverStep, guide_step, reference
-from pilotage.guidance.ops.formulas import settings_of
-from pilotage.guidance.ops.inputs import Request
+from pilotage.guidance.ops import guide_step
 
 SCALE, ETA, RADIUS, MOMENTUM = 7.5, 0.0, 15.0, -0.5
 # On the predictions as they are: so all providers do the same work.
@@ -56,29 +54,6 @@ def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor, impl: str) -> tuple[Te
     return step.prediction, step.state
 
 
-def our_apg_and_solver(
-    cond: Tensor, uncond: Tensor, buffer: Tensor, sample: Tensor, solver: SolverStep, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Our operation with the solver step in the same write.
-
-    Returns:
-        The next sample and the new buffer.
-    """
-    step = guide_step(
-        cond, uncond, SCALE, RULE, x_t=sample, state=buffer, solver=solver, want_prediction=False,
-        impl=impl,
-    )  # fmt: skip
-    return step.x_next, step.state
-
-
-def inlined_reference(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Our reference as plain PyTorch, for ``torch.compile``, which sees `our_apg` as one op."""
-    settings = settings_of(RULE, cond[0].numel())
-    request = Request(RULE.name, settings, SCALE, False, cond, uncond, state=buffer)
-    step = reference.guide_step(request)
-    return step.prediction, step.state
-
-
 def providers(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> dict[str, Operation]:
@@ -104,8 +79,8 @@ def providers(
     }
     if compiled:
         torch._dynamo.reset()  # past a limit of shapes it would silently go on uncompiled
-        graph = torch.compile(inlined_reference, dynamic=False)
-        found["compiled"] = lambda: graph(cond, uncond, buffer)
+        graph = torch.compile(our_apg, dynamic=False)
+        found["compiled"] = lambda: graph(cond, uncond, buffer, "reference")
     if device.type == "cuda":
         found["fused"] = lambda: our_apg(cond, uncond, buffer, "fused")
     return found

@@ -9,9 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from examples.studies.apg_providers import our_apg, our_apg_and_solver
+from examples.studies.apg_providers import our_apg
 from examples.studies.timing import time_operation
 from pilotage.eval.embedded import load_embedded
+from pilotage.guidance.ops import network_step
 from pilotage.pipelines import FusedDPMSolverMultistepScheduler, FusedEulerScheduler
 
 SDXL_UNET = {  # the published configuration of SDXL's UNet; the weights here are random
@@ -92,7 +93,10 @@ def loop_figures(
 
     def guide_and_step() -> None:
         uncond, cond = prediction.chunk(2)
-        our_apg_and_solver(cond, uncond, loop.buffer, loop.sample, step, loop.impl)
+        guided, _ = our_apg(cond, uncond, loop.buffer, loop.impl)
+        network_step(
+            loop.sample, guided, None, step, want_denoised=False, dtype=dtype, impl=loop.impl
+        )
 
     forward = time_operation(lambda: loop.predict(loop.sample, timestep), device, budget)
     ours = time_operation(guide_and_step, device, budget / 10)
