@@ -7,12 +7,13 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from torch import Tensor
 
 from examples.studies.timing import Operation
-from pilotage.guidance import APG
+from pilotage.guidance import APG, Predictions, Step
 from pilotage.guidance.ops import guide_step
 
 SCALE, ETA, RADIUS, MOMENTUM = 7.5, 0.0, 15.0, -0.5
 # On the predictions as they are: so all providers do the same work.
 RULE = APG(ETA, RADIUS, MOMENTUM, threshold_unit="l2", space="native")
+STEP = Step(1, 2)
 
 
 def comfyui_apg(
@@ -50,8 +51,9 @@ def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor, impl: str) -> tuple[Te
     Returns:
         The guided prediction and the new buffer.
     """
-    step = guide_step(cond, uncond, SCALE, RULE, state=buffer, impl=impl)
-    return step.prediction, step.state
+    predictions = Predictions({"cond": cond, "uncond": uncond}, STEP)
+    done = guide_step(RULE, predictions, STEP, SCALE, buffer, impl=impl)
+    return done.prediction, done.state
 
 
 def providers(
