@@ -232,5 +232,5 @@ def test_settings_shipped_with_the_model_belong_to_it(monkeypatch):
     for path in files:
         pipe("noto style fox", guidance=path.stem, num_inference_steps=20, output_type="latent")
         policy = pipe.resolve_guidance(path.stem).policy
-        assert policy.identity is not None
+        assert policy.identities
         assert pipe.guidance_trace.nfe == [policy.nfe(20)]
