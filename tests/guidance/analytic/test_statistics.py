@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from examples.studies.analytic_baseline import Pictures, local_denoiser
+from examples.studies.analytic.baseline import Pictures, local_denoiser
 from pilotage.guidance.analytic import (
     Accumulator,
     DatasetStatistics,
