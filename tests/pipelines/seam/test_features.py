@@ -215,7 +215,7 @@ HELD = Decision((), reuse=Weights(guided={0: 1.0}))
 @pytest.mark.parametrize("decision", [Decision(factor=2.0), HELD])
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_a_policy_that_tells_nothing_beforehand_is_refused_where_it_happens(name, decision):
-    """Its author has nothing to remember: where the combination is replaced, options are checked."""
+    """Its author has nothing to remember: options are checked where the combination is replaced."""
     pipe = guided(FAMILIES[name].build())
     plain = latents(pipe, name, guidance=Untold(Decision()))
     assert equal(plain, latents(pipe, name, guidance="cfg"))
