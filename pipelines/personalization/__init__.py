@@ -11,11 +11,9 @@ from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
 from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
 from .personalizer import LearnedToken, Personalizer
 from .recipes import PRESETS, Recipe, recipe
-from .training import CheckpointError
 
 __all__ = [
     "PRESETS",
-    "CheckpointError",
     "DiffusionTokenLoss",
     "LearnedToken",
     "OnnxTokenLoss",
