@@ -6,7 +6,7 @@ The networks are called, never differentiated, so they may be quantized, compile
 What is learned are the word's input embeddings.
 """
 
-from .files import Token, add_token, load_token, save_token
+from .files import add_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
 from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
 from .personalizer import LearnedToken, Personalizer
@@ -19,12 +19,10 @@ __all__ = [
     "OnnxTokenLoss",
     "Personalizer",
     "Recipe",
-    "Token",
     "TokenBatch",
     "TokenLoss",
     "add_token",
     "export_onnx",
-    "load_token",
     "quantize_onnx",
     "recipe",
     "save_token",
