@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,8 @@ class TokenBatch:
         return TokenBatch(self.noisy[chosen], self.timesteps[chosen], self.targets[chosen], ids)
 
 
-class TokenLoss(Protocol):
-    """The losses of K tokens on one batch."""
-
-    def __call__(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
-        """(K, m, d) embeddings of m vectors -> (K,) losses, float32."""
+# (K, m, d) embeddings of m vectors, and what they have in common -> (K,) losses, float32.
+TokenLoss = Callable[[Tensor, TokenBatch], Tensor]
 
 
 @contextlib.contextmanager

@@ -226,8 +226,10 @@ class Personalizer:
             trainer.load(folder / CHECKPOINT)
         # Encoding the pictures is work: it comes after everything that can be refused.
         data = TokenData(self.networks, sources[0], plan, seed)
-        judge = data if len(sources) == 1 else TokenData(self.networks, sources[1], plan, seed)
-        judged = judge.held_out(held_out_rows) if held_out_rows else None
+        judged = None
+        if held_out_rows:
+            other = data if held_out is None else TokenData(self.networks, sources[1], plan, seed)
+            judged = other.held_out(held_out_rows)
 
         every = evaluate_every or max(1, plan.steps // 20)
         main = trainer.process.is_main_process
@@ -240,18 +242,6 @@ class Personalizer:
             done = trainer.evaluations and trainer.evaluations[-1][0] == trainer.step
             if judged is not None and due(every) and not done:
                 trainer.evaluate_held_out(judged)
-
-        def result() -> LearnedToken:
-            return LearnedToken(
-                placeholder,
-                trainer.best if held_out_rows else trainer.vectors,
-                self.networks.widths,
-                trainer.step,
-                trainer.forwards,
-                trainer.losses,
-                trainer.evaluations,
-                time.monotonic() - began,
-            )
 
         try:
             evaluate()
@@ -279,15 +269,23 @@ class Personalizer:
                     if callback is not None:
                         callback(trainer)
         except BaseException:
-            if writes is not None and trainer.step:
-                if trainer.between_steps:
-                    trainer.save(writes / CHECKPOINT)
-                _save(result(), writes)
+            if writes is not None and trainer.step and trainer.between_steps:
+                trainer.save(writes / CHECKPOINT)
             raise
-        found = result()
-        if writes is not None:
-            _save(found, writes)
-        return found
+        finally:
+            token = LearnedToken(
+                placeholder,
+                trainer.best if held_out_rows else trainer.vectors,
+                self.networks.widths,
+                trainer.step,
+                trainer.forwards,
+                trainer.losses,
+                trainer.evaluations,
+                time.monotonic() - began,
+            )
+            if writes is not None and trainer.step:
+                _save(token, writes)
+        return token
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
