@@ -92,9 +92,8 @@ class DiffusionTokenLoss:
         max_rows: Most rows (tokens times pictures) of one network call; 0 is no limit. What has
             more is evaluated in several calls, also the pictures of one token.
 
-    `forwards` counts the rows that went through the denoiser. What does not depend on the token
-    (the timestep embedding, the layers before the first cross-attention) is computed for every row
-    all the same: sharing it would need the UNet's inside.
+    What does not depend on the token (the timestep embedding, the layers before the first
+    cross-attention) is computed for every row: sharing it would need the UNet's inside.
 
     Raises:
         ValueError: the pipeline is of another family, or its scheduler's noise levels are not
@@ -126,7 +125,6 @@ class DiffusionTokenLoss:
         self.prediction = prediction_type_of(pipe.scheduler)
         if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
-        self.forwards = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -238,9 +236,10 @@ class DiffusionTokenLoss:
         return losses
 
     def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
-        output = self.predict(embeddings, batch)
-        self.forwards += len(output)
-        error = output.float().unflatten(0, (len(embeddings), -1)) - batch.targets
+        error = (
+            self.predict(embeddings, batch).float().unflatten(0, (len(embeddings), -1))
+            - batch.targets
+        )
         return error.square().flatten(1).mean(1)
 
     def predict(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:

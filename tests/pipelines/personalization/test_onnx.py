@@ -56,7 +56,6 @@ def test_float32_losses_are_pytorchs(pipe, reference, folder, count, rows):
     for key in range(3):
         data, vectors = batch(pipe, reference, rows, key), tokens(count, key)
         torch.testing.assert_close(loss(vectors, data), reference(vectors, data), rtol=1e-4, atol=0)
-    assert loss.forwards == 3 * count * rows
     assert sorted(p.name for p in folder.iterdir()) == [
         f"{graph}-{precision}"
         for graph in ("text_encoder", "unet")
