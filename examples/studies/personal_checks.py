@@ -57,14 +57,14 @@ def memory(full: Personalizer, int8: Personalizer, subject: Any, batch: int) -> 
 
     def two_rows() -> None:
         int8.networks.max_rows = 2
-        forward(int8, PRESETS["ours"].estimator(1.0).evaluations)
+        forward(int8, PRESETS["ours"].evaluations)
         int8.networks.max_rows = 0
 
     inputs = {1: batches(1), 2: batches(2), batch: batches(batch)}
     calls = {
         "inference": lambda: forward(int8, 1, 2),
-        "zoodip": lambda: forward(int8, PRESETS["zoodip"].estimator(1.0).evaluations),
-        "ours": lambda: forward(int8, PRESETS["ours"].estimator(1.0).evaluations),
+        "zoodip": lambda: forward(int8, PRESETS["zoodip"].evaluations),
+        "ours": lambda: forward(int8, PRESETS["ours"].evaluations),
         "ours_two_rows": two_rows,
         "backprop": lambda: backward(full),
         "backprop_int8_checkpoint": checkpointed,

@@ -39,7 +39,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import write_figures, write_json
-from pilotage.pipelines.personalization.data import TokenData, held_out_batch
+from pilotage.pipelines.personalization.data import TokenData
 from pilotage.pipelines.personalization.inputs import extended, load_images, prompt_ids
 from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import recipe
@@ -127,7 +127,7 @@ def backprop(
     )
     data = TokenData(networks, source, plan, seed=0)
     held = subject.source(personalizer.pipe, subject.held_out)
-    judge = held_out_batch(networks, held, HELD_OUT_ROWS, seed=0)
+    judge = TokenData(networks, held, plan, seed=0).held_out(HELD_OUT_ROWS)
     token = personalizer.initial_embeddings(subject.word, 1).requires_grad_()
     optimizer = torch.optim.Adam([token], lr=rate)
     best, least, evaluations = token.detach().clone(), float("inf"), []
@@ -150,7 +150,8 @@ def unseen_loss(personalizer: Personalizer, subject: Subject, token: Tensor) -> 
     """Held-out loss on rows that no method has seen."""
     networks = personalizer.networks
     held = subject.source(personalizer.pipe, subject.held_out)
-    return networks(token[None], held_out_batch(networks, held, JUDGE_ROWS, seed=1)).item()
+    rows = TokenData(networks, held, recipe("ours"), seed=1).held_out(JUDGE_ROWS)
+    return networks(token[None], rows).item()
 
 
 @torch.no_grad()
@@ -171,8 +172,8 @@ def judge(personalizer: Personalizer, subject: Subject, token: Tensor) -> tuple[
 def finished(path: Path, name: str, args: argparse.Namespace) -> bool:
     """Whether a method's result is there, of a run as long as asked for."""
     rows = {
-        "zoodip": args.zoodip_steps * recipe("zoodip").estimator(1.0).evaluations,
-        "ours": args.ours_steps * recipe("ours").estimator(1.0).evaluations,
+        "zoodip": args.zoodip_steps * recipe("zoodip").evaluations,
+        "ours": args.ours_steps * recipe("ours").evaluations,
         "backprop": args.backprop_steps * BATCH,
         "backprop_int8_checkpoint": args.backprop_steps * BATCH,
         "initial": 0,

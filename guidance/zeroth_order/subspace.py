@@ -2,11 +2,8 @@ r"""Subspace Gradient (SG): directions in which the token hardly moved are taken
 
 The last tau tokens are standardised (per element, zero mean and unit deviation); of their principal
 components, ordered by variance, the leading ones hold the share :math:`1 - \nu` of the variance.
-The remaining ones, W, are noise:
-
-.. math:: \hat g \leftarrow \hat g - W^T W \hat g
-
-for the next tau steps, during which the next tau tokens are recorded.
+The remaining ones, W, are noise: :math:`\hat g \leftarrow \hat g - W^T W \hat g` for the next tau
+steps, during which the next tau tokens are recorded.
 
 The paper does not say what becomes of directions that tau tokens cannot span (tau < d): here they
 stay in ĝ, so that the search is never confined to where it has been. Components without variance
@@ -44,52 +41,3 @@ def low_variance_components(history: Tensor, nu: float) -> Tensor:
     # A component leads if those before it do not yet hold the share.
     leading = torch.cat([held.new_zeros(1), held[:-1]]) < 1 - nu
     return components[~leading & (values > floor)]
-
-
-class SubspaceGradient:
-    """The projection, with its history.
-
-    Args:
-        tau: Tokens kept, and steps between two decompositions.
-        nu: Share of the variance that counts as noise.
-
-    Raises:
-        ValueError: tau < 2, or nu outside [0, 1).
-    """
-
-    def __init__(self, tau: int = 128, nu: float = 1e-3) -> None:
-        if tau < 2:
-            raise ValueError(f"SubspaceGradient: tau must be at least 2, got {tau}")
-        if not 0 <= nu < 1:
-            raise ValueError(f"SubspaceGradient: nu must lie in [0, 1), got {nu}")
-        self.tau, self.nu = tau, nu
-        self._history: list[Tensor] = []
-        self._noise: Tensor | None = None
-
-    def record(self, token: Tensor) -> None:
-        """Add the token of a step, with shape (d,); the tau-th one renews the projection."""
-        self._history.append(token.detach().float().cpu().clone())
-        if len(self._history) == self.tau:
-            self._noise = low_variance_components(torch.stack(self._history), self.nu).float()
-            self._history = []
-
-    def project(self, gradient: Tensor) -> Tensor:
-        """The estimate without the noisy directions, with shape (d,)."""
-        if self._noise is None or not len(self._noise):
-            return gradient
-        noise = self._noise.to(gradient)
-        return gradient - noise.T @ (noise @ gradient)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """History and projection, as tensors."""
-        state = {}
-        if self._history:
-            state["history"] = torch.stack(self._history)
-        if self._noise is not None:
-            state["noise"] = self._noise
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`."""
-        self._history = list(state["history"].unbind()) if "history" in state else []
-        self._noise = state.get("noise")

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .perturbations import generator
+from .estimates import generator
+from .search import Descent, GradientSearch
 
 # Of each round: groups of words that go on to it (None is all), batches for each of them.
 ROUNDS = ((None, 1), (2, 2), (1, 6))
@@ -31,18 +32,14 @@ def candidate_words(tables: list[Tensor], centre: Tensor, count: int, seed: int)
         tables: Embeddings of the vocabulary for each text encoder, with shapes (V, width); a word
             has the same number in all of them.
         centre: Embedding of the class word, with shape (d,); d is the sum of the widths.
-        count: Words, W.
+        count: Words, W; of a smaller vocabulary all but the class word.
         seed: Seed of the random ones.
 
     Returns:
         Shape (W, d), float32, on the CPU. The class word is not among them.
-
-    Raises:
-        ValueError: the vocabulary has fewer words.
     """
     size = min(len(table) for table in tables)
-    if not 1 <= count < size:
-        raise ValueError(f"cannot compare {count} words of a vocabulary of {size}")
+    count = min(count, size - 1)
     product, square = torch.zeros(size), torch.zeros(size)
     for table, part in zip(tables, centre.split([t.shape[1] for t in tables]), strict=True):
         known = table[:size].detach()
@@ -55,73 +52,80 @@ def candidate_words(tables: list[Tensor], centre: Tensor, count: int, seed: int)
     return torch.cat([table[chosen.to(table.device)].float().cpu() for table in tables], 1)
 
 
-class WordSearch:
-    """Sequential halving over words.
+class WordSearch(GradientSearch):
+    """Sequential halving over words, then a descent from the best of them.
+
+    A step of the comparison takes as many points as one of the descent.
 
     Args:
         initial: The class word, with shape (d,).
         words: The others, with shape (W, d).
-        group: Words of a step beside the class word.
+        settings, seed: Of the descent.
     """
 
-    def __init__(self, initial: Tensor, words: Tensor, group: int) -> None:
-        self._initial, self._words = initial.detach().float().cpu(), words.float().cpu()
-        self._group = group
-        self._alive = torch.arange(len(words))
-        self._sum = torch.zeros(len(words), dtype=torch.float64)
-        self._counts = torch.zeros(len(words), dtype=torch.int64)
-        self._round, self._place = 0, 0
+    def __init__(self, initial: Tensor, words: Tensor, settings: Descent, seed: int = 0) -> None:
+        super().__init__(initial, settings, seed)
+        self._initial, self._words = self.state["iterate"], words.float().cpu()
+        self.state |= {
+            "alive": torch.arange(len(words)),
+            "sum": torch.zeros(len(words), dtype=torch.float64),
+            "evaluated": torch.zeros(len(words), dtype=torch.int64),
+            "round": torch.tensor(0),
+            "place": torch.tensor(0),
+        }
 
     def _steps(self) -> list[Tensor]:
         """The words of each step of this round."""
-        return list(self._alive.split(self._group)) * ROUNDS[self._round][1]
+        groups = self.state["alive"].split(self.settings.directions)
+        return list(groups) * ROUNDS[self.state["round"]][1]
 
     def _ranked(self) -> Tensor:
         """The words of this round, best first; those without a loss yet come last."""
-        score = (self._sum / self._counts).nan_to_num(nan=torch.inf)[self._alive]
-        return self._alive[score.argsort(stable=True)]
+        score = (self.state["sum"] / self.state["evaluated"]).nan_to_num(nan=torch.inf)
+        return self.state["alive"][score[self.state["alive"]].argsort(stable=True)]
 
     @property
     def done(self) -> bool:
-        """Whether all rounds are over."""
-        return self._round == len(ROUNDS)
+        """Whether all rounds are over, and the descent goes on."""
+        return int(self.state["round"]) == len(ROUNDS)
 
     @property
     def value(self) -> Tensor:
-        """Mean of the best words that are better than the class word; it itself if none is."""
+        """Mean of the best words that are better than the class word; later the descent's."""
+        if self.done:
+            return super().value
         best = self._ranked()[:MERGED]
-        best = best[self._sum[best] < 0]
+        best = best[self.state["sum"][best] < 0]
         return self._words[best].mean(0) if len(best) else self._initial
 
     def ask(self) -> Tensor:
-        """See `Search`; the class word comes first."""
-        return torch.cat([self._initial[None], self._words[self._steps()[self._place]]])
+        """The points of the next step, with shape (K, d), float32; the class word comes first."""
+        if self.done:
+            return super().ask()
+        words = self._steps()[self.state["place"]]
+        return torch.cat([self._initial[None], self._words[words]])
 
     def tell(self, losses: Tensor) -> None:
-        """See `Search`."""
+        """Take the step; `losses`, with shape (K,), belong to the points of `ask`.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        if self.done:
+            super().tell(losses)
+            return
         if not losses.isfinite().all():
             raise FloatingPointError(f"losses of known words are not finite: {losses}")
-        steps = self._steps()
-        words = steps[self._place]
-        self._sum[words] += (losses[1:] - losses[0]).double()
-        self._counts[words] += 1
-        self._place += 1
-        if self._place == len(steps):
-            self._round, self._place = self._round + 1, 0
-            groups = None if self.done else ROUNDS[self._round][0]
-            if groups is not None:
-                self._alive = self._ranked()[: groups * self._group]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Search`."""
-        return {
-            "alive": self._alive,
-            "sum": self._sum,
-            "counts": self._counts,
-            "at": torch.tensor([self._round, self._place]),
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Search`."""
-        self._alive, self._sum, self._counts = state["alive"], state["sum"], state["counts"]
-        self._round, self._place = state["at"].tolist()
+        state, steps = self.state, self._steps()
+        words = steps[state["place"]]
+        state["sum"][words] += (losses[1:] - losses[0]).double()
+        state["evaluated"][words] += 1
+        state["place"] = (state["place"] + 1) % len(steps)
+        if state["place"] > 0:
+            return
+        best = self.value
+        state["round"] = state["round"] + 1
+        if self.done:
+            state["iterate"] = best
+        elif (groups := ROUNDS[state["round"]][0]) is not None:
+            state["alive"] = self._ranked()[: groups * self.settings.directions]

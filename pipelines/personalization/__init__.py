@@ -6,27 +6,23 @@ The networks are called, never differentiated, so they may be quantized, compile
 What is learned are the word's input embeddings.
 """
 
-from .files import Token, add_token, load_token, save_token
+from .files import add_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
 from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
 from .personalizer import LearnedToken, Personalizer
 from .recipes import PRESETS, Recipe, recipe
-from .training import CheckpointError
 
 __all__ = [
     "PRESETS",
-    "CheckpointError",
     "DiffusionTokenLoss",
     "LearnedToken",
     "OnnxTokenLoss",
     "Personalizer",
     "Recipe",
-    "Token",
     "TokenBatch",
     "TokenLoss",
     "add_token",
     "export_onnx",
-    "load_token",
     "quantize_onnx",
     "recipe",
     "save_token",

@@ -5,35 +5,25 @@
   ``load_textual_inversion``, one for each text encoder (`add_token` makes both).
 
 ComfyUI and A1111 call a token by the name of its file, diffusers by its key. The name also stands
-in the file's metadata, where no reader but `load_token` looks. k vectors are k tokens in diffusers:
+in the file's metadata, where no reader but `add_token` looks. k vectors are k tokens in diffusers:
 ``<token>``, ``<token>_1``, ...; its pipelines expand ``<token>`` in a prompt to all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from ...guidance.files import atomic
 
 SDXL_KEYS = ("clip_l", "clip_g")
 TAKEN = (*SDXL_KEYS, "string_to_param", "string_to_token")
-
-
-@dataclass(frozen=True)
-class Token:
-    """A learned token: its name, or None, and its vectors (k, d) for each text encoder."""
-
-    name: str | None
-    vectors: tuple[Tensor, ...]
 
 
 def check_name(token: str) -> None:
@@ -71,67 +61,23 @@ def check_spelling(tokenizer: Any, token: str, vectors: int) -> None:
         )
 
 
-def _checked(vectors: Sequence[Tensor], origin: str) -> tuple[Tensor, ...]:
-    """Vectors as (k, d), the same k for every encoder.
-
-    Raises:
-        ValueError: other shapes, no vector, integers, or NaN or infinite entries.
-    """
-    rows = tuple(v.detach()[None] if v.ndim == 1 else v.detach() for v in vectors)
-    shapes = [tuple(v.shape) for v in vectors]
-    if any(v.ndim != 2 or not v.numel() for v in rows) or len({len(v) for v in rows}) != 1:
-        raise ValueError(
-            f"{origin}: expected vectors (k, d), k alike for every text encoder, got {shapes}"
-        )
-    if not all(v.is_floating_point() and v.isfinite().all() for v in rows):
-        raise ValueError(f"{origin}: the vectors must be finite floating-point numbers")
-    return rows
-
-
-def save_token(path: str | Path, vectors: Tensor | Sequence[Tensor], token: str) -> Path:
-    """Writes a token, whole or not at all; returns the path.
+def save_token(path: str | Path, vectors: Sequence[Tensor], token: str) -> None:
+    """Writes a token, whole or not at all.
 
     Args:
         path: File to write, usually ``learned_embeds.safetensors``.
-        vectors: (k, d) or (d,): one tensor for Stable Diffusion 1 and 2, two (CLIP-L, OpenCLIP-G)
-            for XL.
+        vectors: (k, d) for each text encoder: one tensor for Stable Diffusion 1 and 2, two
+            (CLIP-L, OpenCLIP-G) for XL.
         token: Its name in prompts.
 
     Raises:
-        ValueError: a wrong number or shape of tensors, a name that readers would take for
-            something else.
+        ValueError: a name that readers would take for something else.
     """
     check_name(token)
-    rows = _checked([vectors] if isinstance(vectors, Tensor) else vectors, "save_token")
-    if len(rows) > len(SDXL_KEYS):
-        raise ValueError(f"save_token: expected one tensor, or two for SDXL, got {len(rows)}")
-    keys = (token,) if len(rows) == 1 else SDXL_KEYS
-    tensors = {key: row.cpu().contiguous().clone() for key, row in zip(keys, rows, strict=True)}
+    keys = (token,) if len(vectors) == 1 else SDXL_KEYS
+    tensors = {key: rows.cpu().contiguous() for key, rows in zip(keys, vectors, strict=True)}
     with atomic(path) as partial:
         safetensors.torch.save_file(tensors, partial, metadata={"token": token})
-    return Path(path)
-
-
-def load_token(path: str | Path) -> Token:
-    """Reads a file of `save_token`, or of another trainer in the same form.
-
-    Raises:
-        ValueError: a damaged file, or keys of another form.
-    """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            name = (file.metadata() or {}).get("token")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if set(tensors) == set(SDXL_KEYS):
-        return Token(name, _checked([tensors[key] for key in SDXL_KEYS], str(path)))
-    if len(tensors) != 1:
-        raise ValueError(
-            f"{path}: expected one key or {' and '.join(SDXL_KEYS)}, got {', '.join(tensors)}"
-        )
-    ((key, rows),) = tensors.items()
-    return Token(key, _checked([rows], str(path)))
 
 
 def text_encoders(pipe: Any) -> list[tuple[str, Any, Any]]:
@@ -143,49 +89,44 @@ def text_encoders(pipe: Any) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def add_token(
-    pipe: Any, source: str | Path | Tensor | Sequence[Tensor], token: str | None = None
-) -> list[str]:
-    """Teaches a pipeline a token, through diffusers' ``load_textual_inversion``.
+def add_token(pipe: Any, path: str | Path, token: str | None = None) -> list[str]:
+    """Teaches a pipeline the token of a file, through diffusers' ``load_textual_inversion``.
 
     Args:
         pipe: A pipeline with one or two CLIP text encoders, quantized or not.
-        source: A file, or vectors (k, d) for each text encoder.
+        path: A file of `save_token`, or of another trainer in the same form.
         token: Its name in prompts; default: the one in the file.
 
     Returns:
         The names of its vectors: ``["<x>", "<x>_1", ...]``.
 
     Raises:
-        ValueError: no name, a name that is in a vocabulary or spelt otherwise by a tokenizer,
-            vectors of another width or number than the pipeline's encoders. Nothing is changed
-            then.
+        ValueError: a damaged file, or one for another pipeline; no name, or one that a tokenizer
+            knows already or spells otherwise. Nothing is changed then.
     """
-    if not isinstance(pipe, TextualInversionLoaderMixin):
-        raise ValueError(f"add_token: {type(pipe).__name__} takes no textual inversions")
-    if isinstance(source, (str, Path)):
-        known = load_token(source)
-    else:
-        known = Token(None, _checked([source] if isinstance(source, Tensor) else source, "vectors"))
-    name = token or known.name
-    if not name:
-        raise ValueError("add_token: the source has no name for the token: pass token=")
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            name = token or (file.metadata() or {}).get("token")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     parts = text_encoders(pipe)
+    keys = SDXL_KEYS if len(parts) == 2 else tuple(tensors)
     widths = [encoder.get_input_embeddings().weight.shape[1] for _, encoder, _ in parts]
-    given = [v.shape[1] for v in known.vectors]
-    if given != widths:
+    given = {key: tensor.shape[-1] for key, tensor in tensors.items()}
+    if set(given) != set(keys) or [given[key] for key in keys] != widths:
         raise ValueError(
             f"add_token: vectors of width {given} do not fit {type(pipe).__name__}, "
             f"whose text encoders have {widths}"
         )
-    names = token_names(name, len(known.vectors[0]))
+    if not (name := name or (keys[0] if len(keys) == 1 else None)):
+        raise ValueError(f"add_token: {path} has no name for the token: pass token=")
+    names = token_names(name, len(tensors[keys[0]].view(-1, widths[0])))
     for _, _, tokenizer in parts:
         check_spelling(tokenizer, name, len(names))
-        if taken := [n for n in names if n in tokenizer.get_vocab()]:
-            raise ValueError(f"add_token: already in the vocabulary: {', '.join(taken)}")
-    for (_, encoder, tokenizer), vectors in zip(parts, known.vectors, strict=True):
+    for key, (_, encoder, tokenizer) in zip(keys, parts, strict=True):
         with torch.no_grad():
             pipe.load_textual_inversion(
-                {name: vectors}, token=name, text_encoder=encoder, tokenizer=tokenizer
+                {name: tensors[key]}, token=name, text_encoder=encoder, tokenizer=tokenizer
             )
     return names

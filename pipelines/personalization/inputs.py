@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import string
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,7 @@ def check_templates(templates: Sequence[str]) -> None:
     if not templates:
         raise ValueError("no prompt templates")
     for template in templates:
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError:
-            parts = []
-        fields = [part[1:] for part in parts if part[1] is not None]
-        if fields != [("", "", None)]:
+        if re.fullmatch(r"[^{}]*\{\}[^{}]*", template) is None:
             raise ValueError(
                 f"a prompt template needs exactly one {{}} and no other braces, got {template!r}"
             )

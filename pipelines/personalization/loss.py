@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,8 @@ class TokenBatch:
         return TokenBatch(self.noisy[chosen], self.timesteps[chosen], self.targets[chosen], ids)
 
 
-class TokenLoss(Protocol):
-    """The losses of K tokens on one batch."""
-
-    def __call__(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
-        """(K, m, d) embeddings of m vectors -> (K,) losses, float32."""
+# (K, m, d) embeddings of m vectors, and what they have in common -> (K,) losses, float32.
+TokenLoss = Callable[[Tensor, TokenBatch], Tensor]
 
 
 @contextlib.contextmanager
@@ -95,9 +92,8 @@ class DiffusionTokenLoss:
         max_rows: Most rows (tokens times pictures) of one network call; 0 is no limit. What has
             more is evaluated in several calls, also the pictures of one token.
 
-    `forwards` counts the rows that went through the denoiser. What does not depend on the token
-    (the timestep embedding, the layers before the first cross-attention) is computed for every row
-    all the same: sharing it would need the UNet's inside.
+    What does not depend on the token (the timestep embedding, the layers before the first
+    cross-attention) is computed for every row: sharing it would need the UNet's inside.
 
     Raises:
         ValueError: the pipeline is of another family, or its scheduler's noise levels are not
@@ -129,7 +125,6 @@ class DiffusionTokenLoss:
         self.prediction = prediction_type_of(pipe.scheduler)
         if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
-        self.forwards = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -241,9 +236,10 @@ class DiffusionTokenLoss:
         return losses
 
     def _losses(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:
-        output = self.predict(embeddings, batch)
-        self.forwards += len(output)
-        error = output.float().unflatten(0, (len(embeddings), -1)) - batch.targets
+        error = (
+            self.predict(embeddings, batch).float().unflatten(0, (len(embeddings), -1))
+            - batch.targets
+        )
         return error.square().flatten(1).mean(1)
 
     def predict(self, embeddings: Tensor, batch: TokenBatch) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +27,6 @@ from .loss import DiffusionTokenLoss, TokenBatch, injected
 
 Precision = Literal["fp32", "int8"]
 GRAPHS = ("text_encoder", "unet")
-PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one ONNX file
 
 
 def _runtime() -> Any:
@@ -74,18 +73,16 @@ def graph_path(folder: str | Path, name: str, precision: Precision) -> Path:
 def _writing(path: Path) -> Iterator[Path]:
     """A file to write instead of `path`; in the end its whole folder takes the place of that one's.
 
-    (A graph of more than 2 GB is many files.)
+    (Big weights are files of their own.)
     """
     folder = path.parent
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
         yield partial / path.name
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(folder)
 
 
 @torch.no_grad()
@@ -179,7 +176,6 @@ def quantize_onnx(loss: OnnxTokenLoss, calibration: Sequence[tuple[Tensor, Token
 
     for name in GRAPHS:
         source = graph_path(loss.folder, name, "fp32")
-        size = sum(file.stat().st_size for file in source.parent.iterdir())
         with _writing(graph_path(loss.folder, name, "int8")) as partial:
             quantize_static(
                 str(source),
@@ -190,7 +186,7 @@ def quantize_onnx(loss: OnnxTokenLoss, calibration: Sequence[tuple[Tensor, Token
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                use_external_data_format=size > PROTOBUF_LIMIT,
+                use_external_data_format=True,  # one ONNX file holds 2 GB at most
                 extra_options={"MatMulConstBOnly": True},
             )
     return loss.folder

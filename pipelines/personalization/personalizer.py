@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ...guidance.files import atomic, write_json
-from .data import TokenData, held_out_batch
+from .data import Source, TokenData
 from .files import save_token, text_encoders
 from .inputs import (
     TEMPLATES,
@@ -195,7 +197,7 @@ class Personalizer:
         sets = [(pictures, prompts)]
         if held_out is not None:
             sets.append((load_images(held_out, self._side()), held_out_prompts))
-        sources = []
+        sources: list[Source] = []
         for pixels, own in sets:
             if own is not None and len(own) != len(pixels):
                 raise ValueError(f"{len(pixels)} images and {len(own)} prompts: give one for each")
@@ -206,24 +208,28 @@ class Personalizer:
             self.loss,
             plan.build(initial, [table.weight for table in self.networks.tables], seed),
             (vectors, sum(self.networks.widths)),
-            lambda step: data.batch(step),
             points_per_call,
             {
+                "format": 2,  # of the search's state
                 "recipe": asdict(plan) | {"steps": None},
                 "seed": seed,
                 "placeholder": placeholder,
                 "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
                 "pipeline": type(self.pipe).__name__,
                 "held_out_rows": held_out_rows,
-                **({} if folder is None else _identity(self.loss)),
             },
         )
+        if folder is not None:
+            identity = {"loss": type(self.loss).__name__}
+            trainer.settings |= getattr(self.loss, "identity", identity)
         if folder is not None and resume and (folder / CHECKPOINT).is_file():
             trainer.load(folder / CHECKPOINT)
         # Encoding the pictures is work: it comes after everything that can be refused.
         data = TokenData(self.networks, sources[0], plan, seed)
+        judged = None
         if held_out_rows:
-            trainer.held_out = held_out_batch(self.networks, sources[-1], held_out_rows, seed)
+            other = data if held_out is None else TokenData(self.networks, sources[1], plan, seed)
+            judged = other.held_out(held_out_rows)
 
         every = evaluate_every or max(1, plan.steps // 20)
         main = trainer.process.is_main_process
@@ -234,20 +240,8 @@ class Personalizer:
 
         def evaluate() -> None:
             done = trainer.evaluations and trainer.evaluations[-1][0] == trainer.step
-            if held_out_rows and due(every) and not done:
-                trainer.evaluate_held_out()
-
-        def result() -> LearnedToken:
-            return LearnedToken(
-                placeholder,
-                trainer.best if held_out_rows else trainer.vectors,
-                self.networks.widths,
-                trainer.step,
-                trainer.forwards,
-                trainer.losses,
-                trainer.evaluations,
-                time.monotonic() - began,
-            )
+            if judged is not None and due(every) and not done:
+                trainer.evaluate_held_out(judged)
 
         try:
             evaluate()
@@ -259,9 +253,12 @@ class Personalizer:
                 disable=not (progress and main),
             ) as bar:
                 while trainer.step < plan.steps and not trainer.stalled(patience):
-                    trainer.advance()
+                    trainer.advance(data.batch(trainer.step))
                     evaluate()
-                    bar.set_postfix(_shown(trainer), refresh=False)
+                    shown = {"loss": statistics.fmean(trainer.losses[-50:])}
+                    if trainer.evaluations:
+                        shown["held out"] = trainer.evaluations[-1][2]
+                    bar.set_postfix(shown, refresh=False)
                     bar.update()
                     if folder is not None and due(checkpoint_every):
                         if main:
@@ -272,15 +269,23 @@ class Personalizer:
                     if callback is not None:
                         callback(trainer)
         except BaseException:
-            if writes is not None and trainer.step:
-                if trainer.between_steps:
-                    trainer.save(writes / CHECKPOINT)
-                _save(result(), writes)
+            if writes is not None and trainer.step and trainer.between_steps:
+                trainer.save(writes / CHECKPOINT)
             raise
-        found = result()
-        if writes is not None:
-            _save(found, writes)
-        return found
+        finally:
+            token = LearnedToken(
+                placeholder,
+                trainer.best if held_out_rows else trainer.vectors,
+                self.networks.widths,
+                trainer.step,
+                trainer.forwards,
+                trainer.losses,
+                trainer.evaluations,
+                time.monotonic() - began,
+            )
+            if writes is not None and trainer.step:
+                _save(token, writes)
+        return token
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
@@ -355,24 +360,7 @@ def _save(token: LearnedToken, folder: Path) -> None:
     write_json(folder / "personalization.json", record)
 
 
-def _identity(loss: TokenLoss) -> dict[str, Any]:
-    """What losses depend on, as far as the closure tells."""
-    return getattr(loss, "identity", {"loss": type(loss).__name__})
-
-
 def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of tensors on the CPU; 64 hex digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _shown(trainer: TokenTrainer) -> dict[str, str]:
-    """What the progress bar shows: the mean loss of the last 50 steps, the last held-out loss."""
-    recent = trainer.losses[-50:]
-    shown = {"loss": f"{sum(recent) / len(recent):.4f}"}
-    if trainer.evaluations:
-        shown["held out"] = f"{trainer.evaluations[-1][2]:.4f}"
-    return shown
+    """SHA-256 of tensors; 64 hex digits."""
+    content = {str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}
+    return hashlib.sha256(safetensors.torch.save(content)).hexdigest()

@@ -9,39 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance.zeroth_order import (
-    AdamStep,
-    Estimator,
-    FromWords,
-    GradientSearch,
-    IterateAverage,
-    PartialUniformTimesteps,
-    Search,
-    SubspaceGradient,
-    WordSearch,
-    candidate_words,
-)
+from ...guidance.zeroth_order import Descent, GradientSearch, WordSearch, candidate_words
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of a run; the defaults are ZOODiP's.
+class Recipe(Descent):
+    """Settings of a run: those of `Descent`, and more; the defaults are ZOODiP's.
 
     Args:
         steps: Steps of the search.
         batch: Pictures of a step, each with a timestep and a noise, B.
-        directions, mu: See `Estimator`.
-        rate: Learning rate.
-        betas, warmup: See `AdamStep`.
-        subspace_tau: Tokens that Subspace Gradient keeps; 0 switches it off.
-        subspace_nu: Share of the variance that Subspace Gradient takes for noise.
-        timesteps_low, timesteps_high: Window of the timesteps (PUTS), of the 1000 that
-            models are usually trained with.
+        timesteps_low, timesteps_high: Timesteps are drawn from low, ..., high - 1 (Partial Uniform
+            Timestep Sampling), of the 1000 that models are usually trained with. Text controls
+            colour and shape at middle to high noise; the rest adds variance to the loss and hardly
+            any signal.
         pool: Size of the fixed, stratified pool of (image, timestep, noise); 0 draws afresh at
             every step.
         words: Known words that are compared with the class word as beginnings (`WordSearch`); 0
             begins at the class word.
-        average: eta of `IterateAverage`; negative is off.
         relative: mu and rate are in units of the class word's norm.
 
     Raises:
@@ -50,21 +35,14 @@ class Recipe:
 
     steps: int = 30_000
     batch: int = 1
-    directions: int = 2
-    mu: float = 1e-3
-    rate: float = 5e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: int = 0
-    subspace_tau: int = 128
-    subspace_nu: float = 1e-3
     timesteps_low: int = 500
     timesteps_high: int = 900
     pool: int = 0
     words: int = 0
-    average: float = -1.0
     relative: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("steps", 1), ("batch", 1), ("pool", 0), ("words", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -72,29 +50,11 @@ class Recipe:
             raise ValueError(
                 f"the pool ({self.pool}) must be a multiple of the batch ({self.batch})"
             )
-        # The parts check what is theirs.
-        self.timesteps(), self._descent(torch.zeros(1), 1.0, 0)
+        low, high = self.timesteps_low, self.timesteps_high
+        if not 0 <= low < high:
+            raise ValueError(f"timesteps must satisfy 0 <= low < high, got low={low}, high={high}")
 
-    def timesteps(self) -> PartialUniformTimesteps:
-        """The window of timesteps."""
-        return PartialUniformTimesteps(self.timesteps_low, self.timesteps_high)
-
-    def estimator(self, unit: float) -> Estimator:
-        """The gradient estimator, its mu in units of `unit`."""
-        return Estimator(self.directions, self.mu * unit)
-
-    def _descent(self, point: Tensor, unit: float, seed: int) -> GradientSearch:
-        tau, eta = self.subspace_tau, self.average
-        return GradientSearch(
-            point,
-            self.estimator(unit),
-            AdamStep(self.rate * unit, self.betas, self.warmup),
-            seed,
-            subspace=SubspaceGradient(tau, self.subspace_nu) if tau else None,
-            average=IterateAverage(eta) if eta >= 0 else None,
-        )
-
-    def build(self, initial: Tensor, tables: list[Tensor], seed: int) -> Search:
+    def build(self, initial: Tensor, tables: list[Tensor], seed: int) -> GradientSearch:
         """The search from the initial vectors.
 
         Args:
@@ -102,16 +62,16 @@ class Recipe:
             tables: Embedding tables of the text encoders, with shapes (V, width).
             seed: Seed of the search.
         """
-        point = initial.float().cpu().flatten()
-        segments = [table.shape[1] for table in tables] * len(initial)
-        norms = torch.stack([part.norm() for part in point.split(segments)])
-        descent = self._descent(point, norms.mean().item() if self.relative else 1.0, seed)
+        initial = initial.float().cpu()
+        point, settings = initial.flatten(), self
+        if self.relative:
+            segments = [table.shape[1] for table in tables] * len(initial)
+            unit = torch.stack([part.norm() for part in point.split(segments)]).mean().item()
+            settings = dataclasses.replace(self, mu=self.mu * unit, rate=self.rate * unit)
         if not self.words:
-            return descent
-        count = min(self.words, min(len(table) for table in tables) - 1)
-        words = candidate_words(tables, initial.float().cpu()[0], count, seed)
-        # As many points a step as the descent has.
-        return FromWords(WordSearch(point, words.repeat(1, len(initial)), self.directions), descent)
+            return GradientSearch(point, settings, seed)
+        words = candidate_words(tables, initial[0], self.words, seed)
+        return WordSearch(point, words.repeat(1, len(initial)), settings, seed)
 
 
 ZOODIP = Recipe()

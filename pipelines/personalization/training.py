@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...guidance.files import atomic
-from ...guidance.zeroth_order import Search
+from ...guidance.zeroth_order import GradientSearch
 from ..processes import processes
 from .loss import TokenBatch, TokenLoss
 
 HELD_OUT_ROWS_PER_CALL = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be continued from."""
 
 
 class TokenTrainer:
@@ -35,27 +30,22 @@ class TokenTrainer:
         loss: (embeddings (K, m, d), batch) -> losses (K,).
         search: From `Recipe.build`.
         shape: (m, d).
-        batches: The batch of a step, the same in every process.
         points_per_call: Points of one call of the loss; 0 is all of a process. With a fixed number
             the calls are the same for any number of processes, and so is the token, bit for bit;
             else to rounding.
         settings: What a checkpoint must agree with to be continued, ready for JSON.
-
-    `held_out` has the rows of the held-out loss, once they are set.
     """
 
     def __init__(
         self,
         loss: TokenLoss,
-        search: Search,
+        search: GradientSearch,
         shape: tuple[int, int],
-        batches: Callable[[int], TokenBatch],
         points_per_call: int,
         settings: dict[str, Any],
     ) -> None:
-        self.loss, self.search, self.shape, self.batches = loss, search, shape, batches
+        self.loss, self.search, self.shape = loss, search, shape
         self.points_per_call, self.settings = points_per_call, settings
-        self.held_out: TokenBatch | None = None
         self.process = processes()
         self._world = self.process.num_processes
         self.between_steps = True  # else an exception has cut an update in two
@@ -88,9 +78,9 @@ class TokenTrainer:
             return values
         return reduce(values.to(self.process.device), reduction="sum").cpu()
 
-    def advance(self) -> float:
-        """One step; the mean loss of its points."""
-        batch, points = self.batches(self.step), self.search.ask()
+    def advance(self, batch: TokenBatch) -> None:
+        """One step, on rows that are the same in every process."""
+        points = self.search.ask()
         losses = self.evaluate(points, batch)
         self.between_steps = False
         self.search.tell(losses)
@@ -98,28 +88,23 @@ class TokenTrainer:
         self.forwards += len(points) * len(batch)
         self.losses.append(losses.double().mean().item())
         self.between_steps = True
-        return self.losses[-1]
 
     @torch.no_grad()
-    def evaluate_held_out(self) -> float:
+    def evaluate_held_out(self, batch: TokenBatch) -> None:
         """Held-out loss of the result so far, kept in `evaluations`; the best token is in `best`.
 
         Rows are evaluated a few at a time, the parts shared out over the processes. They are not
         counted in `forwards`.
         """
-        if self.held_out is None:
-            raise ValueError("there are no held-out rows")
-        rows = HELD_OUT_ROWS_PER_CALL
-        count, token = len(self.held_out), self.vectors[None]
-        sums = torch.zeros(-(-count // rows))
+        rows, token = HELD_OUT_ROWS_PER_CALL, self.vectors[None]
+        sums = torch.zeros(-(-len(batch) // rows))
         for i in range(self.process.process_index, len(sums), self._world):
-            part = self.held_out.rows(slice(i * rows, (i + 1) * rows))
+            part = batch.rows(slice(i * rows, (i + 1) * rows))
             sums[i] = self.loss(token, part).float().cpu()[0] * len(part)
-        value = self._sum(sums).double().sum().item() / count
+        value = self._sum(sums).double().sum().item() / len(batch)
         if all(value < other for _, _, other in self.evaluations):
             self.best = token[0]
         self.evaluations.append((self.step, self.forwards, value))
-        return value
 
     def stalled(self, patience: int) -> bool:
         """Whether the last `patience` held-out losses were no better than the best before them."""
@@ -130,9 +115,11 @@ class TokenTrainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint (safetensors, its header has the JSON), whole or not at all."""
-        state = {f"search.{k}": v.contiguous().clone() for k, v in self.search.state_dict().items()}
-        state["best"] = self.best.contiguous().clone()
-        state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        state = {
+            **{f"search.{name}": value.clone() for name, value in self.search.state.items()},
+            "best": self.best.clone(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
         record = {
             "step": self.step,
             "forwards": self.forwards,
@@ -146,27 +133,27 @@ class TokenTrainer:
         """Continue from a checkpoint: the same steps follow as without the interruption.
 
         Raises:
-            CheckpointError: the file is damaged, or belongs to other settings (named).
+            ValueError: the file is damaged, or belongs to other settings (named).
         """
         try:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})["personalization"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(
+            raise ValueError(
                 f"the checkpoint {path} is damaged ({error}): delete it to begin anew"
             ) from error
         mine, other = json.loads(json.dumps(self.settings)), record["settings"]
         differing = sorted(n for n in {*mine, *other} if mine.get(n) != other.get(n))
         if differing:
-            raise CheckpointError(
+            raise ValueError(
                 f"the checkpoint {path} was made with other settings ({', '.join(differing)}) or "
                 "by another version: use the same ones, another output folder, or delete it to "
                 "begin anew"
             )
-        self.search.load_state_dict(
-            {k.removeprefix("search."): v for k, v in state.items() if k.startswith("search.")}
-        )
+        self.search.state |= {
+            k.removeprefix("search."): v for k, v in state.items() if k.startswith("search.")
+        }
         self.best, self.losses = state["best"], state["losses"].tolist()
         self.step, self.forwards = record["step"], record["forwards"]
         self.evaluations = [tuple(e) for e in record["evaluations"]]

@@ -1,6 +1,5 @@
-"""int8 weights for the networks of a pipeline, and files that keep them."""
+"""int8 weights for the networks of a pipeline."""
 
-from .files import load_quantized, save_quantized
-from .quantize import Quantized, quantize, quantized_bytes
+from .quantize import quantize
 
-__all__ = ["Quantized", "load_quantized", "quantize", "quantized_bytes", "save_quantized"]
+__all__ = ["quantize"]

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -27,16 +25,6 @@ WEIGHTY = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttentio
 OTHER_BACKENDS = ("bitsandbytes.", "optimum.quanto.", "diffusers.quantizers.", "torchao.")
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What `quantize` did: layers by backend, those kept as they were, bytes before and after."""
-
-    layers: dict[str, int]
-    kept: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-
-
 def quantize(
     target: Any,
     dtype: str = "int8",
@@ -44,7 +32,7 @@ def quantize(
     *,
     gradients: bool = False,
     skip: Sequence[str] = (),
-) -> Quantized:
+) -> list[str]:
     """Stores the weights of every Linear and Conv2d as int8, in place, and freezes them.
 
     Args:
@@ -55,6 +43,9 @@ def quantize(
         gradients: A gradient will flow through to the input. torchao's layers then keep their
             dequantized weights until the backward pass, ours never do.
         skip: Shell patterns of layer names that stay in full precision, e.g. ``"*.conv_out"``.
+
+    Returns:
+        Names of the layers that stay as they were: in `skip`, or quantized already by others.
 
     Raises:
         ValueError: an unknown dtype or backend; layers with weights that are not covered (they
@@ -77,16 +68,12 @@ def quantize(
         backend = "torchao" if installed and not gradients else "pilotage"
     modules = networks(target)
     found = {name: _sorted_layers(name, module, skip) for name, module in modules.items()}
-    before = quantized_bytes(target)["total"]
-    layers: Counter[str] = Counter()
     for name, module in modules.items():
         plain, _ = found[name]
         own = {m for m in plain if backend == "pilotage" or type(m) is nn.Conv2d}
-        layers["pilotage"] += put_int8(module, own)
-        layers["torchao"] += _by_torchao(module, [m for m in plain if m not in own])
-    kept = tuple(name for _, names in found.values() for name in names)
-    after = quantized_bytes(target)["total"]
-    return Quantized({k: n for k, n in layers.items() if n}, kept, before, after)
+        _put_int8(module, own)
+        _by_torchao(module, [m for m in plain if m not in own])
+    return [name for _, names in found.values() for name in names]
 
 
 def networks(target: Any) -> dict[str, nn.Module]:
@@ -111,13 +98,13 @@ def networks(target: Any) -> dict[str, nn.Module]:
 
 def _sorted_layers(
     component: str, module: nn.Module, skip: Sequence[str]
-) -> tuple[list[nn.Module], list[str]]:
+) -> tuple[list[nn.Linear | nn.Conv2d], list[str]]:
     """Layers to quantize, and names of those that stay.
 
     Raises:
         ValueError: layers that are not covered and not in `skip`, or that carry hooks.
     """
-    plain: list[nn.Module] = []
+    plain: list[nn.Linear | nn.Conv2d] = []
     kept, foreign, hooked = [], [], []
     for name, layer in module.named_modules():
         full = f"{component}.{name}" if component else name
@@ -125,7 +112,7 @@ def _sorted_layers(
             continue
         if any(fnmatch.fnmatch(full, pattern) for pattern in skip) or _by_others(layer):
             kept.append(full)
-        elif type(layer) not in INT8_LAYERS:
+        elif not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer) not in INT8_LAYERS:
             foreign.append(f"{full} ({type(layer).__name__})")
         elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
             hooked.append(full)
@@ -149,52 +136,20 @@ def _by_others(layer: nn.Module) -> bool:
     )
 
 
-def put_int8(module: nn.Module, layers: Iterable[nn.Module]) -> int:
-    """Puts int8 layers in place of the Linear and Conv2d among `layers`; their number.
-
-    A layer that a module has at several places stays one.
-    """
-    wanted = {id(layer) for layer in layers}
-    made: dict[nn.Module, Int8Layer] = {}
+def _put_int8(module: nn.Module, layers: Iterable[nn.Linear | nn.Conv2d]) -> None:
+    """Puts int8 layers in place of these; one that the module has at several places stays one."""
+    made: dict[nn.Module | None, Int8Layer] = {m: INT8_LAYERS[type(m)](m) for m in layers}
     for parent in module.modules():
         for name, child in parent._modules.items():
-            if isinstance(child, (nn.Linear, nn.Conv2d)) and id(child) in wanted:
-                if child not in made:
-                    made[child] = INT8_LAYERS[type(child)](child)
-                parent._modules[name] = made[child]
-    return len(made)
+            parent._modules[name] = made.get(child, child)
 
 
-def _by_torchao(module: nn.Module, layers: list[nn.Module]) -> int:
+def _by_torchao(module: nn.Module, layers: list[nn.Linear | nn.Conv2d]) -> None:
+    """Quantizes Linear layers by torchao."""
     if not layers:
-        return 0
+        return
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    wanted = {id(layer) for layer in layers}
-    quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda layer, name: id(layer) in wanted)
+    quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda layer, name: layer in layers)
     for layer in layers:
         layer.requires_grad_(False)
-    return len(layers)
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a quantized tensor consists of."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
-
-
-def quantized_bytes(target: Any) -> dict[str, int]:
-    """Bytes of parameters and buffers by dtype, e.g. ``{"int8": …, "bfloat16": …, "total": …}``."""
-    parts = {
-        (part.data_ptr(), part.shape, part.dtype): part.nbytes
-        for module in networks(target).values()
-        for tensor in (*module.parameters(), *module.buffers())
-        for part in _parts(tensor)
-    }
-    sizes: Counter[str] = Counter()
-    for (_, _, dtype), size in parts.items():
-        sizes[str(dtype).removeprefix("torch.")] += size
-    return {**sizes, "total": sum(sizes.values())}

@@ -1,21 +1,20 @@
-"""Adam, averaging, timesteps, known words, and searches that continue exactly."""
+"""The descent against its formulas, known words, and searches that continue exactly."""
+
+import math
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from pilotage.guidance.zeroth_order import (
-    AdamStep,
-    Estimator,
-    FromWords,
+    Descent,
     GradientSearch,
-    IterateAverage,
-    PartialUniformTimesteps,
-    SubspaceGradient,
     WordSearch,
     candidate_words,
-    generator,
+    forward_difference,
+    perturbations,
 )
+
+from .test_subspace import oracle
 
 D = 12
 
@@ -33,26 +32,18 @@ def losses(points):
     return ((points - TARGET).square() * SCALES).sum(1)
 
 
-def searches():
-    """One of each, made anew."""
-    return {
-        "zoodip": GradientSearch(
-            INITIAL, Estimator(), AdamStep(0.05), subspace=SubspaceGradient(8)
-        ),
-        "average": GradientSearch(
-            INITIAL,
-            Estimator(3, 0.1),
-            AdamStep(0.1),
-            average=IterateAverage(),
-            subspace=SubspaceGradient(20),
-        ),
-        "words": FromWords(
-            WordSearch(INITIAL, draw(9, D, seed=5), 3),
-            GradientSearch(
-                INITIAL, Estimator(directions=3), AdamStep(0.05, warmup=5), average=IterateAverage()
-            ),
-        ),
-    }
+SETTINGS = {
+    "zoodip": Descent(rate=0.05, subspace_tau=8),
+    "average": Descent(3, 0.1, 0.1, subspace_tau=20, average=8.0),
+    "words": Descent(directions=3, rate=0.05, warmup=5, subspace_tau=0, average=8.0),
+}
+
+
+def made(name):
+    """A new search."""
+    if name == "words":
+        return WordSearch(INITIAL, draw(9, D, seed=5), SETTINGS[name])
+    return GradientSearch(INITIAL, SETTINGS[name])
 
 
 def advance(search, steps):
@@ -60,67 +51,89 @@ def advance(search, steps):
         search.tell(losses(search.ask()))
 
 
-@pytest.mark.parametrize("name", searches())
+def copied(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_descends_and_continues_exactly(name):
-    whole, first, second = (searches()[name] for _ in range(3))
+    whole, first, second = (made(name) for _ in range(3))
     advance(whole, 60)
     advance(first, 23)
-    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    second.state |= copied(first.state)
     advance(second, 37)
     assert torch.equal(whole.value, second.value)
     assert torch.equal(whole.ask(), second.ask())
     assert losses(whole.value[None]) < 0.7 * losses(INITIAL[None])
 
 
-def test_losses_that_are_not_finite():
-    for search in searches().values():
-        values = losses(search.ask())
-        values[0] = torch.nan
-        with pytest.raises(FloatingPointError, match="not finite"):
-            search.tell(values)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_losses_that_are_not_finite(name):
+    search = made(name)
+    values = losses(search.ask())
+    values[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        search.tell(values)
 
 
-def test_adam_is_torchs():
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("tau", [0, 8])
+def test_a_step_is_estimate_projection_and_torchs_adam(warmup, tau):
+    """A transcription with torch.optim.Adam, and the covariance's eigenvectors for the noise."""
+    settings = Descent(3, 0.1, 5e-3, warmup=warmup, subspace_tau=tau, subspace_nu=0.2)
+    search, tokens = GradientSearch(INITIAL, settings, seed=4), []
     token = torch.nn.Parameter(INITIAL.clone())
-    reference = torch.optim.Adam([token], lr=5e-3)
-    mine, step = INITIAL.clone(), AdamStep()
-    for i in range(5):
-        token.grad = draw(D, seed=i)
+    reference = torch.optim.Adam([token])
+    for i in range(20):
+        points = search.ask()
+        directions = perturbations(D, 4, i, 3)
+        torch.testing.assert_close(
+            points, search.value + torch.cat([torch.zeros(1, D), 0.1 * directions])
+        )
+        values = losses(points)
+        search.tell(values)
+        gradient = forward_difference(values[1:], values[0], directions, 0.1)
+        if tau and i >= tau:  # noise of the last full window of tau tokens
+            window = torch.stack(tokens[i // tau * tau - tau : i // tau * tau])
+            projector, rank = oracle(window, 0.2)
+            assert rank > 0
+            gradient = gradient - torch.from_numpy(projector).float() @ gradient
+        token.grad = gradient
+        reference.param_groups[0]["lr"] = 5e-3 * min(1, (i + 1) / max(1, warmup))
         reference.step()
-        mine = mine + step.update(draw(D, seed=i))
-    torch.testing.assert_close(mine, token.detach(), rtol=1e-6, atol=1e-7)
+        tokens.append(token.detach().clone())
+        torch.testing.assert_close(search.value, tokens[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_average_weighs_late_iterates():
-    iterates = draw(30, D)
-    mean, late = IterateAverage(0.0), IterateAverage(4.0)
-    for iterate in iterates:
-        mean.add(iterate)
-        late.add(iterate)
-    torch.testing.assert_close(mean.value, iterates.mean(0), rtol=1e-4, atol=1e-6)
-    # Weights proportional to the rising factorial i (i + 1) (i + 2) (i + 3), i = 1, 2, ...
+@pytest.mark.parametrize("eta", [0, 4])
+def test_the_average_weighs_late_tokens(eta):
+    """Weights proportional to the rising factorial i (i + 1) ... (i + eta - 1), i = 1, 2, ..."""
+    search, tokens = GradientSearch(INITIAL, Descent(subspace_tau=0, average=eta)), []
+    for _ in range(30):
+        advance(search, 1)
+        tokens.append(search.state["iterate"].double())
     i = torch.arange(1, 31, dtype=torch.float64)
-    weights = i * (i + 1) * (i + 2) * (i + 3)
-    expected = (weights / weights.sum()) @ iterates.double()
-    torch.testing.assert_close(late.value.double(), expected, rtol=1e-4, atol=1e-5)
+    weights = torch.stack([i + k for k in range(eta)]).prod(0) if eta else torch.ones_like(i)
+    expected = (weights / weights.sum()) @ torch.stack(tokens)
+    torch.testing.assert_close(search.value.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_timesteps_are_uniform_in_their_window():
-    puts = PartialUniformTimesteps()
-    times = puts.sample(40_000, generator(0))
-    assert times.dtype == torch.int64
-    assert (times.min(), times.max()) == (500, 899)
-    assert chisquare(times.sub(500).bincount(minlength=400).numpy()).pvalue > 1e-3
-    strata = puts.stratified(50, generator(0))
-    assert torch.equal((strata - 500) // 8, torch.arange(50))
-    pooled = torch.cat([puts.stratified(400, generator(i)) for i in range(3)])
-    assert pooled.bincount()[500:].eq(3).all()
-
-
-@pytest.mark.parametrize(("low", "high"), [(500, 500), (-1, 5)])
-def test_bad_timesteps(low, high):
-    with pytest.raises(ValueError, match="low"):
-        PartialUniformTimesteps(low, high)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"directions": 0}, "directions must be at least 1"),
+        ({"mu": 0.0}, "mu must be a positive"),
+        ({"mu": math.nan}, "mu must be a positive"),
+        ({"rate": 0.0}, "rate must be a positive"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"subspace_tau": 1}, "subspace_tau"),
+        ({"subspace_nu": 1.0}, "subspace_nu"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Descent(**settings)
 
 
 def noisy_losses(points, batch):
@@ -133,7 +146,7 @@ def test_words_are_compared_with_the_class_word_on_the_same_batch():
     """The few better words are found though batches differ by far more than words do."""
     words = draw(35, D, seed=5)
     better = losses(words).argsort()[:3]
-    search, calls = WordSearch(INITIAL, words, group=7), []
+    search, calls = WordSearch(INITIAL, words, Descent(directions=7)), []
     while not search.done:
         points = search.ask()
         assert torch.equal(points[0], INITIAL)
@@ -145,7 +158,7 @@ def test_words_are_compared_with_the_class_word_on_the_same_batch():
 
 
 def test_the_class_word_stays_if_no_word_is_better():
-    search = WordSearch(TARGET, draw(20, D, seed=5), group=4)
+    search = WordSearch(TARGET, draw(20, D, seed=5), Descent(directions=4))
     assert torch.equal(search.value, TARGET)
     while not search.done:
         search.tell(losses(search.ask()))
@@ -153,20 +166,19 @@ def test_the_class_word_stays_if_no_word_is_better():
 
 
 def test_descent_begins_where_the_words_end():
-    search = searches()["words"]
-    while not search.words.done:
-        assert torch.equal(search.value, search.words.value)
+    search = made("words")
+    while not search.done:
         search.tell(losses(search.ask()))
-    assert torch.equal(search.ask()[0], search.words.value)
-    assert losses(search.words.value[None]) < losses(INITIAL[None])
+    assert torch.equal(search.ask()[0], search.value)
+    assert losses(search.value[None]) < losses(INITIAL[None])
 
 
 @pytest.mark.parametrize("stop", [0, 2, 8, 30])
 def test_words_continue_exactly_in_every_round(stop):
-    whole, first, second = (searches()["words"] for _ in range(3))
+    whole, first, second = (made("words") for _ in range(3))
     advance(whole, 40)
     advance(first, stop)
-    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    second.state |= copied(first.state)
     advance(second, 40 - stop)
     assert torch.equal(whole.value, second.value)
 
@@ -183,16 +195,4 @@ def test_candidates_are_the_nearest_words_and_others():
     assert len(set(rows)) == 11 and 17 not in rows
     assert torch.equal(found, candidate_words(tables, centre, 11, seed=0))
     assert not torch.equal(found, candidate_words(tables, centre, 11, seed=1))
-    with pytest.raises(ValueError, match="60"):
-        candidate_words(tables, centre, 60, seed=0)
-
-
-def test_warmup_raises_the_rate_in_equal_parts():
-    plain, warm = AdamStep(0.1), AdamStep(0.1, warmup=4)
-    for i in range(1, 7):
-        gradient = draw(D, seed=i)
-        expected = min(1, i / 4) * plain.update(gradient)
-        torch.testing.assert_close(warm.update(gradient), expected)
-    for settings in ({"warmup": -1}, {"rate": 0.0}, {"betas": (0.9, 1.0)}):
-        with pytest.raises(ValueError, match="warmup|rate|betas"):
-            AdamStep(**settings)
+    assert len(candidate_words(tables, centre, 60, seed=0)) == 59

@@ -1,11 +1,8 @@
 """The estimate on quadratics: mean and variance against the closed form."""
 
-import math
-
-import pytest
 import torch
 
-from pilotage.guidance.zeroth_order import Estimator, forward_difference, perturbations
+from pilotage.guidance.zeroth_order import forward_difference, perturbations
 
 D = 6
 MU = 0.3
@@ -45,40 +42,8 @@ def test_unbiased_with_the_variance_of_the_closed_form():
     assert abs(variance - 1) < 0.1
 
 
-def test_estimator_is_offsets_then_formula():
-    estimator = Estimator(directions=4, mu=0.1)
-    loss, gradient, _, v = quadratic()
-    points = v + estimator.offsets(D, 3, 7).double()
-    assert len(points) == estimator.evaluations == 5
-    assert torch.equal(points[0], v)
-    values = loss(points)
-    expected = forward_difference(values[1:], values[0], perturbations(D, 3, 7, 4).double(), 0.1)
-    torch.testing.assert_close(
-        estimator.gradient(values, D, 3, 7).double(), expected, rtol=1e-5, atol=1e-6
-    )
-    assert (expected @ gradient) > 0
-
-
 def test_directions_follow_from_seed_step_and_index():
     whole = perturbations(D, 5, 2, 4)
     assert torch.equal(whole[:3], perturbations(D, 5, 2, 3))
     for other in (perturbations(D, 6, 2, 4), perturbations(D, 5, 3, 4)):
         assert not torch.equal(whole, other)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"directions": 0}, "at least 1"),
-        ({"mu": 0.0}, "positive"),
-        ({"mu": math.nan}, "positive"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Estimator(**settings)
-
-
-def test_wrong_number_of_losses():
-    with pytest.raises(ValueError, match="expected 3 losses"):
-        Estimator().gradient(torch.zeros(2), D, 0, 0)
