@@ -113,8 +113,9 @@ def draw_curves(rows: Sequence[Row], x: str, real: dict[str, float] | None = Non
     counts = sorted({steps for _, fewer, steps in series if not fewer}, reverse=True)
     handles = {}
     # Names stay text (no formulas in dollars), and the same figures give the same bytes.
-    style = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pilotage"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pilotage"}
+    ):
         figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             for (method, fewer, steps), members in series.items():
