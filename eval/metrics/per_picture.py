@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pictures import batches, picture_files
 from .alignment import Alignment
-from .bootstrap import grouped_interval
+from .bootstrap import interval
 from .extractors import Extractor
 from .images import PER_PICTURE, TO_BASELINE
 
@@ -71,7 +71,7 @@ def mean_and_interval(
 
     Args:
         values: With shape (N,).
-        groups: See `grouped_interval`; default: every value is independent.
+        groups: See `interval`; default: every value is independent.
 
     Returns:
         The mean, None of no values; its 95 % interval, None of fewer than two groups or of NaN.
@@ -82,7 +82,7 @@ def mean_and_interval(
     mean = float(values.mean()) if len(values) else None
     if len(set(groups)) < 2 or values.isnan().any():
         return mean, None
-    return mean, list(grouped_interval(values, groups))
+    return mean, list(interval(values, groups=groups))
 
 
 def _means(values: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...guidance.files import atomic
 from .extractors import EfficientNetLite0, Extractor
-from .features import checked_features, extract
+from .features import checked_features
 
 
 class SentenceEncoder(nn.Module):
@@ -123,8 +123,7 @@ class RidgeAlignment(nn.Module):
         if not 0 < ridge < float("inf"):
             raise ValueError(f"ridge must be positive and finite, got {ridge}")
         extractor, encoder = extractor or EfficientNetLite0(), encoder or SentenceEncoder()
-        features = extract(extractor, pictures) if pictures.ndim == 4 else pictures
-        features = checked_features(features, least=2)
+        features = _features(pictures, extractor, least=2)
         vectors = encoder(captions).double().to(features.device)
         shift, scale = features.mean(0), features.std(0)
         scale = scale.where(scale > 0, 1)
@@ -148,8 +147,7 @@ class RidgeAlignment(nn.Module):
             self.extractor = self.extractor or EfficientNetLite0().to(self.matrix.device)
             self._same("extractor", self.extractor.name)
             self._same("preprocessing", self.extractor.preprocessing)
-            pictures = extract(self.extractor, pictures)
-        features = checked_features(pictures).to(self.matrix)
+        features = _features(pictures, self.extractor).to(self.matrix)
         if features.shape[1] != len(self.shift):
             raise ValueError(
                 f"features of {features.shape[1]} dimensions, the map is for {len(self.shift)}"
@@ -200,3 +198,10 @@ class RidgeAlignment(nn.Module):
     def _same(self, field: str, value: str) -> None:
         if self.tags[field] != value:
             raise ValueError(f"the map's {field} is {self.tags[field]!r}, here it is {value!r}")
+
+
+def _features(pictures: Tensor, extractor: Extractor | None, least: int = 1) -> Tensor:
+    """Features of pictures (N, 3, H, W), or what is features already, in float64 (N, D)."""
+    if pictures.ndim == 4 and extractor is not None:
+        pictures = torch.cat([extractor(part).float().cpu() for part in pictures.split(32)])
+    return checked_features(pictures, least)
