@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ...guidance.files import atomic, write_json
+from ...guidance.files import atomic, write_json, write_text
 from ...pipelines.processes import processes
 from ..metrics.alignment import Alignment
 from ..metrics.extractors import EfficientNetLite0, Extractor
@@ -29,7 +29,7 @@ from ..record import figures_context
 from .cost import steps_for_nfe
 from .evaluation import Cell, evaluate, rounded
 from .plan import Plan, Samples, Setting
-from .report import write_report
+from .report import render
 from .sampling import PLAN, generate, prepare
 
 BASELINE = "cfg"
@@ -155,7 +155,7 @@ def compare(
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
     if report:
-        write_report(output / "report.html", rows, facts, [*made, *fewer])
+        write_text(output / "report.html", render(rows, facts, [*made, *fewer]))
     return rows
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from ...guidance.files import write_text
 from .answer import Row, answer
 from .plan import Samples
 
@@ -48,22 +47,14 @@ CURVES = {
 LINES = ("-", "--", ":", "-.")
 
 
-def write_report(
-    path: Path, rows: Sequence[Row], facts: dict[str, Any], samples: Sequence[Samples]
-) -> None:
-    """Write the page, whole or not at all.
+def render(rows: Sequence[Row], facts: dict[str, Any], samples: Sequence[Samples]) -> str:
+    """The page; its links lead to the files that lie beside it.
 
     Args:
-        path: Where; links on it lead to the files beside it.
         rows: The settings' figures.
         facts: What ``cells.json`` says beside them.
         samples: The pictures of each row.
     """
-    write_text(path, render(rows, facts, samples))
-
-
-def render(rows: Sequence[Row], facts: dict[str, Any], samples: Sequence[Samples]) -> str:
-    """The page; arguments as for `write_report`."""
     import jinja2
 
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pilotage.eval.comparison.report import CURVES, write_report
+from pilotage.eval.comparison.report import CURVES, render
 
 from .comparisons import PROMPTS, SETTINGS, made_up
 
@@ -38,7 +38,7 @@ def browser():
 def page(browser, tmp_path):
     """The report; closing checks that it complained about nothing and asked for nothing."""
     path = tmp_path / "report.html"
-    write_report(path, *made_up(tmp_path))
+    path.write_text(render(*made_up(tmp_path)), encoding="utf-8")
     page = browser.new_page()
     problems, requests = [], []
     page.on("console", lambda message: problems.append(message.text))
