@@ -148,10 +148,11 @@ def denoise(
 
     import torch
 
-    from ..pipelines import AnalyticDenoisingPipeline
+    from ..pipelines import guided
+    from ..pipelines.analytic.pipeline import AnalyticDenoisingPipeline
 
     options = {} if tau is None else {"tau": tau}
-    pipe: Any = AnalyticDenoisingPipeline(images=images, method=method, options=options)
+    pipe: Any = guided(AnalyticDenoisingPipeline(images=images, method=method, options=options))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     result = pipe(
         count,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,13 +20,6 @@ from .metrics.images import to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TAG = "pilotage"  # the name of the text in a PNG that holds its settings
-
-
-class Digest(Protocol):
-    """A hash of :mod:`hashlib`."""
-
-    def update(self, data: bytes, /) -> None:
-        """Take in more bytes."""
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -59,7 +52,7 @@ def batches(
     files: Sequence[Path],
     batch_size: int = 32,
     resize: int | None = None,
-    digest: Digest | None = None,
+    digest: Callable[[bytes], None] | None = None,
 ) -> Iterator[Tensor]:
     """Pictures as float32 (B, 3, H, W) in [0, 1], in the order of `files`.
 
@@ -70,7 +63,8 @@ def batches(
         batch_size: Pictures at once, B.
         resize: Side in pixels to which every picture is brought first (bicubic, not keeping the
             aspect ratio).
-        digest: A hash object updated with names and contents.
+        digest: Called with what names and contents of the files hash to, e.g. the `update` of a
+            hash object.
 
     Raises:
         ValueError: a file is damaged, deeper than 8 bits a channel, or of another size than the
@@ -86,7 +80,7 @@ def batches(
         for path in files[start : start + batch_size]:
             content = path.read_bytes()
             if digest is not None:
-                digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
+                digest(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
             picture = _decoded(path, content)
             if resize is not None:
                 picture = picture.resize((resize, resize), Image.Resampling.BICUBIC)

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
-from ...guidance.files import atomic, write_json
+from ...guidance.files import atomic, write_json, write_text
 from ...pipelines.processes import processes
 from ..metrics.alignment import Alignment
 from ..metrics.extractors import EfficientNetLite0, Extractor
+from ..metrics.images import PER_PICTURE
 from ..record import figures_context
 from .cost import steps_for_nfe
-from .evaluation import Cell, Evaluation
+from .evaluation import Cell, evaluate, rounded
 from .plan import Plan, Samples, Setting
-from .report import write_report
+from .report import render
 from .sampling import PLAN, generate, prepare
 
 BASELINE = "cfg"
@@ -104,23 +106,42 @@ def compare(
             "reference must be two pictures or more, (N, 3, H, W), got shape "
             f"{tuple(reference.shape)}"
         )
-    plan = Plan(prompts, _with_baselines(settings), seeds, batch_size, options or {})
+    have = {(s.scale, s.steps) for s in settings if s.method == BASELINE}
+    wanted = dict.fromkeys((s.scale, s.steps) for s in settings)
+    added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
+    plan = Plan(prompts, [*settings, *added], seeds, batch_size, options or {})
     if equal_nfe and (output / EQUAL_NFE / PLAN).is_file():
         prepare(pipe, plan, output / EQUAL_NFE)  # what it refuses, before anything is made
     made = generate(pipe, plan, output / "pictures", progress)
-    wanted = _cheaper(pipe, made) if equal_nfe else {}
+    matches = _equal_cost(pipe, made) if equal_nfe else {}
     fewer: list[Samples] = []
-    if wanted:
-        second = replace(plan, settings=list(wanted))
+    if matches:
+        second = replace(plan, settings=list(matches))
         fewer = generate(pipe, second, output / EQUAL_NFE, progress)
     if not processes().is_main_process:
         return []
-    cells = _cells(pipe, settings, made, fewer, wanted)
-    if reference is not None and extractor is None:
-        extractor = EfficientNetLite0().to(pipe.device)
-    evaluation = Evaluation(cells, output, reference, extractor, alignment)
-    rows = evaluation.rows(progress)
-    real = evaluation.real()
+    baselines = _baselines(made)
+    full = {s.label: (s.scale, s.steps) for s in plan.settings}
+    cells = []
+    for i, samples in enumerate(made):
+        base = baselines[samples.setting.scale, samples.setting.steps]
+        kind = "grid" if i < len(settings) else "baseline"
+        text = str(pipe.resolve_guidance(samples.setting.guidance))
+        cells.append(Cell(samples, text, kind, None if base is samples else base))
+    for samples in fewer:
+        labels = matches[samples.setting]
+        base = baselines[full[labels[0]]]
+        text = str(pipe.resolve_guidance(BASELINE))
+        cells.append(Cell(samples, text, "equal nfe", base, tuple(labels)))
+
+    gallery, real = None, None
+    if reference is not None:
+        extractor = extractor or EfficientNetLite0().to(pipe.device)
+        gallery = extractor(reference).cpu()
+        real = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
+        real["n"] = len(reference)
+    bar = tqdm(cells, unit="setting", desc="metrics", disable=not progress)
+    rows = [evaluate(cell, output, extractor, gallery, alignment) for cell in bar]
     facts = {
         "prompts": list(plan.prompts),
         "seeds": list(plan.seeds),
@@ -134,62 +155,28 @@ def compare(
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
     if report:
-        write_report(output / "report.html", rows, facts, cells)
+        write_text(output / "report.html", render(rows, facts, [*made, *fewer]))
     return rows
 
 
-def _with_baselines(settings: Sequence[Setting]) -> list[Setting]:
-    """The settings, and classifier-free guidance at every (scale, steps) among them."""
-    have = {(s.scale, s.steps) for s in settings if s.method == BASELINE}
-    missing = {(s.scale, s.steps): None for s in settings if (s.scale, s.steps) not in have}
-    return [*settings, *(Setting(BASELINE, scale, steps) for scale, steps in missing)]
+def _baselines(made: Sequence[Samples]) -> dict[tuple[float, int], Samples]:
+    """Classifier-free guidance at each (scale, steps)."""
+    found = (samples for samples in made if samples.setting.method == BASELINE)
+    return {(samples.setting.scale, samples.setting.steps): samples for samples in found}
 
 
-def _baseline_of(setting: Setting, made: Sequence[Samples]) -> int:
-    for i, samples in enumerate(made):
-        other = samples.setting
-        same = (other.scale, other.steps) == (setting.scale, setting.steps)
-        if other.method == BASELINE and same:
-            return i
-    raise RuntimeError(f"no baseline for {setting.label}")
-
-
-def _cheaper(pipe: Any, made: Sequence[Samples]) -> dict[Setting, list[str]]:
+def _equal_cost(pipe: Any, made: Sequence[Samples]) -> dict[Setting, list[str]]:
     """CFG with the steps that cost what a cheaper method costs -> the labels it matches."""
-    wanted: dict[Setting, list[str]] = {}
+    baselines = _baselines(made)
+    matches: dict[Setting, list[str]] = {}
     for samples in made:
         setting = samples.setting
-        if samples.mean_nfe >= made[_baseline_of(setting, made)].mean_nfe:
-            continue
-        steps = steps_for_nfe(pipe.scheduler, samples.mean_nfe, setting.steps)
-        if steps < setting.steps:
-            wanted.setdefault(Setting(BASELINE, setting.scale, steps), []).append(setting.label)
-    have = {samples.setting for samples in made}
-    return {setting: labels for setting, labels in wanted.items() if setting not in have}
-
-
-def _cells(
-    pipe: Any,
-    settings: Sequence[Setting],
-    made: Sequence[Samples],
-    fewer: Sequence[Samples],
-    wanted: dict[Setting, list[str]],
-) -> list[Cell]:
-    cells = []
-    for i, samples in enumerate(made):
-        setting = samples.setting
-        base = _baseline_of(setting, made)
-        kind = "grid" if i < len(settings) else "baseline"
-        guidance = str(pipe.resolve_guidance(setting.guidance))
-        cells.append(Cell(setting, guidance, kind, (), samples, None if base == i else base))
-    steps_of = {samples.setting.label: samples.setting.steps for samples in made}
-    for samples in fewer:
-        setting = samples.setting
-        matches = tuple(wanted[setting])
-        full = replace(setting, steps=steps_of[matches[0]])
-        base = _baseline_of(full, made)
-        cells.append(Cell(setting, cells[base].guidance, "equal nfe", matches, samples, base))
-    return cells
+        if samples.mean_nfe < baselines[setting.scale, setting.steps].mean_nfe:
+            steps = steps_for_nfe(pipe.scheduler, samples.mean_nfe, setting.steps)
+            if (setting.scale, steps) not in baselines:
+                fewer = Setting(BASELINE, setting.scale, steps)
+                matches.setdefault(fewer, []).append(setting.label)
+    return matches
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

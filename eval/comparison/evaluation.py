@@ -14,11 +14,10 @@ from torch import Tensor
 from ..metrics.alignment import Alignment
 from ..metrics.extractors import Extractor
 from ..metrics.frechet import frechet_distance, frechet_interval
-from ..metrics.images import PER_PICTURE
 from ..metrics.kid import kernel_distance
 from ..metrics.per_picture import mean_and_interval, measure
 from ..metrics.precision_recall import density_coverage, precision_recall
-from .plan import Samples, Setting
+from .plan import Samples
 
 DISTANCE_RESAMPLES = 100
 
@@ -28,108 +27,83 @@ class Cell:
     """One setting of a comparison.
 
     Args:
-        setting: What was asked of the pipeline.
+        samples: Its pictures.
         guidance: The settings its name stands for, written out.
         kind: ``grid``: asked for; ``baseline``: added for the others; ``equal nfe``: CFG with as
             many steps as cost what another method costs.
+        baseline: Pictures of CFG with the same scale and, but for ``equal nfe``, as many steps;
+            None for a baseline.
         matches: For ``equal nfe``, the labels of the settings whose cost it has.
-        samples: Its pictures.
-        baseline: Index of the baseline's cell; None for a baseline.
     """
 
-    setting: Setting
+    samples: Samples
     guidance: str
     kind: str
-    matches: tuple[str, ...]
-    samples: Samples
-    baseline: int | None
+    baseline: Samples | None
+    matches: tuple[str, ...] = ()
 
-
-class Evaluation:
-    """Evaluates the cells of a comparison, a few pictures at a time.
-
-    Args:
-        cells: What to evaluate.
-        output: Folder of the comparison.
-        reference: Real pictures, with shape (N, 3, H, W), in [0, 1], or None.
-        extractor: Pictures to features; needed with `reference` only.
-        alignment: What scores pictures by their prompts, or None.
-    """
-
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        output: Path,
-        reference: Tensor | None,
-        extractor: Extractor | None,
-        alignment: Alignment | None,
-    ) -> None:
-        self.cells, self.output, self.reference = cells, output, reference
-        self.extractor, self.alignment = extractor, alignment
-        self.gallery: Tensor | None = None
-        if reference is not None and extractor is not None:
-            self.gallery = extractor(reference).cpu()
-
-    def rows(self, progress: bool) -> list[dict[str, Any]]:
-        """One dictionary a cell."""
-        from tqdm import tqdm
-
-        bar = tqdm(self.cells, unit="setting", desc="metrics", disable=not progress)
-        return [self._row(cell) for cell in bar]
-
-    def real(self) -> dict[str, Any] | None:
-        """The statistics of single pictures, of the reference."""
-        if (reference := self.reference) is None:
-            return None
-        means = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
-        return means | {"n": len(reference)}
-
-    def _row(self, cell: Cell) -> dict[str, Any]:
-        samples, setting = cell.samples, cell.setting
-        row: dict[str, Any] = {
-            "label": setting.label,
-            "method": setting.method,
-            "guidance": cell.guidance,
-            "kind": cell.kind,
-            "matches": list(cell.matches),
-            "w": setting.scale,
-            "steps": setting.steps,
-            "n": len(samples.paths),
-            "nfe": rounded(samples.mean_nfe),
-            "nfe_range": [min(samples.nfe), max(samples.nfe)],
-            "seconds": rounded(samples.seconds),
-            "effective_guidance": self._effective(cell),
-            "folder": os.path.relpath(samples.paths[0].parent, self.output),
-        }
-        base = None if cell.baseline is None else self.cells[cell.baseline].samples
-        values = measure(
-            samples.paths,
-            None if base is None else base.paths,
-            samples.prompts,
-            self.alignment,
-            None if self.gallery is None else self.extractor,
-        )
-        features = values.pop("features", None)
-        groups = independent(samples.prompts)
-        for name, value in values.items():
-            mean, ends = mean_and_interval(value, groups)
-            row[name] = rounded(mean)
-            row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
-        if "psnr" in values:
-            row["n_equal"] = int(values["psnr"].isinf().sum())
-        if self.gallery is not None and features is not None:
-            row |= distribution_metrics(self.gallery, features, groups)
-        return row
-
-    def _effective(self, cell: Cell) -> float | None:
+    @property
+    def effective_guidance(self) -> float | None:
         """Effective guidance (see `comparison`); None where it could not be measured."""
-        setting = cell.setting
-        if cell.baseline is None or cell.kind == "equal nfe":
-            return rounded(setting.scale)
-        update, plain = cell.samples.update, self.cells[cell.baseline].samples.update
+        scale = self.samples.setting.scale
+        if self.baseline is None or self.kind == "equal nfe":
+            return scale
+        update, plain = self.samples.update, self.baseline.update
         if update is None or plain is None or sum(plain) == 0:
             return None
-        return rounded(1 + (setting.scale - 1) * sum(update) / sum(plain))
+        return 1 + (scale - 1) * sum(update) / sum(plain)
+
+
+def evaluate(
+    cell: Cell,
+    output: Path,
+    extractor: Extractor | None = None,
+    gallery: Tensor | None = None,
+    alignment: Alignment | None = None,
+) -> dict[str, Any]:
+    """All figures of a setting, ready for JSON.
+
+    Args:
+        cell: What to evaluate.
+        output: Folder of the comparison.
+        extractor: Pictures to features, None without a reference.
+        gallery: Features of the reference, with shape (N, D), on the CPU, or None.
+        alignment: What scores pictures by their prompts, or None.
+    """
+    samples, base = cell.samples, cell.baseline
+    values = measure(
+        samples.paths,
+        None if base is None else base.paths,
+        samples.prompts,
+        alignment,
+        None if gallery is None else extractor,
+    )
+    features = values.pop("features", None)
+    groups = independent(samples.prompts)
+    row: dict[str, Any] = {
+        "label": samples.setting.label,
+        "method": samples.setting.method,
+        "guidance": cell.guidance,
+        "kind": cell.kind,
+        "matches": list(cell.matches),
+        "w": samples.setting.scale,
+        "steps": samples.setting.steps,
+        "n": len(samples.paths),
+        "nfe": rounded(samples.mean_nfe),
+        "nfe_range": [min(samples.nfe), max(samples.nfe)],
+        "seconds": rounded(samples.seconds),
+        "effective_guidance": rounded(cell.effective_guidance),
+        "folder": os.path.relpath(samples.paths[0].parent, output),
+    }
+    for name, value in values.items():
+        mean, ends = mean_and_interval(value, groups)
+        row[name] = rounded(mean)
+        row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
+    if "psnr" in values:
+        row["n_equal"] = int(values["psnr"].isinf().sum())
+    if gallery is not None and features is not None:
+        row |= distribution_metrics(gallery, features, groups)
+    return row
 
 
 def independent(prompts: Sequence[str]) -> list[Hashable]:

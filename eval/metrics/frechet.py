@@ -97,8 +97,6 @@ def frechet_interval(
     generator = torch.Generator().manual_seed(seed)
     constant = root.square().sum()
     parts = members(range(len(fake)) if groups is None else groups)
-    if len(parts) < 2:
-        raise ValueError("at least 2 groups are needed, got 1")
     projected, squares = fake @ root, fake.square().sum(1)  # (M, r), (M,)
     draws = []
     for _ in range(resamples):

@@ -65,64 +65,39 @@ def pixel_values(processor: Any, images: Tensor) -> Tensor:
     return processor(images=list(pixels.numpy()), return_tensors="pt")["pixel_values"]
 
 
-class _HubFeatures(nn.Module):
-    dimension: int
-    resolution: int
+class HubFeatures(nn.Module):
+    """Features of a model of the hub.
 
-    def __init__(self, kind: str, network: Any, model: str) -> None:
+    CLIP: the projected image embeddings, not normalised. DINOv2: the class token after the last
+    normalisation.
+
+    Args:
+        kind: ``clip`` or ``dinov2``.
+        model: Folder or hub name, e.g. ``openai/clip-vit-large-patch14-336``.
+
+    Raises:
+        FileNotFoundError, ValueError: see `from_pretrained`.
+    """
+
+    def __init__(self, kind: str, model: str) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor
+        from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 
         self.name = f"{kind}:{model}"
+        self.projection: nn.Module = nn.Identity()
+        if kind == "clip":
+            # The model with projection alone takes its width from another place of the config.
+            whole = from_pretrained(CLIPModel, model)
+            self.network, self.projection = whole.vision_model, whole.visual_projection
+        else:
+            self.network = from_pretrained(Dinov2Model, model)
         self.processor = from_pretrained(AutoImageProcessor, model)
-        self.network = network.eval().requires_grad_(False)
         self.preprocessing = describe(self.processor)
-
-    def _pooled(self, images: Tensor) -> Tensor:
-        weights = next(self.network.parameters())
-        pixels = pixel_values(self.processor, images).to(weights.device, weights.dtype)
-        return self.network(pixel_values=pixels).pooler_output
-
-
-class CLIPFeatures(_HubFeatures):
-    """Projected image embeddings of a CLIP model, not normalised.
-
-    Args:
-        model: Folder or hub name, e.g. ``openai/clip-vit-large-patch14-336``.
-    """
-
-    def __init__(self, model: str) -> None:
-        from transformers import CLIPModel
-
-        # The model with projection alone takes its width from another place of the config.
-        whole = from_pretrained(CLIPModel, model)
-        super().__init__("clip", whole.vision_model, model)
-        self.projection = whole.visual_projection.requires_grad_(False)
-        self.dimension = self.projection.out_features
-        self.resolution = whole.config.vision_config.image_size
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings, shape (N, D), of pictures (N, 3, H, W) in [0, 1]."""
-        return self.projection(self._pooled(images)).float()
-
-
-class DINOv2Features(_HubFeatures):
-    """The class token of a DINOv2 model after its last normalisation.
-
-    Args:
-        model: Folder or hub name, e.g. ``facebook/dinov2-large``.
-    """
-
-    def __init__(self, model: str) -> None:
-        from transformers import Dinov2Model
-
-        network = from_pretrained(Dinov2Model, model)
-        super().__init__("dinov2", network, model)
-        self.dimension = network.config.hidden_size
-        self.resolution = network.config.image_size
+        self.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Features, shape (N, D), of pictures (N, 3, H, W) in [0, 1]."""
-        return self._pooled(images).float()
+        weights = next(self.network.parameters())
+        pixels = pixel_values(self.processor, images).to(weights.device, weights.dtype)
+        return self.projection(self.network(pixel_values=pixels).pooler_output).float()

@@ -12,11 +12,9 @@ import importlib
 import importlib.util
 import sys
 import types
-import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,32 +66,41 @@ class Inception(nn.Module):
 
     Raises:
         FileNotFoundError: the weights file is not there, or the download fails.
-        ValueError: the weights file is damaged.
+        ValueError: the weights file is damaged, or holds something else.
         ModuleNotFoundError: torch-fidelity is not installed.
     """
 
     name = "inception"
     preprocessing = "uint8, TensorFlow-1 bilinear to 299x299"
-    resolution = 299
-    dimension = 2048
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | None = None) -> None:
         super().__init__()
         with fidelity_modules():
             module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        if weights is not None:
-            state = _state(Path(weights))
-        else:
-            try:
-                state = torch.hub.load_state_dict_from_url(
-                    module.URL_INCEPTION_V3, map_location="cpu", weights_only=True
-                )
-            except (urllib.error.URLError, OSError) as error:
-                raise FileNotFoundError(
-                    f"the Inception weights cannot be downloaded ({error}): fetch "
-                    f"{module.URL_INCEPTION_V3} elsewhere and name the file as inception:FILE"
-                ) from error
-        self.network = _build(module, state, weights)
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"no Inception weights at {weights}")
+        # torch-fidelity unpickles whatever the file holds, so what holds more than tensors is
+        # refused first. A download stays in torch.hub's cache, where torch-fidelity finds it.
+        try:
+            if weights is None:
+                torch.hub.load_state_dict_from_url(module.URL_INCEPTION_V3, weights_only=True)
+            else:
+                torch.load(weights, weights_only=True)
+            self.network = module.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+            )
+        except OSError as error:
+            if weights is not None:
+                raise
+            raise FileNotFoundError(
+                f"the Inception weights cannot be downloaded ({error}): fetch "
+                f"{module.URL_INCEPTION_V3} elsewhere and name the file as inception:FILE"
+            ) from error
+        except Exception as error:  # torch.load raises half a dozen kinds
+            source = weights or "the download"
+            raise ValueError(
+                f"{source} is damaged or does not hold the Inception weights ({error})"
+            ) from error
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
@@ -101,27 +108,3 @@ class Inception(nn.Module):
         device = next(self.network.parameters()).device
         pixels = (images.to(device) * 255).round().clamp(0, 255).byte()
         return self.network(pixels)[0]
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds
-        raise ValueError(f"{path} is damaged or not a weights file ({error})") from error
-
-
-def _build(module: Any, state: dict[str, Tensor], weights: Any) -> nn.Module:
-    # torch-fidelity's constructor loads a file by itself, with pickle; hand it the tensors instead.
-    original = module.torch.load
-    module.torch.load = lambda *_, **__: state
-    try:
-        return module.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path="given"
-        )
-    except (RuntimeError, TypeError, AttributeError) as error:
-        source = weights or "the download"
-        raise ValueError(f"{source} does not hold the Inception weights ({error})") from error
-    finally:
-        module.torch.load = original

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pictures import batches, picture_files
 from .alignment import Alignment
-from .bootstrap import grouped_interval
+from .bootstrap import interval
 from .extractors import Extractor
 from .images import PER_PICTURE, TO_BASELINE
 
@@ -71,7 +71,7 @@ def mean_and_interval(
 
     Args:
         values: With shape (N,).
-        groups: See `grouped_interval`; default: every value is independent.
+        groups: See `interval`; default: every value is independent.
 
     Returns:
         The mean, None of no values; its 95 % interval, None of fewer than two groups or of NaN.
@@ -82,26 +82,16 @@ def mean_and_interval(
     mean = float(values.mean()) if len(values) else None
     if len(set(groups)) < 2 or values.isnan().any():
         return mean, None
-    return mean, list(grouped_interval(values, groups))
+    return mean, list(interval(values, groups=groups))
 
 
-def _means(values: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {"n": len(values[names[0]])}
+def means(values: dict[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
+    """N, and mean and 95 % interval of some of what `measure` gives, by name."""
+    result: dict[str, Any] = {}
     for name in names:
+        result["n"] = len(values[name])
         result[name], result[f"{name}_interval"] = mean_and_interval(values[name])
     return result
-
-
-def colour_statistics(
-    folder: str | Path, batch_size: int = 32, resize: int | None = None
-) -> dict[str, Any]:
-    """Mean saturation, contrast and colourfulness (see `images`), their intervals, N.
-
-    High guidance scales raise all three; the same pictures without guidance, or real ones, say how
-    much is right.
-    """
-    values = measure(picture_files(folder), batch_size=batch_size, resize=resize)
-    return _means(values, list(PER_PICTURE))
 
 
 def folder_similarity(
@@ -127,26 +117,4 @@ def folder_similarity(
                 f"{place} has no {min(missing)}, which {other} has ({len(missing)} such files)"
             )
     values = measure(*pair, batch_size=batch_size)
-    return _means(values, list(TO_BASELINE)) | {"n_equal": int(values["psnr"].isinf().sum())}
-
-
-def folder_alignment(
-    folder: str | Path,
-    prompts: Sequence[str],
-    scorer: Alignment,
-    batch_size: int = 32,
-    resize: int | None = None,
-) -> dict[str, Any]:
-    """Mean alignment of a folder's pictures with their prompts, its interval, N, and by what.
-
-    Args:
-        folder: Where the pictures lie.
-        prompts: A text a picture, in the order of file names.
-        scorer: What scores, e.g. `alignment.CLIPAlignment`.
-        batch_size: Pictures at once.
-        resize: Bring pictures to this side first.
-    """
-    files = picture_files(folder)
-    values = measure(files, None, prompts, scorer, None, batch_size, resize)["alignment"]
-    mean, ends = mean_and_interval(values)
-    return {"alignment": mean, "by": scorer.name, "n": len(values), "interval": ends}
+    return means(values, TO_BASELINE) | {"n_equal": int(values["psnr"].isinf().sum())}

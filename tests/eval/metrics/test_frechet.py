@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from examples.studies.agreement import fid_of_torchmetrics, made_up
-from pilotage.eval.metrics.bootstrap import grouped_interval, interval
+from pilotage.eval.metrics.bootstrap import interval
 from pilotage.eval.metrics.features import FeatureStatistics
 from pilotage.eval.metrics.frechet import frechet_distance, frechet_interval
 
@@ -126,12 +126,6 @@ def test_interval_of_a_mean_covers_as_often_as_it_says():
     assert interval(values, seed=1) == interval(values, seed=1) != interval(values, seed=2)
 
 
-def test_interval_of_another_statistic():
-    values = torch.tensor([1.0, 2, 3, 4, 100])
-    low, high = interval(values, statistic=lambda rows: rows.median(1).values, resamples=500)
-    assert low >= 1 and high <= 100 and {low, high} <= set(values.tolist())
-
-
 def test_interval_of_the_distance_has_its_spread():
     """Against the spread of fresh samples of the same size."""
     real, count = randn(600, 8), 120
@@ -165,14 +159,14 @@ def test_groups_are_resampled_whole():
     values = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
     alone, copied = interval(values), values.repeat(4)
     groups = list(range(20)) * 4
-    assert grouped_interval(values, range(20)) == pytest.approx(alone)
-    assert grouped_interval(copied, groups) == pytest.approx(alone)
+    assert interval(values, groups=range(20)) == pytest.approx(alone)
+    assert interval(copied, groups=groups) == pytest.approx(alone)
     low, high = interval(copied)
     assert high - low < 0.7 * (alone[1] - alone[0])
     # Unequal groups: the mean of a resample is over its values, not over its groups.
     unequal = torch.tensor([1.0, 1, 1, 5])
-    assert grouped_interval(unequal, "aaab") == (1, 5)
-    assert grouped_interval(unequal, "aaab", level=0.1) == (2, 2)
+    assert interval(unequal, groups="aaab") == (1, 5)
+    assert interval(unequal, level=0.1, groups="aaab") == (2, 2)
 
 
 def test_interval_of_the_distance_resamples_groups():

@@ -25,7 +25,7 @@ from ..test_cli import run
 class Coarse(torch.nn.Module):
     """Pictures of 4 x 4 pixels as features, in the place of a network."""
 
-    name, preprocessing, dimension = "efficientnet-lite0", "none", 48
+    name, preprocessing = "efficientnet-lite0", "none"
 
     def forward(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
