@@ -113,10 +113,10 @@ def stream(
             raise ValueError(f"no pictures in {source} (looked for {', '.join(SUFFIXES)})")
         items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files)
     elif isinstance(source, Tensor) or _is_pair(source):
-        images, labels = source if _is_pair(source) else (source, None)
-        if accept is not None:
-            accept(tuple(images.shape[1:]))
-        yield from _tensor_blocks(images, labels, chunk, value_range)
+        images, labels = load_images(source, value_range=value_range, accept=accept)
+        for start in range(0, len(images), chunk):
+            rows = slice(start, start + chunk)
+            yield images[rows], None if labels is None else labels[rows]
         return
     else:
         entries = source
@@ -126,10 +126,9 @@ def stream(
         items = _items(entries)
     items, count = _alike(items, files, accept), 0
     while block := list(itertools.islice(items, chunk)):
-        labels = [label for _, label in block]
         yield (
             checked(torch.stack([image for image, _ in block]), value_range, count),
-            None if labels[0] is None else torch.as_tensor([int(label) for label in labels]),
+            None if block[0][1] is None else torch.as_tensor([int(label) for _, label in block]),
         )
         count += len(block)
     if not count:
@@ -163,14 +162,21 @@ def load_images(
     accept: Accept | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
+    if isinstance(source, Tensor) or _is_pair(source):
+        images, labels = (source, None) if isinstance(source, Tensor) else source
+        if accept is not None:
+            accept(tuple(images.shape[1:]))
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images")
+        return checked(images, value_range), None if labels is None else labels.long()
     blocks = list(stream(source, value_range=value_range, accept=accept))
-    labels = [label for _, label in blocks if label is not None]  # of all blocks or of none
-    return torch.cat([images for images, _ in blocks]), torch.cat(labels) if labels else None
+    found = [label for _, label in blocks if label is not None]  # of all blocks or of none
+    return torch.cat([images for images, _ in blocks]), torch.cat(found) if found else None
 
 
 def checked(images: Tensor, value_range: tuple[float, float] | None, first: int = 0) -> Tensor:
     """A block (b, C, H, W) in the form it is stored in; see `stream` for what is refused."""
-    if images.ndim != 4:
+    if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
     if value_range is not None and images.shape[1] not in (1, 3):
         hint = ": an alpha channel?" if images.shape[1] in (2, 4) else ""
@@ -205,15 +211,3 @@ def _is_pair(source: Any) -> bool:
         and source[0].ndim == 4
         and source[1].ndim == 1
     )
-
-
-def _tensor_blocks(
-    images: Tensor, labels: Tensor | None, chunk: int, value_range: tuple[float, float] | None
-) -> Iterator[Block]:
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    for start in range(0, len(images), chunk):
-        block = checked(images[start : start + chunk], value_range, start)
-        yield block, None if labels is None else labels[start : start + chunk].long()

@@ -25,11 +25,10 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
     """Sample from a set of images, without a network.
 
     Args:
-        unet: An `AnalyticDenoiserModel`; None to make one of `images` or `dataset`.
+        unet: An `AnalyticDenoiserModel`; None to make one of `images`.
         scheduler: Any scheduler whose noise levels are known; None for DDIM with linear beta.
         vae: An ``AutoencoderKL``: images are encoded once and sampled in its latent space.
         images: See `AnalyticDenoiserModel.from_images`.
-        dataset: The same (a torch or Hugging Face data set).
         labels: Classes of the images.
         method: Which denoiser, a name in ``pilotage.guidance.analytic.DENOISERS``.
         options: Arguments of that denoiser, and of `AnalyticDenoiserModel.from_images`.
@@ -48,24 +47,22 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         vae: Any = None,
         *,
         images: Any = None,
-        dataset: Any = None,
         labels: Tensor | None = None,
         method: str = "local",
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        sources = [s for s in (unet, images, dataset) if s is not None]
-        if len(sources) != 1:
-            raise ValueError(f"expected one of unet, images and dataset, got {len(sources)}")
+        if (unet is None) == (images is None):
+            raise ValueError("expected either unet or images")
         scheduler = scheduler or DDIMScheduler(clip_sample=False)
         if unet is None:
-            source, settings = sources[0], {"method": method, "scheduler": scheduler}
+            settings = {"method": method, "scheduler": scheduler}
             if vae is not None:
-                source, found = encode_images(vae, source)
+                images, found = encode_images(vae, images)
                 labels = found if labels is None else labels
                 settings["value_range"] = None
             settings |= options or {}
-            unet = AnalyticDenoiserModel.from_images(source, labels, **settings)
+            unet = AnalyticDenoiserModel.from_images(images, labels, **settings)
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
