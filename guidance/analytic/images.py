@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..images import SUFFIXES, image_files, read_image, to_tensor
 
-IMAGE_KEYS = ("image", "images", "img", "pixel_values")
-LABEL_KEYS = ("label", "labels", "class_label", "class_labels")
+IMAGE_KEYS = ("image", "img", "pixel_values")
 Block = tuple[Tensor, Tensor | None]
 Accept = Callable[[tuple[int, ...]], None]
 
@@ -55,30 +54,19 @@ def _folder_items(folder: Path, files: list[Path]) -> Iterator[tuple[Tensor, int
         yield image, names.index(top) if names else None
 
 
-def _parts(item: Any) -> tuple[Any, Any]:
-    """Image and label (None) of an item of a data set."""
-    if isinstance(item, dict):
-        for key in IMAGE_KEYS:
-            if key in item:
-                return item[key], next((item[k] for k in LABEL_KEYS if k in item), None)
-        raise ValueError(f"no image among {sorted(item)}: expected one of {IMAGE_KEYS}")
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
-
-
 def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+    """Image and label (None) of every item of a data set."""
     for item in source:
-        image, label = _parts(item)
-        if isinstance(image, Image.Image):
-            yield from_pil(image), label
-            continue
-        image = torch.as_tensor(image)
-        if image.ndim == 4:
-            labels = [None] * len(image) if label is None else label
-            yield from zip(image, labels, strict=True)
-        else:
-            yield (image[None] if image.ndim == 2 else image), label
+        label = None
+        if isinstance(item, dict):
+            key = next((key for key in IMAGE_KEYS if key in item), None)
+            if key is None:
+                raise ValueError(f"no image among {sorted(item)}: expected one of {IMAGE_KEYS}")
+            item, label = item[key], item.get("label")
+        elif isinstance(item, (tuple, list)):
+            item, label = item[0], item[1] if len(item) > 1 else None
+        image = from_pil(item) if isinstance(item, Image.Image) else torch.as_tensor(item)
+        yield image[None] if image.ndim == 2 else image, label
 
 
 def stream(
@@ -92,8 +80,8 @@ def stream(
 
     Args:
         source: A folder (path), a tensor (N, C, H, W), a pair (images, labels), a torch or Hugging
-            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), batches
-            (B, C, H, W), PIL), each alone, with a label in a tuple, or in a dict.
+            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), PIL), each
+            alone, with a label in a tuple, or as "image" and "label" in a dict.
         chunk: Largest number of images in a block.
         value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
             floats as they are (latents). uint8 always means [-1, 1].

@@ -53,7 +53,7 @@ class Source:
         In the dtype and on the device of `like`, noisy images (B, C, H, W); without a size as
         large as `WORK` allows.
         """
-        size = size or block_size(like)
+        size = block_size(like) if size is None else max(1, size)
         for start in range(0, len(self.images), size):
             stored = self.images[start : start + size].to(like.device)
             x = decode(stored.permute(1, 2, 3, 0).contiguous(), like.dtype)

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .denoisers import Denoiser
 from .posterior import Result, Source, block_size, compare, window_distances
 from .schedules import CROPS, WINDOWS, schedule
-from .softmax import Info, Softmax
+from .softmax import Info
 
 Places = tuple[slice, int, int]  # along an axis, and the first and last offset of their windows
 
@@ -56,39 +57,29 @@ class ELSDenoiser(Denoiser):
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         k, out = self.window(sigma), torch.empty_like(y)
         n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
-        for rows in border_classes(y.shape[2], k):
-            for columns in border_classes(y.shape[3], k):
-                place = (slice(None), slice(None), rows[0], columns[0])
-                state = self._border_class(y, sigma, source, rows, columns, info)
-                shape = out[place].permute(0, 2, 3, 1).shape
-                out[place] = state.mean().view(shape).permute(0, 3, 1, 2)
-                if info:
-                    n_eff[place], top[place] = (
-                        part.view(shape[:3])[:, None] for part in state.info()
-                    )
-        return out, Info(n_eff, top) if info else None
-
-    def _border_class(
-        self, y: Tensor, sigma: float, source: Source, rows: Places, columns: Places, info: bool
-    ) -> Softmax:
-        queries = patches(y.permute(1, 2, 3, 0), rows, columns)
-        places = queries.shape[1] // len(y)
-        # (d, places, B) as one row per query, in the order (B, places).
-        queries = queries.view(len(queries), places, len(y)).permute(2, 1, 0).flatten(0, 1)
-        # Blocks of images and of queries such that neither patches nor logits outgrow the work.
-        wanted = block_size(y) * y[0].numel()
-        blocks = (
-            (
-                patches(x, rows, columns),
-                x[:, rows[0], columns[0]].reshape(len(x), -1).T,
-                index.repeat(places),
+        classes = itertools.product(*(border_classes(length, k) for length in y.shape[2:]))
+        for rows, columns in classes:
+            place = (slice(None), slice(None), rows[0], columns[0])
+            _, channels, height, width = out[place].shape
+            queries = patches(y.permute(1, 2, 3, 0), rows, columns)
+            # (d, places, B) as one row per query, in the order (B, places).
+            queries = queries.unflatten(1, (-1, len(y))).permute(2, 1, 0).flatten(0, 1)
+            # Blocks of images and of queries such that neither patches nor logits outgrow the work.
+            wanted = block_size(y) * y[0].numel()
+            blocks = (
+                (patches(x, rows, columns), x[place[1:]].flatten(1).T, index.repeat(height * width))
+                for x, index in source.blocks(y, wanted // (height * width * queries.shape[1]))
             )
-            for x, index in source.blocks(y, max(1, wanted // (places * queries.shape[1])))
-        )
-        return compare(
-            queries, blocks, sigma,
-            largest=source.largest, responses=y.shape[1], logits=wanted, info=info,
-        )  # fmt: skip
+            state = compare(
+                queries, blocks, sigma,
+                largest=source.largest, responses=channels, logits=wanted, info=info,
+            )  # fmt: skip
+            out[place] = state.mean().view(-1, height, width, channels).permute(0, 3, 1, 2)
+            if info:
+                n_eff[place], top[place] = (
+                    part.view(-1, 1, height, width) for part in state.info()
+                )
+        return out, Info(n_eff, top) if info else None
 
 
 def patches(x: Tensor, rows: Places, columns: Places) -> Tensor:

@@ -167,7 +167,8 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
     def denoiser(self) -> Denoiser:
         """The denoiser ``D(y, sigma, labels)`` behind the model, made when first needed.
 
-        With ``return_info=True`` it also names the image that each pixel comes from.
+        Its label for any class is -1. With ``return_info=True`` it also names the image that each
+        pixel comes from.
         """
         method, options = self.config["method"], self.config["options"] or {}
         key = (method, repr(sorted(options.items())), self.images.device)
@@ -176,29 +177,6 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
             settings = {"statistics": self.statistics, "value_range": None, **options}
             self._made = key, _class_of(method)(self.images, self.labels, **settings)
         return self._made[1]
-
-    def denoise(self, y: Tensor, sigma: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """The denoised images of y = x0 + sigma z; sigma a number or (B,), classes K for any."""
-        any_class = self.config["num_class_embeds"]
-        if labels is not None and self.labels is None:
-            if bool((labels != (any_class or 0)).any()):
-                raise ValueError("class labels were given, but the images came without")
-            labels = None
-        elif labels is not None:
-            labels = labels.where(labels != any_class, -1)
-        return self.denoiser()(y, sigma, labels)
-
-    def check_classes(self, labels: Tensor) -> None:
-        """Refuse classes (B,) that the method has too few images of; K for any passes.
-
-        Raises:
-            ValueError: no image of a class, or for the Wiener filter none that differ.
-        """
-        for label in sorted(set(labels.tolist()) - {self.config["num_class_embeds"]}):
-            try:
-                self.denoiser().pool(label)
-            except ValueError as error:
-                raise ValueError(f"method {self.config['method']!r}: {error}") from None
 
     def levels(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) of the network's input at one timestep, whole or fractional."""
@@ -241,7 +219,10 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         alpha, sigma = pairs.to(x.device, x.dtype)[..., None, None, None].unbind(1)
         # Where there is noise alone every image is as likely.
         y = torch.where(alpha > 0, x / alpha, 0)
-        x0 = self.denoise(y, pairs[:, 1] / pairs[:, 0], class_labels)
+        if class_labels is not None:
+            any_class = self.config["num_class_embeds"] or 0
+            class_labels = class_labels.where(class_labels != any_class, -1)
+        x0 = self.denoiser()(y, pairs[:, 1] / pairs[:, 0], class_labels)
         if self.config["prediction_type"] == "epsilon":  # not as below: alpha may be 0
             prediction = (x - alpha * x0) / sigma
         else:

@@ -124,9 +124,7 @@ class GaussianTeleport:
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")
         stock: Any = type(scheduler)
-        self: GaussianTeleport = object.__new__(_teleporting_class(stock))
-        self.__dict__.update(copy.copy(scheduler).__dict__)
-        return self
+        return _restored(stock, copy.copy(scheduler).__dict__)
 
     def __init__(
         self,

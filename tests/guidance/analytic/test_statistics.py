@@ -177,7 +177,6 @@ def test_every_kind_of_source_gives_the_same_statistics(tmp_path):
     sources = {
         "tensor": UINT8,
         "iterator": iter(UINT8),
-        "batches": iter(UINT8.split(7)),
         "pairs": list(zip(pictures, labels, strict=True)),
         "dicts": [{"image": picture, "label": 1} for picture in pictures],
         "folder": tmp_path,

@@ -203,7 +203,7 @@ def test_classes_that_a_method_cannot_use_are_refused_up_front(data):
             with pytest.raises(ValueError, match="'wiener': class 5: .*at least two images, got 1"):
                 pipe(2, class_labels=[0, 5])
             with pytest.raises(ValueError, match="class 5: .*two images"):
-                pipe.unet.denoise(y, 1.0, torch.tensor([0, 5]))
+                pipe.unet.denoiser()(y, 1.0, torch.tensor([0, 5]))
             for given in (None, torch.tensor([0, 2])):
                 with pytest.raises(ValueError, match="no info to return"):
                     pipe.unet.denoiser()(y, 1.0, given, return_info=True)
@@ -212,11 +212,11 @@ def test_classes_that_a_method_cannot_use_are_refused_up_front(data):
 def test_another_method_and_precision_make_another_denoiser(data):
     model = AnalyticDenoiserModel.from_images(data[0], method="wiener")
     y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    expected = model.denoise(y, 1.0)
+    expected = model.denoiser()(y, 1.0)
     model.set_method("optimal")
-    assert (model.denoise(y, 1.0) - expected).abs().max() > 0.1
+    assert (model.denoiser()(y, 1.0) - expected).abs().max() > 0.1
     model.to(torch.float16).set_method("wiener")
-    torch.testing.assert_close(model.denoise(y, 1.0), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(model.denoiser()(y, 1.0), expected, rtol=0, atol=5e-3)
 
 
 def test_large_pictures_are_refused_before_statistics_are_made(monkeypatch):
