@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Always, Guidance, Policy, Rule
 from .policies import AdaptiveGuidance, Interval
-from .registry import ALIASES, NAMES, register
+from .registry import ALIASES, NAMES, load_installed, register
 from .rules import APG, CFG
 
 register(Always)
@@ -39,6 +39,7 @@ LITERATURE: dict[str, Policy] = {
 
 def available() -> list[str]:
     """Every name that `resolve` knows, rules first, without aliases and combinations."""
+    load_installed()
     rules = [
         name for name, make in NAMES.items() if isinstance(make, type) and issubclass(make, Rule)
     ]
@@ -92,4 +93,6 @@ def _part(name: str, family: str | None) -> Rule | Policy | None:
     preset = LITERATURE.get(name) or PRESETS.get(family or "", {}).get(name)
     if preset is not None:
         return preset
+    if name not in NAMES:
+        load_installed()
     return NAMES[name]() if name in NAMES else None

@@ -13,9 +13,10 @@ Built-in methods come in by the same door as one's own:
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import re
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any, TypeVar, cast
 
 from .base import Fill, Policy, Rule
@@ -117,6 +118,14 @@ def _checked(name: Any) -> str:
     return name
 
 
-def is_settings(value: Any) -> bool:
-    """Whether a value within settings is itself a part with settings."""
-    return is_dataclass(value) and isinstance(value, tuple(KINDS.values()))
+@functools.cache
+def load_installed() -> None:
+    """Import what installed packages register, so that the command line knows their names too.
+
+    A package announces the module that registers in its ``pyproject.toml``:
+
+        [project.entry-points."pilotage.guidance"]
+        mine = "my_package.rules"
+    """
+    for entry in importlib.metadata.entry_points(group="pilotage.guidance"):
+        entry.load()

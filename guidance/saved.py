@@ -12,7 +12,7 @@ from typing import Any
 from .base import Fill, Guidance, Policy, Rule
 from .files import write_json
 from .policies import AdaptiveGuidance, Pattern, extrapolate, forecast, hold, linear_ag
-from .registry import TYPES, Part, part_name
+from .registry import TYPES, Part, load_installed, part_name
 
 FORMAT = "pilotage-guidance-2"
 FIRST_FORMAT = "pilotage-guidance-1"  # of version 0.1
@@ -109,6 +109,8 @@ def _value(value: Any) -> Any:
 def _part(kind: str, config: Mapping[str, Any]) -> Any:
     settings, known = dict(config), TYPES[kind]
     name = settings.pop(kind)
+    if name not in known:
+        load_installed()
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
     return known[name](**{key: _value(value) for key, value in settings.items()})

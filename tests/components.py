@@ -5,7 +5,9 @@ classes which the published pipelines use, trained here on the prompts of the te
 """
 
 import json
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import diffusers as df
 import torch
@@ -92,11 +94,15 @@ def clip_tokenizer():
     letters, merges = pieces()
     inner = [*letters, *(a + b for a, b in merges)]
     special = ("<|startoftext|>", "<|endoftext|>")
-    return tr.CLIPTokenizer(
-        vocab=vocabulary(*special, *inner, *(piece + END for piece in inner)),
-        merges=[pair for a, b in merges for pair in ((a, b), (a, b + END))],
-        model_max_length=77,
-    )
+    vocab = vocabulary(*special, *inner, *(piece + END for piece in inner))
+    pairs = [pair for a, b in merges for pair in ((a, b), (a, b + END))]
+    if tr.__version__ < "5":  # the lower bound of pyproject.toml: from files only
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+            files[0].write_text(json.dumps(vocab))
+            files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]))
+            return tr.CLIPTokenizer(*map(str, files), model_max_length=77)
+    return tr.CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=77)
 
 
 def t5_tokenizer():

@@ -1,79 +1,187 @@
-"""The package: what a wheel contains, what may import what."""
+"""The package: what is installed, in every way of installing it, and what may import what."""
 
 import ast
+import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {"guidance": 0, "pipelines": 1, "eval": 2}
+import pilotage
+from pilotage.eval import embedded
+
+from .structure import FOLDERS, LAYERS, ROOT, circles, imports, modules, packages, parsed, sources
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TEXTS = ("pyproject.toml", "README.md", "LICENSE")
+# Parts of guidance that know nothing of rules, policies and runs, and what of it they may use.
+APART = ("pilotage.guidance.analytic", "pilotage.guidance.zeroth_order")
+SHARED = tuple(f"pilotage.guidance.{name}" for name in ("device", "files", "images", "prediction"))
+
+# Run from the root of a checkout by a fresh interpreter, with pytest and without.
+PROBE = """
+from importlib.util import find_spec
+from pathlib import Path
+
+import pilotage
+
+def test_where_things_come_from():
+    place = Path({place!r})
+    for name in {packages!r}:
+        # Found without being imported, which would take torch and diffusers with it.
+        top, *folders = name.split(".")[1:] or [""]
+        spec = find_spec("pilotage." + top if top else "pilotage")
+        found = Path(spec.origin).absolute().parent.joinpath(*folders, "__init__.py")
+        assert found.is_file() and found.is_relative_to(place), (name, found, place)
+    assert pilotage.__version__ == {version!r}
+    assert Path(pilotage.__file__).with_name("py.typed").is_file()
+
+if __name__ == "__main__":
+    test_where_things_come_from()
+"""
+
+
+def copy_of_sources(folder):
+    """What a build needs, without leftovers of earlier builds."""
+    for source in FOLDERS.values():
+        ignored = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
+        shutil.copytree(ROOT / source, folder / source, ignore=ignored)
+    for name in TEXTS:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def build_wheel(folder):
-    """Build offline, from a copy (no leftovers), with the setuptools that is installed."""
-    source = folder / "source"
-    for layer in LAYERS:
-        ignored = shutil.ignore_patterns("__pycache__", "results")
-        shutil.copytree(ROOT / layer, source / layer, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+    """Build offline, from a copy, with the setuptools that is installed."""
+    source = copy_of_sources(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*command, "-w", folder, source], check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def test_wheel_holds_only_pilotage_and_works_without_the_checkout(tmp_path):
-    wheel = build_wheel(tmp_path)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_wheel_holds_only_pilotage(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"pilotage"}
-    sources = {
-        f"pilotage/{p.relative_to(ROOT)}" for layer in LAYERS for p in (ROOT / layer).rglob("*.py")
-    }
-    assert sources <= set(names)
-    script = (
-        "import pathlib, pilotage.guidance, pilotage.eval.cli, pilotage.eval.embedded\n"
-        "print(pathlib.Path(pilotage.guidance.__file__).parent)\n"
-        "try: pilotage.eval.embedded.embedded_folder()\n"
-        "except FileNotFoundError as error: print(error)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = result.stdout.splitlines()
-    assert Path(first) == tmp_path / "site" / "pilotage" / "guidance"
-    assert "checkout" in second
+    assert {f"{name.replace('.', '/')}/__init__.py" for name in packages()} <= set(names)
+    shipped = {name for name in names if Path(name).suffix in (".py", ".c", ".css", ".js")}
+    assert len(shipped) == len(sources()) and "pilotage/py.typed" in names
 
 
-def imports(path):
-    """(level, module) of every import in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield 0, alias.name
+def test_what_needs_a_checkout_says_so(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "pilotage" / "eval" / "embedded.py"))
+    with pytest.raises(FileNotFoundError, match="checkout"):
+        embedded.embedded_folder()
+
+
+@pytest.mark.parametrize("way", ["wheel", "lenient", "strict"])
+def test_every_way_of_installing_finds_every_package(tmp_path, wheel, way):
+    """By import, by ``python -m`` and by pytest, all from the root of a checkout."""
+    source = copy_of_sources(tmp_path / "source")
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    site = tmp_path / "venv" / "lib" / f"python{version}" / "site-packages"
+    # What is installed here, without the .pth files of editable installs.
+    (site / "surroundings.pth").write_text(sysconfig.get_paths()["purelib"])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
+
+    def run(*command):
+        done = subprocess.run(
+            [python, *command], cwd=source, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    if way == "wheel":
+        run(*install, wheel)
+        place = site
+    else:
+        run(*install, "--config-settings", f"editable_mode={way}", "-e", ".")
+        place = source
+    probe = PROBE.format(
+        place=str(place), packages=sorted(packages()), version=pilotage.__version__
+    )
+    (source / "tests").mkdir()
+    (source / "tests" / "test_probe.py").write_text(probe)
+    run("tests/test_probe.py")
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    as_module = (
+        "pilotage.eval" if (ROOT / "eval" / "__main__.py").is_file() else "pilotage.eval.cli"
+    )
+    assert "compare" in run("-m", as_module, "--help")
+
+
+def test_pyproject_lists_every_package_and_no_other():
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == packages()
+    assert PYPROJECT["tool"]["setuptools"]["package-dir"] == FOLDERS
+
+
+def test_other_files_of_the_package_are_listed():
+    """C, CSS and JavaScript are shipped because a pattern in pyproject.toml names them."""
+    listed = PYPROJECT["tool"]["setuptools"]["package-data"]
+    for path in sources():
+        if path.suffix == ".py":
+            continue
+        folder = path.parent.relative_to(ROOT).as_posix()
+        patterns = listed.get(f"pilotage.{folder.replace('/', '.')}", [])
+        assert any(path.match(pattern) for pattern in patterns), f"{path} would not be installed"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_import_downwards_only(layer):
-    for path in (ROOT / layer).rglob("*.py"):
-        depth = len(path.relative_to(ROOT / layer).parts)  # 1 for files directly in the layer
-        for level, module in imports(path):
-            top = module.split(".")[0]
-            if level > depth:
-                assert LAYERS[top] < LAYERS[layer], f"{path}: from {'.' * level}{module}"
-            assert top != "pilotage" or level, f"{path}: imports pilotage absolutely"
-            assert not (layer == "guidance" and top == "diffusers"), f"{path}: imports diffusers"
+    known = modules()
+    for name, path in known.items():
+        if not f"{name}.".startswith(f"pilotage.{layer}."):
+            continue
+        for target in imports(name, path):
+            parts = target.split(".")
+            assert not (layer == "guidance" and parts[0] == "diffusers"), f"{path}: {target}"
+            if parts[0] == "pilotage":
+                assert parts[1] in LAYERS, f"{path}: imports {target}, which stands above it"
+                assert LAYERS[parts[1]] <= LAYERS[layer], f"{path}: imports {target}"
+
+
+def test_imports_within_the_package_are_relative():
+    for path in modules().values():
+        for node in ast.walk(parsed(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not any(n.split(".")[0] == "pilotage" for n in names), f"{path}: {names}"
+
+
+@pytest.mark.parametrize("part", APART)
+def test_parts_of_guidance_that_stand_apart(part):
+    for name, path in modules().items():
+        if f"{name}.".startswith(f"{part}."):
+            for target in imports(name, path):
+                inside = not target.startswith("pilotage.") or f"{target}.".startswith(f"{part}.")
+                assert inside or target.startswith(SHARED), f"{path}: imports {target}"
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    assert circles() == []
+
+
+def test_the_version_stands_once():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {pilotage.__version__}\n" in citation
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert re.search(r"^## (Unreleased|\d)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

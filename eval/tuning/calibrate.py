@@ -8,12 +8,12 @@ See `calibration`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps
-from .options import Output, Prompts, load, name_it
+from .options import Output, Prompts, load, name_it, one_of
 
 
 def command(
@@ -21,9 +21,12 @@ def command(
     nfe: Annotated[float | None, typer.Option(help="Wanted evaluations a picture.")] = None,
     ssim: Annotated[float | None, typer.Option(help="Wanted SSIM to plain guidance.")] = None,
     rule: Annotated[str, typer.Option(help="How predictions combine: cfg, apg, ...")] = "cfg",
-    tail: Annotated[
+    then: Annotated[
         str,
-        typer.Option(help="After the threshold: 'cond' (the paper's) or 'forecast' every other."),
+        typer.Option(
+            help="After the threshold: 'cond' (as in the paper), or 'forecast': skip every other "
+            "step."
+        ),
     ] = "cond",
     output: Output = Path("outputs/ag.json"),
     scale: Scale = 7.5,
@@ -39,9 +42,9 @@ def command(
         raise ValueError("name a target: --nfe or --ssim, one of them")
 
     from ...guidance import Always, resolve
+    from ...guidance.policies.adaptive import Then
 
-    if tail not in ("cond", "forecast"):
-        raise ValueError(f"--tail is 'cond' or 'forecast', got {tail!r}")
+    follows: Then = one_of("--then", then, get_args(Then))
     if not isinstance(resolve(rule).policy, Always):
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
     texts, pipe = load(prompts, output, model, device)
@@ -59,7 +62,7 @@ def command(
         seed=seed,
         batch_size=batch_size,
         rule=pipe.resolve_guidance(rule).rule,
-        tail=tail,
+        then=follows,
     )
     found.save(output)
     for space, (threshold, cost, quality) in found.proofs.items():

@@ -9,21 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...guidance import AdaptiveGuidance, Guidance, Rule, Space, cosine, resolve
-from ...guidance.fitting.record import Gather
-from ...guidance.policies.adaptive import Tail
-from ...guidance.saved import save_guidance
+from ...guidance import (
+    AdaptiveGuidance,
+    Guidance,
+    Space,
+    cosine,
+    resolve,
+    save_guidance,
+)
+from ...guidance.fitting.record import Record
+from ...guidance.policies.adaptive import Then
 from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
-from ..metrics.images import ssim
-from .trials import Quality, Trials
+from .trials import Trials
 
 ROUNDS = 7  # of bisection, towards a quality
+Proof = tuple[float, float, float]
+Curve = list[tuple[float, float]]
 SLACK = 1e-6  # a threshold lies so far below the cosine that is to reach it
 
 
@@ -33,6 +41,8 @@ class Calibration:
 
     Args:
         guidance: Rule and policy, ready for ``pipe(..., guidance=...)``.
+        threshold: The cosine at which guidance stops.
+        space: Where the cosine is taken.
         nfe: Mean network evaluations a picture.
         quality: Mean quality against plain guidance.
         proofs: Space -> (threshold, nfe, quality) of its best threshold; a wanted quality may be
@@ -41,20 +51,12 @@ class Calibration:
     """
 
     guidance: Guidance
+    threshold: float
+    space: Space
     nfe: float
     quality: float
-    proofs: dict[str, tuple[float, float, float]]
-    costs: dict[str, list[tuple[float, float]]]
-
-    @property
-    def threshold(self) -> float:
-        """The cosine at which guidance stops."""
-        return self.guidance.policy.threshold
-
-    @property
-    def space(self) -> Space:
-        """Where the cosine is taken."""
-        return self.guidance.policy.space
+    proofs: dict[Space, Proof]
+    costs: dict[Space, Curve]
 
     def save(self, path: Path | str) -> None:
         """Write the settings as JSON (see `save_guidance`).
@@ -62,7 +64,7 @@ class Calibration:
         In the folder ``guidance`` of a saved pipeline the file's stem is a name for ``guidance=``.
         """
         measured = {"nfe": self.nfe, "quality": self.quality, "spaces": self.proofs}
-        save_guidance(Path(path), self.guidance, measured)
+        save_guidance(path, self.guidance, measured)
 
 
 def calibrate(
@@ -71,15 +73,9 @@ def calibrate(
     *,
     target_nfe: float | None = None,
     target_ssim: float | None = None,
-    guidance_scale: float = 7.5,
-    num_inference_steps: int = 20,
-    negative_prompt: str | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    rule: Rule | None = None,
-    tail: Tail = "cond",
-    quality: Quality = ssim,
+    then: Then = "cond",
     progress: bool = True,
+    **settings: Any,
 ) -> Calibration:
     """Find the threshold, and the space it is taken in, for Adaptive Guidance.
 
@@ -90,10 +86,9 @@ def calibrate(
             there is chosen.
         target_ssim: Wanted mean quality (SSIM unless `quality` says otherwise) against plain
             guidance; the space that reaches it with fewer evaluations is chosen.
-        guidance_scale, num_inference_steps, negative_prompt, seed, batch_size, rule, quality: See
-            `Trials`.
-        tail: See `AdaptiveGuidance`.
+        then: See `AdaptiveGuidance`.
         progress: Show a bar.
+        settings: As of `Trials`.
 
     Raises:
         ValueError: not exactly one target, or one that no threshold reaches.
@@ -104,81 +99,66 @@ def calibrate(
         raise ValueError("calibrate needs a target: target_nfe= or target_ssim=, one of them")
     if target_ssim is not None and not 0 < target_ssim < 1:
         raise ValueError(f"target_ssim must be between 0 and 1, got {target_ssim}")
-    trials = Trials(
-        pipe,
-        prompts,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        batch_size=batch_size,
-        rule=rule,
-        quality=quality,
-    )
+    trials = Trials(pipe, prompts, **settings)
     lag = 0 if pipe.device.type == "cpu" else 1
-    proofs: dict[str, tuple[float, float, float]] = {}
+    proofs: dict[Space, Proof] = {}
     with tqdm(desc="calibrating", unit="run", disable=not progress) as bar:
         gammas = agreement(trials)
         bar.update()
-        costs = {space: cost_curve(gamma, lag, tail) for space, gamma in gammas.items()}
+        costs = {space: cost_curve(gamma, lag, then) for space, gamma in gammas.items()}
         if target_nfe is not None:
             _check_reachable(target_nfe, costs)
 
-        def prove(threshold: float, space: Space) -> tuple[float, float, float]:
-            policy = AdaptiveGuidance(threshold, space, tail=tail)
+        def prove(threshold: float, space: Space) -> Proof:
+            policy = AdaptiveGuidance(threshold, space, then=then)
             judged, nfe = trials.judge(trials.compose(policy))
             bar.update()
             return threshold, nfe, judged
 
         for space, curve in costs.items():
-            if target_nfe is not None:
-                threshold, _ = min(curve, key=lambda point: abs(point[1] - target_nfe))
+            if target_ssim is not None:
+                proofs[space] = _cheapest(curve, target_ssim, partial(prove, space=space))
+            elif target_nfe is not None:
+                wanted = target_nfe
+                threshold, _ = min(curve, key=lambda point: abs(point[1] - wanted))
                 proofs[space] = prove(threshold, space)
-            else:
-                found = _cheapest(curve, target_ssim, lambda t, s=space: prove(t, s))
-                proofs[space] = found
-    if target_nfe is not None:
-        space = max(proofs, key=lambda s: proofs[s][2])
-    else:
+    if target_ssim is not None:
         space = _cheapest_space(proofs, target_ssim)
+    else:
+        space = max(proofs, key=lambda s: proofs[s][2])
     threshold, nfe, judged = proofs[space]
-    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, tail=tail)))
-    return Calibration(guidance, nfe, judged, proofs, costs)
+    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, then=then)))
+    return Calibration(guidance, threshold, space, nfe, judged, proofs, costs)
 
 
-def agreement(trials: Trials) -> dict[str, Tensor]:
+def agreement(trials: Trials) -> dict[Space, Tensor]:
     """Cosine of the two predictions under plain guidance, by space.
 
     Returns:
-        "native", and "x0" where the scheduler's noise levels are known -> (T, N), float64 on the
+        "x0" where the scheduler's noise levels are known, and "native" -> (T, N), float64 on the
         CPU.
     """
+    known = True
     try:
         check_scheduler(trials.pipe.scheduler)
-        spaces = ("x0", "native")
     except UnknownSchedulerError:
-        spaces = ("native",)
-    native, denoised = [], []
+        known = False
+    found: dict[Space, list[Tensor]] = {"x0": [], "native": []} if known else {"native": []}
 
-    def see(cond: Tensor, uncond: Tensor) -> None:
+    def measure(cond: Tensor, uncond: Tensor) -> None:
         pairs = zip(cond, uncond, strict=True)
-        native.append(torch.stack([cosine(c, u) for c, u in pairs]).double().cpu())
+        found["native"].append(torch.stack([cosine(c, u) for c, u in pairs]).double().cpu())
 
-    for call in trials.batches():
-        trials.pipe(
-            guidance=trials.compose(Gather(see)),
-            detailed_trace="x0" in spaces,
-            output_type="latent",
-            **call,
-        )
-        if "x0" in spaces:
+    for call in trials.calls():
+        guidance = trials.compose(Record(measure))
+        trials.pipe(guidance=guidance, detailed_trace=known, output_type="latent", **call)
+        if known:
             steps = trials.pipe.guidance_trace.steps
-            denoised.append(torch.stack([step.gamma for step in steps]).double().cpu())
-    found = {"x0": denoised, "native": native}
-    return {space: torch.cat(found[space], 1) for space in spaces}
+            found["x0"].append(torch.stack([step.gamma for step in steps]).double().cpu())
+    return {space: torch.cat(parts, 1) for space, parts in found.items()}
 
 
-def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[float, float]]:
+def cost_curve(gamma: Tensor, lag: int = 0, then: Then = "cond") -> Curve:
     """(threshold, mean network evaluations) for every threshold that makes a difference, ascending.
 
     A cosine comes out differently in the last digits when other samples share the batch: thresholds
@@ -187,7 +167,7 @@ def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[f
     Args:
         gamma: Cosine at every step of every sample, with shape (T, N).
         lag: Steps after its measurement at which a stop takes effect.
-        tail: See `AdaptiveGuidance`.
+        then: See `AdaptiveGuidance`.
     """
     steps = len(gamma)
     # A sample stops where its running maximum reaches the threshold.
@@ -195,14 +175,14 @@ def cost_curve(gamma: Tensor, lag: int = 0, tail: Tail = "cond") -> list[tuple[f
     curve, lower = [], float("-inf")
     for value in sorted(set(highest.flatten().tolist())):
         guided = ((highest < value).sum(0) + 1 + lag).clamp(max=steps)
-        rest = steps - guided if tail == "cond" else (steps - guided) // 2 * 2
+        rest = steps - guided if then == "cond" else (steps - guided) // 2 * 2
         threshold = value - min(SLACK, (value - lower) / 2)
         curve.append((threshold, (2 * guided + rest).double().mean().item()))
         lower = value
     return curve
 
 
-def _check_reachable(target: float, costs: dict[str, list[tuple[float, float]]]) -> None:
+def _check_reachable(target: float, costs: dict[Space, Curve]) -> None:
     low = min(curve[0][1] for curve in costs.values())
     high = max(curve[-1][1] for curve in costs.values())
     if not low - 0.5 <= target <= high + 0.5:
@@ -212,7 +192,7 @@ def _check_reachable(target: float, costs: dict[str, list[tuple[float, float]]])
         )
 
 
-def _cheapest_space(proofs: dict[str, tuple[float, float, float]], target: float) -> str:
+def _cheapest_space(proofs: dict[Space, Proof], target: float) -> Space:
     """The space that reaches a quality with the fewest evaluations."""
     reaching = [space for space in proofs if proofs[space][2] >= target]
     if not reaching:
@@ -224,11 +204,7 @@ def _cheapest_space(proofs: dict[str, tuple[float, float, float]], target: float
     return min(reaching, key=lambda space: proofs[space][1])
 
 
-def _cheapest(
-    curve: list[tuple[float, float]],
-    target: float,
-    prove: Callable[[float], tuple[float, float, float]],
-) -> tuple[float, float, float]:
+def _cheapest(curve: Curve, target: float, prove: Callable[[float], Proof]) -> Proof:
     """The lowest threshold whose quality reaches the target, by bisection over the curve.
 
     Where none reaches it, the highest.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..options import check_target
 from ..prompts import read_prompts
+
+Known = TypeVar("Known", bound=str)
 
 
 def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[list[str], Any]:
@@ -27,6 +29,18 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
     check_target(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     return texts, load_on(torch.device(device), model)
+
+
+def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:
+    """The value of an option that takes a few words.
+
+    Raises:
+        ValueError: it is none of those known.
+    """
+    for word in known:
+        if word == value:
+            return word
+    raise ValueError(f"{option} is {' or '.join(map(repr, known))}, got {value!r}")
 
 
 def name_it(path: Path, pipe: Any) -> str:

@@ -26,8 +26,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...guidance import HoldDifference, Policy, PolicyState, Schedule, Step
-from .policy_search import Search, Trier, check_floor, conclude, evaluations
+from ...guidance import Decision, HoldDifference, Policy, PolicyState, Schedule
+from ...guidance.base import SameForAll
+from ...guidance.policies.schedule import Choice
+from .store import Search, TrialLog, check_floor
 from .trials import Trials
 
 
@@ -36,27 +38,21 @@ class ScaledSteps(Policy):
     """Both branches at every step, each at a scale of its own, through which gradients flow.
 
     Args:
-        scales: w of every step, with shape (T,).
+        factors: What w - 1 is multiplied with at every step, with shape (T,).
     """
 
     name: ClassVar[str] = "scaled-steps"
 
-    scales: Tensor = field(repr=False)
+    factors: Tensor = field(repr=False)
 
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
-        """A state that looks the scales up."""
-        return _Scaled(batch, self.scales)
+    def decisions(self, total: int) -> Sequence[Decision]:
+        """Both branches, at the step's own scale."""
+        return [Decision(factor=factor) for factor in self.factors]
 
-
-class _Scaled(PolicyState):
-    def __init__(self, batch: int, scales: Tensor) -> None:
-        self.batch, self.scales = batch, scales
-
-    def wanted(self, step: Step) -> list[bool]:
-        return [True] * self.batch
-
-    def scale(self, step: Step, guidance_scale: float) -> Tensor:
-        return self.scales[step.index]
+    def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
+        """A state that looks the factors up."""
+        decisions = self.decisions(total)
+        return SameForAll(batch, lambda step: decisions[step.index])
 
 
 def relaxed_search(
@@ -96,20 +92,20 @@ def relaxed_search(
     if iterations < 1 or penalty < 0:
         raise ValueError("relaxed_search needs iterations >= 1 and penalty >= 0")
     trials = Trials(pipe, prompts, **settings)
-    w, total = trials.guidance_scale, evaluations(trials)
+    w, total = trials.settings.guidance_scale, trials.evaluations()
     scales = torch.tensor([1.0, *(options or (0.5 * w, w, 1.5 * w))], device=pipe.device)
     if not (scales.isfinite().all() and len(scales) > 1 and (scales[1:] > 1).all()):
         raise ValueError(f"options must be finite scales > 1, got {options}")
     logits = torch.zeros(total, len(scales), device=pipe.device, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
-    calls = len(trials.batches())
+    calls = len(trials.calls())
     targets = [_latents(trials, i, None) for i in range(calls)]
     with tqdm(total=iterations, desc="relaxing", unit="iteration", disable=not progress) as bar:
         for iteration in range(iterations):
             i = iteration % calls
             with _differentiable(pipe):
                 p = logits.softmax(1)
-                latents = _latents(trials, i, ScaledSteps(p @ scales))
+                latents = _latents(trials, i, ScaledSteps((p @ scales - 1) / (w - 1)))
                 distance = (latents - targets[i]).square().mean() / targets[i].square().mean()
                 loss = distance + penalty * (1 - p[:, 0]).mean()
                 optimizer.zero_grad()
@@ -118,11 +114,12 @@ def relaxed_search(
             bar.set_postfix(distance=f"{distance.item():.4f}")
             bar.update()
     with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
-        trier = Trier(trials, HoldDifference(), bar)
-        trier(Schedule(("both",) * total))
+        log = TrialLog(trials, HoldDifference(), bar)
+        every: list[Choice] = ["both"] * total
+        log(Schedule(tuple(every)))
         for schedule in schedules(logits.detach().softmax(1).cpu(), scales.cpu(), w):
-            trier(schedule)
-    return conclude(trials, trier, quality_floor)
+            log(schedule)
+    return log.conclude(quality_floor)
 
 
 def schedules(p: Tensor, scales: Tensor, w: float) -> list[Schedule]:
@@ -142,14 +139,14 @@ def schedules(p: Tensor, scales: Tensor, w: float) -> list[Schedule]:
     found = []
     for count in range(1, len(order) + 1):
         chosen = set(order[:count])
-        choices = ["both" if i in chosen else "cond" for i in range(len(order))]
+        choices: list[Choice] = ["both" if i in chosen else "cond" for i in range(len(order))]
         found.append(Schedule(tuple(choices), tuple(round(f, 4) for f in factors)))
     return found
 
 
 def _latents(trials: Trials, batch: int, policy: Policy | None) -> Tensor:
     """Final latents of one batch; under a policy, a differentiable function of its scales."""
-    call = trials.batches()[batch] | {"output_type": "latent"}
+    call = trials.calls()[batch] | {"output_type": "latent"}
     if policy is None:
         return trials.pipe(guidance=trials.plain, **call).images.float()
     # The stock call without its torch.no_grad.
@@ -163,7 +160,9 @@ def _differentiable(pipe: Any) -> Iterator[None]:
     """Gradients on, but not for weights; activations of the denoiser are recomputed."""
     networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     wanted = [p for network in networks for p in network.parameters() if p.requires_grad]
-    denoisers = [n for n in networks if getattr(n, "_supports_gradient_checkpointing", False)]
+    denoisers: list[Any] = [
+        n for n in networks if getattr(n, "_supports_gradient_checkpointing", False)
+    ]
     switched = [n for n in denoisers if not n.is_gradient_checkpointing]
     try:
         for parameter in wanted:

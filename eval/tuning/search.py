@@ -8,12 +8,12 @@ See `policy_search` and `relaxed_search`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps
-from .options import Output, Prompts, load, name_it
+from .options import Output, Prompts, load, name_it, one_of
 
 
 def command(
@@ -47,33 +47,31 @@ def command(
     model: Model = None,
     device: Device = "auto",
 ) -> None:
-    """Find the cheapest schedule of evaluated, estimated and forecast steps above a quality.
+    """Find the cheapest schedule of evaluated, estimated and skipped steps above a quality.
 
     In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
-    conditional one stand alone, and a dot evaluates nothing.
+    conditional one stand alone, and a dot skips the step.
     """
+    from ...guidance import Coefficients, Schedule, load_guidance
+    from .store import Between
+
     if fitted and (relaxed or coefficients is not None):
         raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
-    if between not in ("forecast", "estimate"):
-        raise ValueError(f"--between is 'forecast' or 'estimate', got {between!r}")
-    stand_in = None
+    other: Between = one_of("--between", between, get_args(Between))
+    if relaxed and coefficients is not None:
+        raise ValueError("--relaxed makes no estimates: leave --coefficients out")
+    fill = None
     if coefficients is not None:
-        from ...guidance import LinearAG, load_guidance
-
         policy = load_guidance(coefficients).policy
-        if relaxed or not isinstance(policy, LinearAG):
-            raise ValueError(
-                "--relaxed makes no estimates: leave --coefficients out"
-                if relaxed
-                else f"{coefficients} holds no coefficients: make them with 'pilotage fit'"
-            )
-        stand_in = policy.coefficients
+        if not isinstance(policy, Schedule) or not isinstance(policy.fill, Coefficients):
+            raise ValueError(f"{coefficients} holds no coefficients: make them with 'pilotage fit'")
+        fill = policy.fill
     texts, pipe = load(prompts, output, model, device)
 
     from .policy_search import search
     from .relaxed_search import relaxed_search
 
-    settings = {
+    settings: dict[str, Any] = {
         "quality_floor": floor,
         "guidance_scale": scale,
         "num_inference_steps": steps,
@@ -85,8 +83,8 @@ def command(
         found = relaxed_search(pipe, texts, iterations=max(rounds, 1), **settings)
     else:
         settings["checkpoint"] = output.with_name(f"{output.name}.tried")
-        settings |= {"fitted": fitted, "between": between, "rounds": rounds}
-        found = search(pipe, texts, stand_in=stand_in, **settings)
+        settings |= {"fitted": fitted, "between": other, "rounds": rounds}
+        found = search(pipe, texts, fill=fill, **settings)
     found.save(output)
     typer.echo("  NFE    SSIM")
     for candidate in found.front:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...guidance import Policy, Rule
-from ...pipelines.fitting.fitted import negative_argument
-from ...pipelines.guided import GuidanceLike, scale_option
+from ...pipelines.fitting.runs import RunSettings
+from ...pipelines.guided import GuidanceLike
 from ..metrics.images import ssim, to_tensor
 
 Quality = Callable[[Tensor, Tensor], Tensor]
@@ -23,17 +21,14 @@ class Trials:
     Args:
         pipe: A guided pipeline.
         prompts: Prompts, one picture each.
-        guidance_scale: w.
-        num_inference_steps: Sampling steps.
-        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
-        seed: Seed of the first picture; the others follow.
-        batch_size: Pictures at a time.
         rule: How predictions combine, in the reference as well; None: classifier-free guidance.
         quality: Pictures and reference pictures, both (N, 3, H, W) in [0, 1] -> (N,), higher is
             better and at most 1; default: `ssim`.
+        settings: As of `RunSettings`.
 
     Raises:
         ValueError: no prompts, or a setting out of its range.
+        TypeError: an unknown setting.
     """
 
     def __init__(
@@ -41,24 +36,14 @@ class Trials:
         pipe: Any,
         prompts: Sequence[str],
         *,
-        guidance_scale: float = 7.5,
-        num_inference_steps: int = 20,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        batch_size: int = 8,
         rule: Rule | None = None,
         quality: Quality = ssim,
+        **settings: Any,
     ) -> None:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"expected a list of prompts, got {prompts!r}")
-        if not (math.isfinite(guidance_scale) and guidance_scale > 1):
-            raise ValueError(f"guidance_scale must be finite and > 1, got {guidance_scale}")
-        if num_inference_steps < 1 or batch_size < 1:
-            raise ValueError("num_inference_steps and batch_size must be at least 1")
         self.pipe, self.prompts, self.rule = pipe, list(prompts), rule
-        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
-        self.negative_prompt, self.seed, self.batch_size = negative_prompt, seed, batch_size
-        self.quality = quality
+        self.settings, self.quality = RunSettings(**settings), quality
         self.reference: Tensor | None = None
         pipe.set_progress_bar_config(disable=True)
 
@@ -71,27 +56,35 @@ class Trials:
         """What they are judged against: the rule at every step."""
         return "cfg" if self.rule is None else self.rule
 
-    def batches(self) -> list[dict[str, Any]]:
+    def calls(self) -> list[dict[str, Any]]:
         """The arguments of every call but its guidance."""
-        calls = []
-        for start in range(0, len(self.prompts), self.batch_size):
-            part = self.prompts[start : start + self.batch_size]
-            seeds = range(self.seed + start, self.seed + start + len(part))
-            calls.append(
-                {
-                    "prompt": part,
-                    "num_inference_steps": self.num_inference_steps,
-                    "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-                }
-                | scale_option(self.pipe, self.guidance_scale)
-                | negative_argument(self.pipe, self.negative_prompt, len(part))
+        return self.settings.calls(self.pipe, self.prompts)
+
+    def identity(self) -> dict[str, Any]:
+        """What settings found in these trials belong to."""
+        return self.settings.identity(self.pipe)
+
+    def evaluations(self) -> int:
+        """Network evaluations of one branch in a run (second-order schedulers make two a step).
+
+        Raises:
+            ValueError: it is a single one, of which nothing can be left out.
+        """
+        call = self.settings.call(self.pipe, self.prompts, [0])
+        self.pipe(guidance="cfg", output_type="latent", **call)
+        total = len(self.pipe.guidance_trace.steps)
+        if total < 2:
+            raise ValueError(
+                f"a search needs runs of at least 2 evaluations of each branch, {total} is what "
+                f"num_inference_steps={self.settings.num_inference_steps} makes"
             )
-        return calls
+        return total
 
     def run(self, guidance: GuidanceLike) -> tuple[Tensor, list[int]]:
         """Pictures (N, 3, H, W) in [0, 1] and the network evaluations of each."""
-        images, nfe = [], []
-        for call in self.batches():
+        images: list[Any] = []
+        nfe: list[int] = []
+        for call in self.calls():
             images += self.pipe(guidance=guidance, **call).images
             nfe += self.pipe.guidance_trace.nfe
         return to_tensor(images), nfe

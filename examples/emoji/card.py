@@ -28,11 +28,11 @@ It exists to measure guidance on something real and small, not to make pictures 
 | machine | {machine}, torch {torch} |
 
 v-prediction, cosine schedule rescaled to zero terminal SNR, EMA weights in fp16. Made by
-`examples/emoji/train.py`; `training.json` has every setting.
+`python -m examples.emoji.train`; `training.json` has every setting.
 
 `guidance/` holds settings fitted to these very weights and refused by others. After another
-training, `tune.py`, `spine.py`, `linearag.py` and `evaluate.py` beside the recipe make them and all
-figures anew.
+training, `tune`, `spine`, `linearag` and `evaluate` of `examples/studies` make them and all figures
+anew, each by `python -m examples.studies.NAME`.
 """
 FULLY_TRAINED = "**Fully trained**: on the whole set, with an accelerator."
 NOT_FULLY_TRAINED = """**Not fully trained**: this is the run for a machine without an

@@ -34,6 +34,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from pilotage.guidance.files import atomic, write_text
+
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHIVE = Path("cache/emoji.zip")
 RESOLUTION = 64
@@ -163,16 +165,14 @@ def render(icon: dict, size: int = RESOLUTION) -> Image.Image:
 
 
 def prepare(archive: Path, packages: Path) -> list[Drawing]:
-    """Render every drawing into `archive` (written under a temporary name, then renamed)."""
+    """Render every drawing into `archive`, which is there whole or not at all."""
     from tqdm import tqdm
 
     modules = fetch_packages(packages)
     emoji = json.loads((modules / "emojibase-data" / "en" / "data.json").read_text())
     icons = {package: _find_icons(modules, package, emoji) for package in STYLES}
     drawings = []
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    partial = archive.with_name(archive.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as out:
+    with atomic(archive) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as out:
         for entry in tqdm(emoji, desc="rendering", unit="concept"):
             code = _hexcode(entry["hexcode"])
             packages_with = [package for package in STYLES if code in icons[package]]
@@ -196,7 +196,6 @@ def prepare(archive: Path, packages: Path) -> list[Drawing]:
                 drawings.append(drawing)
         lines = (json.dumps(asdict(d) | {"text": d.text}) for d in drawings)
         out.writestr("metadata.jsonl", "\n".join(lines) + "\n")
-    partial.replace(archive)
     return drawings
 
 
@@ -283,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {split}: {len(chosen)} drawings, {len({d.concept for d in chosen})} concepts")
         return
     if args.command == "splits":
-        args.output.write_text(json.dumps(held_out(load(args.archive)), indent=0) + "\n")
+        write_text(args.output, json.dumps(held_out(load(args.archive)), indent=0) + "\n")
         print(args.output)
         return
     drawings = [d for d in load(args.archive, args.everyday) if d.split == args.split]

@@ -7,7 +7,8 @@ Two stages, each with its own time budget and each resumable (kill it, run the c
     python -m examples.emoji.train export      --preset cpu -o examples/emoji/model
 
 ``--preset gpu`` trains on the whole set (start it with ``accelerate launch`` for several devices);
-``--preset cpu`` restricts the concepts to ``everyday.txt``. The data come from ``data.py prepare``.
+``--preset cpu`` restricts the concepts to ``everyday.txt``. The data are made by ``python -m
+examples.emoji.data prepare``.
 
 The autoencoder maps 3x64x64 pictures to 4x16x16 latents; the denoiser predicts v
 (Salimans & Ho 2022) under a cosine schedule rescaled to zero terminal SNR (Lin et al. 2024,
@@ -46,7 +47,8 @@ from examples.emoji.networks import (
     build_tokenizer,
     build_unet,
 )
-from examples.emoji.training import Training, write_json
+from examples.emoji.training import Training
+from pilotage.guidance.files import write_json
 
 CAPTION_DROPOUT = 0.12
 CROPS_UNTIL = 0.73  # of the autoencoder's clock

@@ -1,22 +1,19 @@
-"""One resumable training run: optimizer, averaged weights, clock and checkpoint.
-
-The recipe needs diffusers but not Pilotage, so that it is easily carried to a machine with a GPU.
-"""
+"""One resumable training run: optimizer, averaged weights, clock and checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from pilotage.guidance.files import atomic, write_json
 
 EMA_DECAY = 0.999
 
@@ -64,10 +61,9 @@ class Training:
         self.step, self.elapsed = state["step"], state["elapsed"]
 
     def save(self, **record) -> None:
-        """Write weights, EMA, Adam's moments (safetensors) and the clock (JSON), then rename."""
+        """Write weights, EMA, Adam's moments (safetensors), then the clock (JSON)."""
         if not self.accelerator.is_main_process:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model/{k}": v for k, v in self.bare.state_dict().items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for i, parameter in enumerate(self.bare.parameters()):
@@ -76,8 +72,8 @@ class Training:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         older = list(self.folder.glob("state-*.safetensors"))
         newest = self.folder / f"state-{self.step}.safetensors"
-        save_file(tensors, self.folder / "partial")
-        os.replace(self.folder / "partial", newest)
+        with atomic(newest) as partial:
+            save_file(tensors, partial)
         write_json(
             self.folder / "state.json", {"step": self.step, "elapsed": self.elapsed, **record}
         )
@@ -157,10 +153,3 @@ def mixed_precision(wish: str) -> str:
     if torch.cuda.is_available():
         return "bf16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)

@@ -83,5 +83,5 @@ def load_unet(dtype: torch.dtype = torch.float32) -> Any:
             return DDPMPipeline.from_pretrained(root / MODEL, torch_dtype=dtype)
     raise FileNotFoundError(
         f"the Fashion-MNIST network ({MODEL}) is not here: run inside a checkout of Pilotage, "
-        "or train it (examples/fashion_mnist/train.py)"
+        "or train it (python -m examples.fashion_mnist.train)"
     )

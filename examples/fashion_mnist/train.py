@@ -23,8 +23,9 @@ from diffusers.utils import make_image_grid
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.emoji.training import Training, write_json
+from examples.emoji.training import Training
 from examples.fashion_mnist.data import MODEL, load_images
+from pilotage.guidance.files import write_json
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -54,8 +55,8 @@ explained by denoisers computed from the same 60,000 pictures, not to make pictu
 | weights | averaged (EMA), stored in fp16 |
 
 Epsilon-prediction, linear beta 1e-4 to 0.02 in 1000 steps, no augmentation, no clipping. Made by
-`examples/fashion_mnist/train.py` with torch {torch}. That is {epochs:.1f} passes over the data:
-longer training would still lower the loss.
+`python -m examples.fashion_mnist.train` with torch {torch}. That is {epochs:.1f} passes over the
+data: longer training would still lower the loss.
 """
 
 

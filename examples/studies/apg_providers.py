@@ -13,6 +13,7 @@ from pilotage.guidance.ops import guide_step
 SCALE, ETA, RADIUS, MOMENTUM = 7.5, 0.0, 15.0, -0.5
 # On the predictions as they are: so all providers do the same work.
 RULE = APG(ETA, RADIUS, MOMENTUM, threshold_unit="l2", space="native")
+STEP = Step(1, 2)
 
 
 def comfyui_apg(
@@ -44,27 +45,15 @@ def diffusers_apg(cond: Tensor, uncond: Tensor, momentum: MomentumBuffer) -> Ten
     )
 
 
-def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Our rule, in plain PyTorch.
+def our_apg(cond: Tensor, uncond: Tensor, buffer: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Our operation.
 
     Returns:
         The guided prediction and the new buffer.
     """
-    step = Step(0, 1)
-    guided, state = RULE.combine(_predictions(cond, uncond, step), step, SCALE, buffer)
-    return guided.to(cond.dtype), state
-
-
-def our_fused_apg(cond: Tensor, uncond: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Our kernel; it also tells whether the predictions are finite. Returns as `our_apg`."""
-    step = Step(0, 1)
-    predictions = _predictions(cond, uncond, step)
-    done = guide_step(RULE, predictions, step, SCALE, buffer, impl="fused")
+    predictions = Predictions({"cond": cond, "uncond": uncond}, STEP)
+    done = guide_step(RULE, predictions, STEP, SCALE, buffer, impl=impl)
     return done.prediction, done.state
-
-
-def _predictions(cond: Tensor, uncond: Tensor, step: Step) -> Predictions:
-    return Predictions({"cond": cond, "uncond": uncond}, step)
 
 
 def providers(
@@ -88,14 +77,14 @@ def providers(
     found = {
         "diffusers": lambda: diffusers_apg(cond, uncond, momentum),
         "comfyui": lambda: comfyui_apg(cond, uncond, last),
-        "reference": lambda: our_apg(cond, uncond, buffer),
+        "reference": lambda: our_apg(cond, uncond, buffer, "reference"),
     }
     if compiled:
         torch._dynamo.reset()  # past a limit of shapes it would silently go on uncompiled
         graph = torch.compile(our_apg, dynamic=False)
-        found["compiled"] = lambda: graph(cond, uncond, buffer)
+        found["compiled"] = lambda: graph(cond, uncond, buffer, "reference")
     if device.type == "cuda":
-        found["fused"] = lambda: our_fused_apg(cond, uncond, buffer)
+        found["fused"] = lambda: our_apg(cond, uncond, buffer, "fused")
     return found
 
 

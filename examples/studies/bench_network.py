@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from examples.studies.apg_providers import our_apg, our_fused_apg
+from examples.studies.apg_providers import our_apg
 from examples.studies.timing import time_operation
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance.ops import network_step
@@ -55,7 +55,7 @@ class Loop:
             self.buffer = torch.randn(1, 4, size, size)
         self.scheduler = FusedEulerScheduler()
         self.scheduler.set_timesteps(STEPS, device)
-        self.apg = our_fused_apg if device.type == "cuda" else our_apg
+        self.impl = "fused" if device.type == "cuda" else "reference"
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """Both branches' predictions, with shape (2, 4, H, W)."""
@@ -66,7 +66,7 @@ class Loop:
     def guide(self, prediction: Tensor) -> Tensor:
         """The guided prediction; the buffer goes on."""
         uncond, cond = prediction.chunk(2)
-        guided_prediction, self.buffer = self.apg(cond, uncond, self.buffer)
+        guided_prediction, self.buffer = our_apg(cond, uncond, self.buffer, self.impl)
         return guided_prediction
 
     def run(self, guidance: bool) -> Tensor:
@@ -93,8 +93,10 @@ def loop_figures(
 
     def guide_and_step() -> None:
         uncond, cond = prediction.chunk(2)
-        guided, _ = loop.apg(cond, uncond, loop.buffer)
-        network_step(loop.sample, guided, None, step, want_denoised=False, dtype=dtype)
+        guided, _ = our_apg(cond, uncond, loop.buffer, loop.impl)
+        network_step(
+            loop.sample, guided, None, step, want_denoised=False, dtype=dtype, impl=loop.impl
+        )
 
     forward = time_operation(lambda: loop.predict(loop.sample, timestep), device, budget)
     ours = time_operation(guide_and_step, device, budget / 10)

@@ -12,7 +12,6 @@ import argparse
 import csv
 import datetime
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from examples.studies.timing import (
     time_replay,
 )
 from pilotage.eval.record import machine, versions, write_figures
+from pilotage.guidance.files import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/guidance/ops",)
@@ -137,14 +137,11 @@ class Table:
         )
 
     def write(self, path: Path) -> None:
-        """Write under a temporary name, then rename."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="") as file:
+        """Write the CSV, whole or not at all."""
+        with atomic(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, path)
 
     def ratio(self, size: str, dtype: str, slow: str, fast: str) -> float:
         """How many times longer `slow` takes."""

@@ -21,7 +21,7 @@ import torch
 
 from examples.emoji import data as emoji
 from examples.studies.agreement import agreement, made_up
-from examples.studies.policy_timing import seconds_in_turn
+from examples.studies.timing import seconds_in_turn
 from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import load_embedded

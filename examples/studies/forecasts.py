@@ -22,7 +22,7 @@ from pilotage.eval.metrics.bootstrap import interval
 from pilotage.eval.metrics.images import ssim
 from pilotage.eval.record import write_figures
 from pilotage.eval.tuning.trials import Trials
-from pilotage.guidance import Forecast, Rule
+from pilotage.guidance import Rule, forecast
 
 SCALE = 7.5
 BATCH = 16
@@ -50,7 +50,7 @@ def measured(pipe, prompts: list[str], steps: int, rule: Rule | None) -> dict[st
     plain = "cfg" if rule is None else rule
     reference, nfe = full.run(plain)
     found: dict[str, Any] = {"nfe_full": nfe[0]}
-    images, nfe = full.run(full.compose(Forecast()))
+    images, nfe = full.run(full.compose(forecast()))
     runs = {"forecast": (images, nfe[0])}
     fewer = steps_for_nfe(pipe.scheduler, nfe[0], steps)
     images, nfe = trials(fewer).run(plain)

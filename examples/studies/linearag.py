@@ -7,8 +7,8 @@ Coefficients, thresholds and schedules are fitted on prompts of the training spl
 of the held-out (concept, style) pairs, three seeds each. DPM++ 2M, 20 steps, w = 7.5. What is found
 is written to ``examples/emoji/model/guidance`` and then has a name: "linear-ag" is the paper's
 regression, "linear-ag-steered", "linear-ag-forecast" and the searched schedules have estimates and
-forecasts fitted on runs of their own (`pilotage.pipelines.fitting.on_policy`). Interrupted, it goes on where
-it stopped (``cache/linearag``).
+forecasts fitted on runs of their own (`pilotage.pipelines.fitting.on_policy`). Interrupted, it goes
+on where it stopped (``cache/linearag``).
 
 ``--keep`` makes pictures only for settings that hold fitted numbers and for CFG, and takes the rows
 of the others, which their text describes in full, from the file, with the date they were measured;
@@ -28,8 +28,12 @@ import torch
 
 from examples.emoji import data as emoji
 from examples.studies.evaluate import fit_alignment
-from examples.studies.policy_timing import clocks_in_turn, evaluations_of, network_in_turn
-from examples.studies.timing import keep_freed_memory
+from examples.studies.timing import (
+    clocks_in_turn,
+    evaluations_of,
+    keep_freed_memory,
+    network_in_turn,
+)
 from pilotage.eval.comparison.comparison import compare
 from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
@@ -43,14 +47,13 @@ from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import (
     CFG,
     AdaptiveGuidance,
-    Extrapolate,
     Guidance,
-    Hold,
-    LinearAG,
+    extrapolate,
+    hold,
+    linear_ag,
     load_guidance,
     save_guidance,
 )
-from pilotage.guidance.policies.alternating import alternating
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.on_policy import fit_schedule
 
@@ -83,7 +86,7 @@ def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]
         fit(pipe, prompts[i::2], seed=1000 * (i + 1), checkpoint=work / f"fit-{i}") for i in (0, 1)
     ]
     found = fit(pipe, prompts, seed=5000, checkpoint=work / "fit")
-    policy = LinearAG(tail="linear", coefficients=found.coefficients)
+    policy = linear_ag(found.coefficients, then="estimate")
     found.save(folder / "linear-ag.json", Guidance(CFG(), policy))
     held_out = [statistics.fmean(half.r2_held_out) for half in halves]
     steps = [abs(a - b) for a, b in zip(halves[0].r2_held_out, halves[1].r2_held_out, strict=True)]
@@ -100,7 +103,7 @@ def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]
 def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
     """Search for the quality of Adaptive Guidance, and for more; save the schedules.
 
-    LinearAG is fitted on runs of its own likewise: its head is the same with any tail.
+    LinearAG is fitted on runs of its own likewise: its first half is the same, whatever follows.
     """
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
     floor = Trials(pipe, prompts, **options).judge("ag")[0] + MARGIN
@@ -122,18 +125,18 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
             **options,
         )
         found.save(folder / f"{name}.json")
-    for name, tail in (("steered", "linear"), ("forecast", "forecast")):
-        steered = fit_schedule(
+    for name, then in (("steered", "estimate"), ("forecast", "forecast")):
+        fitted_on_policy = fit_schedule(
             pipe,
             prompts,
-            alternating(STEPS, 2, 0.5, "estimate" if tail == "linear" else tail),
+            hold(then=then).choices_for(STEPS),
             guidance_scale=SCALE,
             num_inference_steps=STEPS,
             batch_size=2 * BATCH,
         )
-        policy = LinearAG(tail=tail, coefficients=steered.coefficients)
+        policy = linear_ag(fitted_on_policy.coefficients, then=then)
         path = folder / f"linear-ag-{name}.json"
-        save_guidance(path, Guidance(CFG(), policy), steered.measured)
+        save_guidance(path, Guidance(CFG(), policy), fitted_on_policy.measured)
     options["quality_floor"] = floor
     if not (folder / "relaxed.json").is_file():
         relaxed = relaxed_search(pipe, prompts[:4], iterations=20, **options)
@@ -141,27 +144,27 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
 
 
 def settings(pipe, prompts: list[str]) -> list[Setting]:
-    """The table's rows."""
+    """The table's rows, under the names that they have in the file."""
     trials = Trials(pipe, prompts, guidance_scale=SCALE, num_inference_steps=STEPS)
     gamma = agreement(trials)["x0"]
     folder = embedded_folder() / "guidance"
     rows = [("cfg", "cfg")]
-    for tail, wanted in (("cond", AG_NFE), ("forecast", AG_FORECAST_NFE)):
-        curve = cost_curve(gamma, tail=tail)
+    for then, wanted in (("cond", AG_NFE), ("forecast", AG_FORECAST_NFE)):
+        curve = cost_curve(gamma, then=then)
         for nfe in wanted:
             threshold = round(min(curve, key=lambda point: abs(point[1] - nfe))[0], 4)
-            name = f"ag {threshold:.4f}" + (", forecast tail" if tail == "forecast" else "")
-            rows.append((name, AdaptiveGuidance(threshold, tail=tail)))
+            name = f"ag {threshold:.4f}" + (", forecast tail" if then == "forecast" else "")
+            rows.append((name, AdaptiveGuidance(threshold, then=then)))
     for name in ("linear-ag", "linear-ag-steered"):
-        coefficients = load_guidance(folder / f"{name}.json").policy.coefficients
-        for tail in ("cond", "linear"):
-            rows.append((f"{name}, {tail} tail", LinearAG(tail=tail, coefficients=coefficients)))
+        coefficients = load_guidance(folder / f"{name}.json").policy.fill
+        for label, then in (("cond", "cond"), ("linear", "estimate")):
+            rows.append((f"{name}, {label} tail", linear_ag(coefficients, then=then)))
     rows += [
         ("linear-ag-forecast", "linear-ag-forecast"),
-        ("hold, cond tail", Hold(tail="cond")),
-        ("hold, held tail", Hold(tail="hold")),
-        ("hold, refreshed every 4th", Hold(period=4, head=1.0)),
-        ("extrapolate, cond tail", Extrapolate(tail="cond")),
+        ("hold, cond tail", hold()),
+        ("hold, held tail", hold(then="estimate")),
+        ("hold, refreshed every 4th", hold(period=4, first=1.0)),
+        ("extrapolate, cond tail", extrapolate()),
         ("forecast", "forecast"),
         *((path.stem, path.stem) for path in sorted(folder.glob("searched*.json"))),
         ("relaxed", "relaxed"),
@@ -178,7 +181,7 @@ def kept_rows(pipe, columns: list[Setting], path: Path) -> list[dict[str, Any]]:
     for row in figures["rows"]:
         fewer = row["method"].startswith("cfg, ")
         same = texts.get(row["method"]) == row["guidance"]
-        full_text = not any(name in row["guidance"] for name in ("LinearAG", "Schedule"))
+        full_text = "Schedule" not in row["guidance"]
         if fewer or (same and full_text and row["method"] != "cfg"):
             rows.append({"measured": date} | row)
     return rows

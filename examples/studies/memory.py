@@ -53,7 +53,10 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu") -> Pe
         return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None, seconds)
     if device.type != "cpu":
         raise ValueError(f"peak_memory: device is cpu or cuda, got {device}")
-    resident = _reset_resident()
+    try:
+        resident = forget_peak_resident()
+    except OSError:
+        resident = None
     start = time.perf_counter()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -61,7 +64,7 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu") -> Pe
         fn()
     seconds = time.perf_counter() - start
     if resident is not None:
-        resident = _status("VmHWM") - resident
+        resident = peak_resident() - resident
     return PeakMemory(_peak_of(profile), resident, seconds)
 
 
@@ -75,18 +78,26 @@ def _peak_of(profile: torch.profiler.profile) -> int:
     return peak
 
 
+def peak_resident() -> int:
+    """Peak of the process's resident memory in bytes (Linux)."""
+    return _status("VmHWM")
+
+
+def forget_peak_resident() -> int:
+    """Gives free memory back and lets the peak start anew; bytes that are resident now (Linux).
+
+    Raises:
+        OSError: the system has no such files.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    CLEAR.write_text("5")
+    return _status("VmRSS")
+
+
 def _status(field: str) -> int:
     for line in STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"{STATUS} has no {field}")
-
-
-def _reset_resident() -> int | None:
-    """Gives free memory back and sets the high-water mark to what is resident now."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")
-        return _status("VmRSS")
-    except (OSError, AttributeError, ValueError):
-        return None
+    raise OSError(f"{STATUS} has no {field}")

@@ -1,9 +1,11 @@
 """Peak memory above the weights of one step of token training, on networks of SD 1.5's shape.
 
-``python -m examples.studies.personalization_memory`` builds UNet and text encoder with random weights
-(memory does not depend on them) in bfloat16 and runs, each in a process of its own: inference (one
-row), the forward-only step with K perturbations in one call, exact backpropagation to the token,
-the same with gradient checkpointing; all again with int8 weights. Batch 1, 64 x 64 latents.
+    python -m examples.studies.personalization_memory
+
+builds UNet and text encoder with random weights (memory does not depend on them) in bfloat16 and
+runs, each in a process of its own: inference (one row), the forward-only step with K perturbations
+in one call, exact backpropagation to the token, the same with gradient checkpointing; all again
+with int8 weights. Batch 1, 64 x 64 latents. Writes ``eval/results/personalization_memory.json``.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def token_loss(unet: nn.Module, text: nn.Module, device: str, side: int) -> tupl
     """The personalizer's loss on these networks, and a batch of one latent."""
     from diffusers import DDPMScheduler
 
-    from pilotage.pipelines.personalization.personalizer.loss import DiffusionTokenLoss, TokenBatch
+    from pilotage.pipelines.personalization.loss import DiffusionTokenLoss, TokenBatch
 
     words = text.config.vocab_size
     parts = SimpleNamespace(
@@ -104,7 +106,7 @@ def token_loss(unet: nn.Module, text: nn.Module, device: str, side: int) -> tupl
 
 def measure(method: str, unet: nn.Module, text: nn.Module, device: str, side: int) -> dict:
     """Peak bytes above the weights of one step of a method, and its time."""
-    from pilotage.pipelines.quantization.quantize.quantize import quantize
+    from pilotage.pipelines.quantization.quantize import quantize
 
     kind = method.removeprefix("int8_")
     if method != kind:

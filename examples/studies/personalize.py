@@ -47,7 +47,7 @@ from pilotage.pipelines.quantization.quantize import quantize
 
 WORD = "<x>"
 # Held-out concept -> known word of one token. Those that the preset was developed on (see
-# `pipelines/token_recipes.py`) are not among them.
+# `pilotage.pipelines.personalization.recipes`) are not among them.
 SUBJECTS = {
     "deer": "horse",
     "tractor": "bus",

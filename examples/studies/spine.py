@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.emoji import data as emoji
+from examples.studies.timing import evaluations_of, seconds_in_turn
+from pilotage.eval.comparison.sampling import Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import contrast, saturation, ssim, to_tensor
@@ -68,24 +70,12 @@ def retrieval(features: Tensor, gallery: Tensor, concepts: list[str]) -> float:
 
 
 def time_ratio(pipe, prompts: list[str]) -> tuple[float, float]:
-    """Ratio AG / CFG of seconds (median of pairs) and of network rows, for one batch.
-
-    The two are called in turn on the same prompts; a first pair, in which the convolution library
-    prepares for the batch sizes that occur, is not counted.
-    """
-    counter = Counter(pipe.unet)
-    seconds, rows = [], []
-    for turn in range(TIMING_ROUNDS + 1):
-        pair = []
-        for guidance in ("ag", "cfg"):
-            counter.rows = 0
-            begin = time.perf_counter()
-            generate(pipe, prompts[:BATCH], guidance, AG_SCALE)
-            pair.append((time.perf_counter() - begin, counter.rows))
-        if turn > 0:
-            seconds.append(pair[0][0] / pair[1][0])
-            rows.append(pair[0][1] / pair[1][1])
-    return statistics.median(seconds), rows[0]
+    """Ratio AG / CFG of seconds (median of pairs) and of network evaluations, for one batch."""
+    pair = [Setting(guidance, AG_SCALE, STEPS) for guidance in ("ag", "cfg")]
+    seconds = seconds_in_turn(pipe, pair, prompts[:BATCH], TIMING_ROUNDS)
+    ratios = [ag / cfg for ag, cfg in zip(*seconds.values(), strict=True)]
+    ag, cfg = (evaluations_of(pipe, setting, prompts[:BATCH]) for setting in pair)
+    return statistics.median(ratios), ag / cfg
 
 
 def quickstart_seconds() -> float:

@@ -1,7 +1,7 @@
 r"""Estimates fitted to a schedule while it runs: each brings the run back to its reference.
 
 `fit_coefficients` regresses unconditional predictions along trajectories of ordinary guidance. A
-run that is guided by estimates leaves them, and nothing in that regression knows. Here the
+run that is guided by estimates departs from them, and nothing in that regression knows. Here the
 trajectories follow the schedule itself. Where it estimates, let :math:`g^*_t` be the guided
 prediction with which the solver would arrive at the reference's next state; the coefficients are
 
@@ -12,8 +12,8 @@ prediction with which the solver would arrive at the reference's next state; the
 and the run goes on with that estimate, so that it makes up for the errors of earlier ones. Any such
 sum is one of LinearAG: :math:`\hat u_t = c_t - \sum \beta^c c_i - \sum \beta^\Delta (c_k - u_k)`.
 
-Where a step evaluates neither branch, :math:`g^*_t` itself is regressed on the last few guided
-predictions: :math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not forecast.
+Where a step is skipped, :math:`g^*_t` itself is regressed on the last few guided predictions:
+:math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not skipped.
 
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
@@ -24,141 +24,139 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base import Policy, PolicyState, Step
+from ..base import Decision, Kept, Kind, Policy, PolicyState, SameForAll, Weights
 from ..policies.fill import Coefficients
 from ..policies.schedule import Choice, Schedule
+from ..prediction import accumulate
 from .regression import ridge_regression
 
 
 @dataclass(frozen=True)
-class Steer(Policy):
+class FitOnPolicy(Policy):
     """Follows a schedule and fits its estimates on the way, on all samples of the batch at once.
 
     Args:
-        choices: See `Schedule`; its own estimates are not used.
+        choices: See `Schedule`.
         guidance_scale: w of the run.
-        aim: Step -> guided prediction that is wanted of it, with shape (B, \\*).
-        see: Called at the end of the run with the coefficients.
+        aim: Step -> the guided network output that is wanted of it, with shape (B, \\*).
+        to: Called with the coefficients once the last of them is fitted.
         rows: Samples to fit on; None: all. The others are guided by what is found.
         ridge: Added to the diagonal, relative to the mean square of the regressors.
-        recent: Guided predictions that a forecast is made of, at most.
+        recent: How many guided predictions a skipped step reuses, at most.
 
     Raises:
-        ValueError: the choices cannot be followed, or `recent` is not positive.
+        ValueError: the choices cannot be followed, or `recent` is not positive; in a run, a
+            prediction is NaN or infinite, or the pipeline left a step without guidance.
     """
 
-    name: ClassVar[str] = "steer"
-    needs_history: ClassVar[bool] = True
+    name: ClassVar[str] = "fit-on-policy"
 
     choices: tuple[Choice, ...]
     guidance_scale: float
     aim: Callable[[int], Tensor] = field(repr=False)
-    see: Callable[[Coefficients], None] = field(repr=False)
+    to: Callable[[Coefficients], None] = field(repr=False)
     rows: Sequence[int] | None = None
     ridge: float = 1e-4
     recent: int = 4
 
     def __post_init__(self) -> None:
         if self.recent < 1:
-            raise ValueError(f"Steer: recent must be at least 1, got {self.recent}")
-        Schedule(self.choices)  # refuses choices that cannot be followed
+            raise ValueError(f"FitOnPolicy: recent must be at least 1, got {self.recent}")
+        self.decisions(len(self.choices))
 
-    def may_forecast(self, total: int) -> bool:
-        """Whether any step is forecast."""
-        return "forecast" in self.choices
+    def decisions(self, total: int) -> Sequence[Decision]:
+        """Those of the schedule, with other weights than those that will be fitted."""
+        return Schedule(self.choices).decisions(total)
 
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
+    def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
         """A state that has fitted nothing yet."""
-        return _Steering(self, batch)
+        return _Fitting(self, batch, self.decisions(total))
 
 
-class _Steering(PolicyState):
-    def __init__(self, policy: Steer, batch: int) -> None:
-        self.policy, self.batch = policy, batch
-        self.rows = list(range(batch)) if policy.rows is None else list(policy.rows)
-        self.conds: dict[int, Tensor] = {}
-        self.differences: dict[int, Tensor] = {}
-        self.guided: dict[int, Tensor] = {}
-        # Weights of every step, as Coefficients holds them: conditional, unconditional, guided.
-        self.fitted: list[tuple[list[float], list[float], list[float]]] = []
+class _Fitting(SameForAll):
+    """Follows the schedule; the weights of a step are fitted when they are needed."""
 
-    def wanted(self, step: Step) -> list[bool]:
-        choices = Schedule(self.policy.choices).choices_for(step.total)
-        return [choices[step.index] == "both"] * self.batch
+    def __init__(self, policy: FitOnPolicy, batch: int, decisions: Sequence[Decision]) -> None:
+        fitted = [
+            replace(decision, reuse=partial(self._fit, step)) if decision.reuse else decision
+            for step, decision in enumerate(decisions)
+        ]
+        super().__init__(batch, lambda step: fitted[step.index])
+        self.policy = policy
+        self.rows = list(range(batch) if policy.rows is None else policy.rows)
+        self.terms = _terms(policy.choices, policy.recent)
+        self.last_use = {term: step for step, terms in self.terms.items() for term in terms}
+        self.weights: dict[int, Weights] = {}
+        self._hand_over_if_done()
 
-    def estimate(self, step: Step, pred_cond: Tensor) -> Tensor | None:
-        self.conds[step.index] = pred_cond.clone()
-        if self.policy.choices[step.index] == "cond":
-            self._end(step)
-            return None
-        w = self.policy.guidance_scale
-        aim = (self.policy.aim(step.index).float() - pred_cond.float()) / (w - 1)
-        known = [*self.conds.values(), *self.differences.values()]
-        difference, beta = self._nearest(known, aim)
-        count = len(self.conds)
-        self._end(
-            step,
-            dict(zip(self.conds, beta[:count], strict=True)),
-            dict(zip(self.differences, beta[count:], strict=True)),
-        )
-        return (pred_cond.float() - difference).to(pred_cond.dtype)
+    def keep_until(self, kind: Kind, step: int) -> int:
+        return self.last_use.get((kind, step), -1)
 
-    def keep(self, step: Step, pred_cond: Tensor, pred_uncond: Tensor) -> None:
-        if self.policy.choices[step.index] == "both":
-            self.conds[step.index] = pred_cond.clone()
-            self.differences[step.index] = pred_cond.float() - pred_uncond.float()
-            self._end(step)
-
-    def resting(self, step: Step) -> list[int]:
-        rests = self.policy.choices[step.index] == "forecast"
-        return list(range(self.batch)) if rests else []
-
-    def forecast(self, step: Step) -> Tensor:
-        guided, beta = self._nearest([*self.guided.values()], self.policy.aim(step.index).float())
-        self._end(step, guided=dict(zip(self.guided, beta, strict=True)))
-        return guided
-
-    def wants_guided(self, step: Step) -> bool:
-        return "forecast" in self.policy.choices[step.index + 1 :]
-
-    def keep_guided(self, step: Step, guided: Tensor) -> None:
-        self.guided[step.index] = guided.clone()
-        for old in [*self.guided][: -self.policy.recent]:
-            del self.guided[old]
-
-    def _nearest(self, known: Sequence[Tensor], aim: Tensor) -> tuple[Tensor, list[float]]:
-        """The weighted sum of K tensors (B, \\*) nearest to `aim`, and its weights."""
-        # Contiguous, with shape (K, B, *): what the regression reads and what the sum is made of.
-        stacked = torch.stack([*known]).float()
+    def _fit(self, step: int, kept: Kept) -> Weights:
+        """The weights whose sum is nearest to what is wanted of a step."""
+        terms, skips = self.terms[step], self.policy.choices[step] == "forecast"
+        if missing := sorted({i for kind, i in terms if (kind, i) not in kept}):
+            raise ValueError(
+                f"step {step} cannot be fitted: at step {missing[0]} the pipeline did not guide"
+            )
+        aim = accumulate(self.policy.aim(step))
+        if not skips:
+            aim = (aim - accumulate(kept["cond", step])) / (self.policy.guidance_scale - 1)
+        known = torch.stack([_regressor(term, kept) for term in terms])
         rows = self.rows
-        beta = ridge_regression(stacked[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge)
-        return torch.einsum("k,k...->...", beta.to(stacked), stacked), beta.tolist()
+        beta = ridge_regression(
+            known[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge
+        ).tolist()
+        if skips:
+            weights = Weights(guided={i: b for (_, i), b in zip(terms, beta, strict=True)})
+        else:
+            cond, uncond = {step: 1.0}, {}
+            for (kind, i), b in zip(terms, beta, strict=True):
+                cond[i] = cond.get(i, 0.0) - b
+                if kind == "uncond":
+                    uncond[i] = b
+            weights = Weights(cond, uncond)
+        self.weights[step] = weights
+        self._hand_over_if_done()
+        return weights
 
-    def _end(
-        self,
-        step: Step,
-        conds: Mapping[int, float] | None = None,
-        differences: Mapping[int, float] | None = None,
-        guided: Mapping[int, float] | None = None,
-    ) -> None:
-        """Note the weights of a step: of c - u as those of u, and those of a forecast."""
-        t = step.index
-        cond, uncond = [0.0] * (t + 1), [0.0] * t
-        cond[t] = 1.0
-        for i, value in (conds or {}).items():
-            cond[i] -= value
-        for k, value in (differences or {}).items():
-            cond[k] -= value
-            uncond[k] += value
-        forecast = [(guided or {}).get(i, 0.0) for i in range(t)]
-        self.fitted.append((cond, uncond, forecast))
-        if t + 1 == step.total:
-            cond, uncond, forecast = zip(*self.fitted, strict=True)
-            self.policy.see(Coefficients(cond, uncond, guided=forecast))
+    def _hand_over_if_done(self) -> None:
+        if len(self.weights) < len(self.terms):
+            return
+        conds, unconds, guided = [], [], []
+        for step in range(len(self.policy.choices)):
+            of = self.weights.get(step, Weights())
+            cond = of.cond or {step: 1.0}
+            conds.append(tuple(cond.get(i, 0.0) for i in range(step + 1)))
+            unconds.append(tuple(of.uncond.get(i, 0.0) for i in range(step)))
+            guided.append(tuple(of.guided.get(i, 0.0) for i in range(step)))
+        self.policy.to(Coefficients(tuple(conds), tuple(unconds), tuple(guided)))
+
+
+def _terms(choices: Sequence[Choice], recent: int) -> dict[int, list[tuple[Kind, int]]]:
+    """Estimated or skipped step -> what it is made of; "uncond" stands for the difference c - u."""
+    found: dict[int, list[tuple[Kind, int]]] = {}
+    for step, choice in enumerate(choices):
+        evaluated = [i for i in range(step) if choices[i] != "forecast"]
+        if choice == "forecast":
+            found[step] = [("guided", i) for i in evaluated[-recent:]]
+        elif choice == "estimate":
+            both = [i for i in evaluated if choices[i] == "both"]
+            found[step] = [("cond", i) for i in [*evaluated, step]]
+            found[step] += [("uncond", i) for i in both]
+    return found
+
+
+def _regressor(term: tuple[Kind, int], kept: Kept) -> Tensor:
+    """One of what a step is made of, with shape (B, \\*), at least float32."""
+    kind, step = term
+    value = accumulate(kept[term])
+    return accumulate(kept["cond", step]) - value if kind == "uncond" else value

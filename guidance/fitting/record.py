@@ -2,49 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base import Policy, PolicyState, Step
-from ..prediction import Space
+from ..base import BOTH, Decision, Kept, Kind, Policy, PolicyState, SameForAll, Step
+from ..prediction import Space, check_space
+
+Recorded = Callable[[Tensor, Tensor], None]
+KINDS: tuple[Kind, Kind] = ("cond", "uncond")
 
 
 @dataclass(frozen=True)
-class Gather(Policy):
-    """Both branches at every step, and a look at all predictions of a batch at its end.
+class Record(Policy):
+    """Both branches at every step; all predictions of the run are handed over at its end.
 
     Args:
-        see: Called with the conditional and the unconditional predictions of a whole run, both
-            with shape (T, B, \\*). They are held until then.
-        space: "native" gathers network outputs, "x0" denoised images.
+        to: Called with the conditional and the unconditional predictions of the whole run, both
+            with shape (T, B, \\*) and on the network's device, where they are held until then.
+        space: "native" records network outputs in their dtype, "x0" denoised images in float32.
+
+    Raises:
+        ValueError: the space is unknown; or, at the end of a run, the pipeline left some steps
+            without guidance.
     """
 
-    name: ClassVar[str] = "gather"
-    needs_history: ClassVar[bool] = True
+    name: ClassVar[str] = "record"
 
-    see: Callable[[Tensor, Tensor], None] = field(repr=False)
+    to: Recorded = field(repr=False)
     space: Space = "native"
 
-    def start(self, batch: int, on_cpu: bool) -> PolicyState:
-        """A state that has gathered nothing yet."""
-        return _Gathering(batch, self.see)
+    def __post_init__(self) -> None:
+        check_space("Record", self.space)
+
+    def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
+        """A state that has recorded nothing yet."""
+        return _Recording(batch, total, self.to)
+
+    def decisions(self, total: int) -> Sequence[Decision]:
+        """Both branches."""
+        return (BOTH,)
 
 
-class _Gathering(PolicyState):
-    def __init__(self, batch: int, see: Callable[[Tensor, Tensor], None]) -> None:
-        self.batch, self.see = batch, see
-        self.cond: list[Tensor] = []
-        self.uncond: list[Tensor] = []
+class _Recording(SameForAll):
+    """Everything is kept up to the end of the run."""
 
-    def wanted(self, step: Step) -> list[bool]:
-        return [True] * self.batch
+    def __init__(self, batch: int, total: int, to: Recorded) -> None:
+        super().__init__(batch, lambda step: BOTH)
+        self.total, self.to = total, to
 
-    def keep(self, step: Step, pred_cond: Tensor, pred_uncond: Tensor) -> None:
-        self.cond.append(pred_cond.clone())
-        self.uncond.append(pred_uncond.clone())
-        if step.index + 1 == step.total:
-            self.see(torch.stack(self.cond), torch.stack(self.uncond))
+    def keep_until(self, kind: Kind, step: int) -> int:
+        return -1 if kind == "guided" else self.total
+
+    def observe(self, step: Step, rows: Sequence[int], gamma: Tensor | None, kept: Kept) -> None:
+        if step.index + 1 < self.total:
+            return
+        if len(kept) < 2 * self.total:
+            raise ValueError("the pipeline left some steps without guidance: nothing was recorded")
+        steps = range(self.total)
+        cond, uncond = (torch.stack([kept[kind, i] for i in steps]) for kind in KINDS)
+        self.to(cond, uncond)

@@ -2,14 +2,18 @@ r"""Least squares for LinearAG from inner products alone.
 
 The predictions of one trajectory are 2T vectors :math:`z = (c_0 \dots c_{T-1}, u_0 \dots u_{T-1})`.
 Whatever the number of trajectories, all that a regression of one on others needs is their Gram
-matrix :math:`G_{ij} = \sum \langle z_i, z_j \rangle`, and for an intercept their sums.
+matrix :math:`G_{ij} = \sum \langle z_i, z_j \rangle`.
+
+References:
+    Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
+    Models", AAAI 2025, https://arxiv.org/abs/2312.12487
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,24 +26,21 @@ Target = Literal["uncond", "difference"]
 
 @dataclass
 class Gram:
-    """Inner products of the predictions of many trajectories, float64.
+    """Inner products of the predictions of many trajectories.
 
     Args:
-        products: G, with shape (2T, 2T): conditional predictions first, then unconditional ones.
-        sums: Sum over all elements of each prediction, with shape (2T,).
-        elements: Number of elements summed over (trajectories times elements of a prediction).
+        products: G, with shape (2T, 2T), float64 on the CPU: conditional predictions first, then
+            unconditional ones.
         trajectories: Number of trajectories.
     """
 
     products: Tensor
-    sums: Tensor
-    elements: int = 0
     trajectories: int = 0
 
     @classmethod
     def empty(cls, steps: int) -> Gram:
         """No trajectory yet, of `steps` network evaluations."""
-        return cls(torch.zeros(2 * steps, 2 * steps).double(), torch.zeros(2 * steps).double())
+        return cls(torch.zeros(2 * steps, 2 * steps).double())
 
     @classmethod
     def of(cls, cond: Tensor, uncond: Tensor) -> Gram:
@@ -56,15 +57,10 @@ class Gram:
         products = (stacked @ stacked.T).cpu()
         if not products.isfinite().all():
             raise ValueError("trajectories hold NaN or infinite predictions: nothing was added")
-        return cls(products, stacked.sum(1).cpu(), stacked.shape[1], cond.shape[1])
+        return cls(products, cond.shape[1])
 
     def __add__(self, other: Gram) -> Gram:
-        return Gram(
-            self.products + other.products,
-            self.sums + other.sums,
-            self.elements + other.elements,
-            self.trajectories + other.trajectories,
-        )
+        return Gram(self.products + other.products, self.trajectories + other.trajectories)
 
     @property
     def steps(self) -> int:
@@ -76,10 +72,9 @@ def fit_coefficients(
     gram: Gram,
     *,
     target: Target = "uncond",
-    intercept: bool = False,
     ridge: float = 1e-6,
     space: Space = "native",
-    identity: dict | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Coefficients:
     """Ridge regression of every unconditional prediction on what precedes it.
 
@@ -87,7 +82,6 @@ def fit_coefficients(
         gram: Inner products of the trajectories.
         target: "uncond" regresses u_t, "difference" c_t - u_t. Without ridge both are the same
             estimate; ridge shrinks the one towards 0, the other towards no guidance.
-        intercept: Also fit a constant for every step.
         ridge: Added to the diagonal, relative to the mean square of the regressors. Neighbouring
             steps are nearly collinear; without it coefficients of both signs grow large.
         space: The space of the predictions in `gram`, kept with the coefficients.
@@ -96,36 +90,25 @@ def fit_coefficients(
     Raises:
         ValueError: no trajectories, an unknown target, or a negative ridge.
     """
-    if target not in ("uncond", "difference"):
+    if target not in get_args(Target):
         raise ValueError(f"target is 'uncond' or 'difference', got {target!r}")
     if not ridge >= 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     if gram.trajectories == 0:
         raise ValueError("no trajectories to fit coefficients on")
-    steps, conds, unconds, constants = gram.steps, [], [], []
+    steps, conds, unconds = gram.steps, [], []
     for step in range(steps):
         known = [*range(step + 1), *range(steps, steps + step)]
-        normal, right = gram.products[known][:, known], gram.products[known, steps + step]
+        right = gram.products[known, steps + step]
         if target == "difference":
             right = gram.products[known, step] - right
-        if intercept:
-            normal, right = _with_constant(gram, known, normal, right, step, target)
-        size = len(known)
-        solution = _solved(normal, right, ridge, size)
-        constants.append(solution[size].item() if intercept else 0.0)
-        beta = solution[:size]
+        beta = _solved(gram.products[known][:, known], right, ridge)
         if target == "difference":
-            beta, constants[-1] = -beta, -constants[-1]
+            beta = -beta
             beta[step] += 1
         conds.append(tuple(beta[: step + 1].tolist()))
         unconds.append(tuple(beta[step + 1 :].tolist()))
-    return Coefficients(
-        tuple(conds),
-        tuple(unconds),
-        tuple(constants) if intercept else (),
-        space=space,
-        identity=identity,
-    )
+    return Coefficients(tuple(conds), tuple(unconds), space=space, identity=identity)
 
 
 def ridge_regression(known: Tensor, aim: Tensor, ridge: float) -> Tensor:
@@ -146,28 +129,14 @@ def ridge_regression(known: Tensor, aim: Tensor, ridge: float) -> Tensor:
     normal, right = (known @ known.T).cpu(), (known @ aim).cpu()
     if not (normal.isfinite().all() and right.isfinite().all()):
         raise ValueError("trajectories hold NaN or infinite predictions: nothing was fitted")
-    return _solved(normal, right, ridge, len(known))
+    return _solved(normal, right, ridge)
 
 
-def _solved(normal: Tensor, right: Tensor, ridge: float, size: int) -> Tensor:
-    """Solution of normal equations with a ridge on the first `size` unknowns."""
-    penalty = torch.zeros(len(normal)).double()
-    penalty[:size] = ridge * normal.diagonal()[:size].mean()
-    return torch.linalg.lstsq(normal + penalty.diag(), right, driver="gelsd").solution
-
-
-def _with_constant(
-    gram: Gram, known: list[int], normal: Tensor, right: Tensor, step: int, target: Target
-) -> tuple[Tensor, Tensor]:
-    """The normal equations with a column of ones."""
-    sums, steps = gram.sums, gram.steps
-    aim = sums[steps + step]
-    if target == "difference":
-        aim = sums[step] - aim
-    edge = sums[known].unsqueeze(1)
-    corner = torch.full((1, 1), gram.elements, dtype=torch.float64)
-    normal = torch.cat([torch.cat([normal, edge], 1), torch.cat([edge.T, corner], 1)])
-    return normal, torch.cat([right, aim.unsqueeze(0)])
+def _solved(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solution of normal equations of K unknowns, each with the ridge."""
+    diagonal = normal.diagonal()
+    penalty = (ridge * diagonal.mean()).expand_as(diagonal).diag()
+    return torch.linalg.lstsq(normal + penalty, right, driver="gelsd").solution
 
 
 def residuals(gram: Gram, coefficients: Coefficients) -> Tensor:
@@ -182,9 +151,7 @@ def residuals(gram: Gram, coefficients: Coefficients) -> Tensor:
         v[steps + step] = 1
         v[: step + 1] -= torch.tensor(coefficients.cond[step], dtype=torch.float64)
         v[steps : steps + step] -= torch.tensor(coefficients.uncond[step], dtype=torch.float64)
-        b = coefficients.intercept[step] if coefficients.intercept else 0.0
-        square = v @ gram.products @ v - 2 * b * (v @ gram.sums) + b * b * gram.elements
-        errors.append(square.clamp(min=0))
+        errors.append((v @ gram.products @ v).clamp(min=0))
     return torch.stack(errors)
 
 
@@ -204,9 +171,3 @@ def r_squared(gram: Gram, coefficients: Coefficients, of: Target = "uncond") -> 
         square = diagonal[:steps] + diagonal[steps:] - 2 * cross
     errors = residuals(gram, coefficients)
     return torch.where(square > 0, 1 - errors / square.where(square > 0, 1), 1.0)
-
-
-def disagreement(gram: Gram, first: Coefficients, second: Coefficients) -> float:
-    """Largest difference over the steps of the R² of two sets of coefficients."""
-    pair: Sequence[Tensor] = [r_squared(gram, c) for c in (first, second)]
-    return (pair[0] - pair[1]).abs().max().item()

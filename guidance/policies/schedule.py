@@ -284,7 +284,7 @@ def linear_ag(
     first: float = 0.5,
     then: Choice = "cond",
 ) -> Schedule:
-    """LinearAG: guidance in turn with estimates that are linear in all that the run has seen.
+    """LinearAG: guidance in turn with estimates that are linear in past predictions.
 
     An estimated unconditional prediction is fed back as the estimate.
 

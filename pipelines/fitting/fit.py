@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...guidance import CFG, Gram, Guidance, LinearAG, Space, fit_coefficients, r_squared
-from ...guidance.fitting.record import Gather
-from ...guidance.policies.linear_ag import Coefficients, Target
-from ...guidance.saved import save_guidance
-from ..guided import scale_option
+from ...guidance import (
+    CFG,
+    Coefficients,
+    Gram,
+    Guidance,
+    Space,
+    fit_coefficients,
+    linear_ag,
+    r_squared,
+    save_guidance,
+)
+from ...guidance.files import atomic, fingerprint
+from ...guidance.fitting.record import Record
+from ...guidance.fitting.regression import Target
 from ..processes import processes
-from .fitted import negative_argument, run_identity
-
-HELD_OUT_EVERY = 5
-MIN_PROMPTS = 2
+from .fitted import run_identity
+from .runs import RunSettings, check_fit, held_out
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Fit:
     """Fitted coefficients, and how well they predict.
 
     Args:
-        coefficients: To be used as ``LinearAG(coefficients=...)``.
+        coefficients: To be used as ``linear_ag(coefficients)``.
         r2: Share of the square of each step's unconditional prediction explained on the
             trajectories fitted on, with shape (T,).
         r2_held_out: The same on trajectories left out.
@@ -51,8 +53,8 @@ class Fit:
 
     @property
     def guidance(self) -> Guidance:
-        """Classifier-free guidance with these coefficients, the tail estimated too."""
-        return Guidance(CFG(), LinearAG(tail="linear", coefficients=self.coefficients))
+        """Classifier-free guidance with these coefficients, estimated in the second half, too."""
+        return Guidance(CFG(), linear_ag(self.coefficients, then="estimate"))
 
     def save(self, path: Path | str, guidance: Guidance | None = None) -> None:
         """Write guidance with these coefficients as JSON (see `save_guidance`).
@@ -61,12 +63,12 @@ class Fit:
             path: File to write.
             guidance: What to save; default: `guidance`.
         """
-        measured = {
+        measured: dict[str, Any] = {
             name: [round(value, 6) for value in getattr(self, name)]
             for name in ("r2", "r2_held_out", "r2_difference")
         }
         measured |= {"trajectories": self.trajectories, "held_out": self.held_out}
-        save_guidance(Path(path), guidance or self.guidance, measured)
+        save_guidance(path, guidance or self.guidance, measured)
 
 
 def fit(
@@ -74,16 +76,12 @@ def fit(
     prompts: Sequence[str],
     *,
     guidance_scale: float | Sequence[float] = 7.5,
-    num_inference_steps: int = 20,
-    negative_prompt: str | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
     target: Target = "difference",
     space: Space = "native",
-    intercept: bool = False,
     ridge: float = 1e-3,
     checkpoint: Path | str | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Fit:
     """Fit LinearAG's coefficients for one pipeline.
 
@@ -96,54 +94,53 @@ def fit(
         pipe: A guided pipeline.
         prompts: Prompts, at least 2.
         guidance_scale: w, or several, which take turns: the coefficients then hold in between.
-        num_inference_steps: Steps of the runs that are to be guided.
-        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
-        seed: Seed of the first trajectory; the others follow.
-        batch_size: Trajectories at a time.
         target: What is regressed, see `fit_coefficients`. By default the difference, so that the
             ridge draws estimates towards it being 0 and not away from the conditional prediction.
         space: "native" (network outputs, the paper) or "x0".
-        intercept: Fit a constant for every step, too.
         ridge: See `fit_coefficients`. Estimates are fed back, so that large coefficients of both
             signs, which explain single steps best, may be worse over a run.
         checkpoint: Folder for what is done; a fit interrupted and run again goes on from there.
             Removed by no one.
         progress: Show a bar.
+        settings: The others of `RunSettings`.
 
     Raises:
         ValueError: too few prompts, a setting out of its range, or a checkpoint of another fit.
+        TypeError: an unknown setting.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    scales = [float(w) for w in _listed(guidance_scale)]
-    _check(prompts, scales, batch_size, ridge, target)
-    identity = run_identity(pipe, num_inference_steps, (min(scales), max(scales)), negative_prompt)
-    plan = {"prompts": list(prompts), "scales": scales, "seed": seed, "batch_size": batch_size}
-    digest = hashlib.sha256(
-        json.dumps([identity, plan, space], sort_keys=True).encode()
-    ).hexdigest()
+    check_fit(prompts, ridge)
+    if target not in get_args(Target):
+        raise ValueError(f"target is {' or '.join(get_args(Target))}, got {target!r}")
+    listed = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale]
+    runs = [RunSettings(float(w), **settings) for w in listed]
+    if not runs:
+        raise ValueError("a fit needs a guidance scale, got none")
+    scales, first = [run.guidance_scale for run in runs], runs[0]
+    identity = run_identity(
+        pipe, first.num_inference_steps, (min(scales), max(scales)), first.negative_prompt
+    )
+    plan = {"prompts": list(prompts), "scales": scales}
+    plan |= {name: asdict(first)[name] for name in ("seed", "batch_size")}
+    # Files of version 0.1 belong to the identity with that version in it: they still go on.
+    digest = fingerprint([identity | {"pilotage": "0.1"}, plan, space])
     store = None if checkpoint is None else _Store(Path(checkpoint), digest)
     state = processes()
-    batches = _batches(len(prompts), scales, batch_size)
-    mine = [n for n in range(len(batches)) if n % state.num_processes == state.process_index]
+    batches = _batches(len(prompts), runs)
     done: dict[int, Gram] = {}
+    pipe.set_progress_bar_config(disable=True)
     bar = tqdm(
-        mine, unit="batch", desc="trajectories", disable=not (progress and state.is_main_process)
+        range(state.process_index, len(batches), state.num_processes),
+        unit="batch",
+        desc="trajectories",
+        disable=not (progress and state.is_main_process),
     )
     for number in bar:
         gram = store.read(number) if store else None
         if gram is None:
-            batch = batches[number]
-            gram = _trajectories(
-                pipe,
-                [prompts[i] for i in batch.samples],
-                [seed + i for i in batch.samples],
-                batch.scale,
-                num_inference_steps,
-                negative_prompt,
-                space,
-            )
+            gram = _inner_products(pipe, prompts, batches[number], space)
             if store:
                 store.write(number, gram)
         done[number] = gram
@@ -154,7 +151,7 @@ def fit(
         for held in (False, True)
     )
     coefficients = fit_coefficients(
-        kept, target=target, intercept=intercept, ridge=ridge, space=space, identity=identity
+        kept, target=target, ridge=ridge, space=space, identity=identity
     )
     return Fit(
         coefficients,
@@ -166,78 +163,40 @@ def fit(
     )
 
 
-def _check(
-    prompts: Sequence[str], scales: list[float], batch_size: int, ridge: float, target: str
-) -> None:
-    if isinstance(prompts, str) or len(prompts) < MIN_PROMPTS:
-        raise ValueError(f"a fit needs a list of at least {MIN_PROMPTS} prompts, got {prompts!r}")
-    if not scales or not all(math.isfinite(w) and w > 1 for w in scales):
-        raise ValueError(f"guidance scales must be finite and > 1, got {scales}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge must be finite and >= 0, got {ridge}")
-    if target not in get_args(Target):
-        raise ValueError(f"target is {' or '.join(get_args(Target))}, got {target!r}")
-
-
 @dataclass(frozen=True)
 class _Batch:
     """Samples made together, with one scale, either all fitted on or all left out."""
 
     samples: list[int]
-    scale: float
+    run: RunSettings
     held_out: bool
 
 
-def _batches(count: int, scales: list[float], batch_size: int) -> list[_Batch]:
-    """The samples in batches; every fifth, but at least one, is left out."""
-    held = list(range(count))[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or [count - 1]
-    kept = [i for i in range(count) if i not in set(held)]
+def _batches(count: int, runs: Sequence[RunSettings]) -> list[_Batch]:
+    """The samples in batches; the scales take turns."""
+    kept, left_out = held_out(count)
     batches = []
-    for samples in (kept, held):
-        for position, scale in enumerate(scales):
-            turn = samples[position :: len(scales)]
-            parts = [turn[i : i + batch_size] for i in range(0, len(turn), batch_size)]
-            batches += [_Batch(part, scale, samples is held) for part in parts]
+    for samples in (kept, left_out):
+        for position, run in enumerate(runs):
+            turn, size = samples[position :: len(runs)], run.batch_size
+            parts = [turn[i : i + size] for i in range(0, len(turn), size)]
+            batches += [_Batch(part, run, samples is left_out) for part in parts]
     return batches
 
 
-def _trajectories(
-    pipe: Any,
-    prompts: list[str],
-    seeds: list[int],
-    scale: float,
-    steps: int,
-    negative_prompt: str | None,
-    space: Space,
-) -> Gram:
+def _inner_products(pipe: Any, prompts: Sequence[str], batch: _Batch, space: Space) -> Gram:
     """Inner products of one batch of trajectories."""
     grams: list[Gram] = []
-    pipe.set_progress_bar_config(disable=True)
-    pipe(
-        prompt=prompts,
-        guidance=Gather(lambda cond, uncond: grams.append(Gram.of(cond, uncond)), space),
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **negative_argument(pipe, negative_prompt, len(prompts)),
-        **scale_option(pipe, scale),
-    )
+    record = Record(lambda cond, uncond: grams.append(Gram.of(cond, uncond)), space)
+    call = batch.run.call(pipe, prompts, batch.samples)
+    pipe(guidance=record, output_type="latent", **call)
     (gram,) = grams
     return gram
 
 
 def _total(grams: dict[int, Gram], numbers: list[int]) -> Gram:
     """The sum in a fixed order, so that it does not depend on who computed what."""
-    total = Gram.empty(next(iter(grams.values())).steps)
-    for number in numbers:
-        total = total + grams[number]
-    return total
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) else [value]
+    return sum((grams[n] for n in numbers), Gram.empty(next(iter(grams.values())).steps))
 
 
 class _Store:
@@ -258,8 +217,7 @@ class _Store:
             return None
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                products, sums = file.get_tensor("products"), file.get_tensor("sums")
+                about, products = file.metadata() or {}, file.get_tensor("products")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it and run again") from error
         if about.get("fit") != self.digest:
@@ -267,16 +225,13 @@ class _Store:
                 f"{self.folder} holds another fit (other model, prompts or settings): name another "
                 "folder, or remove this one"
             )
-        return Gram(products, sums, int(about["elements"]), int(about["trajectories"]))
+        return Gram(products, int(about["trajectories"]))
 
     def write(self, number: int, gram: Gram) -> None:
-        """Keep a finished batch, under a temporary name first."""
-        path = self._path(number)
-        partial = path.with_name(path.name + ".partial")
-        about = {"fit": self.digest, "elements": gram.elements, "trajectories": gram.trajectories}
-        tensors = {"products": gram.products, "sums": gram.sums}
-        save_file(tensors, partial, {key: str(value) for key, value in about.items()})
-        os.replace(partial, path)
+        """Keep a finished batch."""
+        about = {"fit": self.digest, "trajectories": str(gram.trajectories)}
+        with atomic(self._path(number)) as partial:
+            save_file({"products": gram.products}, partial, about)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"batch-{number:05d}.safetensors"

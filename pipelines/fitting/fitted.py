@@ -13,7 +13,8 @@ from .identity import network_hash, pipeline_identity
 # What neither branch's prediction depends on.
 WITHOUT_EFFECT = ("vae", "safety_checker", "feature_extractor")
 OTHER_ENCODERS = ("negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
-OWN_COURSE = ("timesteps", "sigmas", "negative_prompt_embeds", "strength", "denoising_end")
+# Arguments by which a run has other steps, or another unconditional branch, than those fitted on.
+NOT_FITTED = ("timesteps", "sigmas", "negative_prompt_embeds", "strength", "denoising_end")
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 
@@ -35,37 +36,37 @@ def negative_argument(pipe: Any, negative_prompt: str | None, count: int) -> dic
 
 
 def run_identity(
-    pipe: Any, num_inference_steps: int, scales: tuple[float, float], negative_prompt: str | None
+    pipe: Any,
+    num_inference_steps: int | None,
+    scales: tuple[float, float],
+    negative_prompt: str | None,
 ) -> dict[str, Any]:
     """What a run is, as far as its predictions depend on it; ready for JSON.
 
     Args:
         pipe: The pipeline.
-        num_inference_steps: Steps asked for.
+        num_inference_steps: Steps asked for; None where the call has no such argument.
         scales: Lowest and highest guidance scale.
         negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
 
     Returns:
         ``networks`` (SHA-256 of configuration and weights of each), ``scheduler``,
         ``scheduler_config``, ``prediction_type``, ``num_inference_steps``, ``guidance_scale``
-        (range), ``negative_prompt`` (see `unconditional_text`), ``pilotage`` (version, without
-        its last part).
+        (range), ``negative_prompt`` (see `unconditional_text`). No version: files of one hold in
+        another.
 
     Raises:
         ValueError: weights are not in memory (sequential offloading).
     """
     whole = pipeline_identity(pipe, _hash_once)
     networks = {k: v for k, v in whole["networks"].items() if k not in WITHOUT_EFFECT}
-    version = str(whole["versions"]["pilotage"])
+    kept = ("scheduler", "scheduler_config", "prediction_type")
     return {
         "networks": networks,
-        "scheduler": whole["scheduler"],
-        "scheduler_config": whole["scheduler_config"],
-        "prediction_type": whole["prediction_type"],
+        **{name: whole[name] for name in kept},
         "num_inference_steps": num_inference_steps,
         "guidance_scale": list(scales),
         "negative_prompt": unconditional_text(pipe, negative_prompt),
-        "pilotage": ".".join(version.split(".")[:2]),
     }
 
 
@@ -76,14 +77,15 @@ def check_identity(
 
     Args:
         pipe: The pipeline called.
-        identity: What `run_identity` said when they were fitted.
+        identity: What `run_identity` said when they were fitted. (Version 0.1 also kept its own
+            version there, which is not looked at.)
         arguments: All arguments of the call, by name.
         scale: w of the call.
 
     Raises:
         ValueError: a field differs; the message names it with both values.
     """
-    for name in OWN_COURSE:
+    for name in NOT_FITTED:
         if arguments.get(name) is not None:
             raise ValueError(f"fitted settings cannot be used together with {name}=")
     asked = arguments.get("negative_prompt")
@@ -95,14 +97,11 @@ def check_identity(
         for text in _listed(arguments.get(name) or negative):
             if text != negative:
                 raise _differs(name, repr(identity["negative_prompt"]), repr(text))
-    steps = arguments.get("num_inference_steps")
-    here = run_identity(pipe, steps, (scale, scale), negative)
     low, high = identity["guidance_scale"]
     if not low <= scale <= high:
         raise _differs("guidance_scale", f"{low:g} to {high:g}", f"{scale:g}")
+    here = run_identity(pipe, arguments.get("num_inference_steps"), (low, high), negative)
     for name, value in here.items():
-        if name == "guidance_scale":
-            continue
         fitted = identity.get(name)
         if isinstance(value, Mapping) and isinstance(fitted, Mapping):
             for key in sorted({*value, *fitted}):

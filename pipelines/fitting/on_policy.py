@@ -1,15 +1,14 @@
 """Fitting the estimates of one schedule on runs of that very schedule.
 
-See `pilotage.guidance.fitting.on_policy` for what is fitted. It needs the pipeline's state after every step
-(``callback_on_step_end``) and a scheduler whose steps are affine in the network's output: then the
-output with which a step would end in a given state is known.
+See `pilotage.guidance.fitting.on_policy` for what is fitted. It needs the pipeline's state after
+every step (``callback_on_step_end``) and a scheduler whose steps are affine in the network's
+output: then the output with which a step would end in a given state is known.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,27 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import CFG, Guidance, Schedule
-from ...guidance.fitting.on_policy import Steer
-from ...guidance.policies.linear_ag import Coefficients
+from ...guidance import CFG, Coefficients, Guidance, Schedule
+from ...guidance.fitting.on_policy import FitOnPolicy
 from ...guidance.policies.schedule import Choice
-from ..guided import scale_option
+from ..guided import GuidanceLike
 from ..seam.calls import Call, prediction_of, with_prediction
-from ..seam.layouts import Layout
-from ..seam.seam import attached
+from ..seam.layouts import TwoCalls
+from ..seam.patch import attached
 from ..seam.support import layout_of
-from .fitted import negative_argument, run_identity
-
-HELD_OUT_EVERY = 5
-MIN_PROMPTS = 2
+from .runs import RunSettings, check_fit, held_out
 
 
 @dataclass(frozen=True)
-class Steered:
+class ScheduleFit:
     """A schedule with estimates fitted to it, and how far its runs stay from plain guidance.
 
     Args:
         schedule: Ready for ``guidance=``.
+        coefficients: Its estimates; `linear_ag` takes them if the schedule has its pattern.
         distance: |x - x*|² / |x*|² after every step over the runs fitted on, x* being the state
             under plain guidance; with shape (T,).
         distance_held_out: The same over runs left out of the fit.
@@ -46,15 +42,11 @@ class Steered:
     """
 
     schedule: Schedule
+    coefficients: Coefficients
     distance: tuple[float, ...]
     distance_held_out: tuple[float, ...]
     trajectories: int
     held_out: int
-
-    @property
-    def coefficients(self) -> Coefficients:
-        """The estimates; `LinearAG` takes them if the schedule has its pattern."""
-        return self.schedule.stand_in
 
     @property
     def guidance(self) -> Guidance:
@@ -71,21 +63,17 @@ class Steered:
         return rounded | {"trajectories": self.trajectories, "held_out": self.held_out}
 
 
-class Steering:
+class ScheduleFitter:
     """Plain guidance on some prompts, and the fitting of schedules to it.
 
     Args:
-        pipe: A guided pipeline. All prompts make one batch of it, but the denoiser sees no more
-            than `batch_size` rows at once.
+        pipe: A guided pipeline. All prompts make one batch of it, but the denoiser is given both
+            branches of `batch_size` prompts at most.
         prompts: Prompts, at least 2. Every fifth (at least one) is left out of the fits, to judge
             by.
-        guidance_scale: w.
-        num_inference_steps: Steps of the runs that are to be guided.
-        negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
-        seed: Seed of the first run; the others follow.
-        batch_size: Rows that the denoiser sees at once.
-        ridge: See `Steer`.
+        ridge: See `FitOnPolicy`.
         output_type: What the pipeline makes of the last state, for `pictures` and `fit`.
+        settings: As of `RunSettings`.
 
     Attributes:
         pictures: What plain guidance makes.
@@ -94,6 +82,7 @@ class Steering:
     Raises:
         ValueError: too few prompts, a setting out of its range, or a pipeline that does not hand
             its scheduler the guided prediction.
+        TypeError: an unknown setting.
     """
 
     def __init__(
@@ -101,44 +90,32 @@ class Steering:
         pipe: Any,
         prompts: Sequence[str],
         *,
-        guidance_scale: float = 7.5,
-        num_inference_steps: int = 20,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        batch_size: int = 16,
         ridge: float = 1e-4,
         output_type: str = "latent",
+        **settings: Any,
     ) -> None:
-        if isinstance(prompts, str) or len(prompts) < MIN_PROMPTS:
-            raise ValueError(f"expected a list of at least {MIN_PROMPTS} prompts, got {prompts!r}")
-        if not (math.isfinite(guidance_scale) and guidance_scale > 1):
-            raise ValueError(f"guidance_scale must be finite and > 1, got {guidance_scale}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge must be finite and >= 0, got {ridge}")
-        self.pipe, self.prompts = pipe, list(prompts)
-        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
-        self.negative_prompt, self.seed, self.ridge = negative_prompt, seed, ridge
+        check_fit(prompts, ridge)
+        self.pipe, self.prompts, self.ridge = pipe, list(prompts), ridge
+        self.settings, self.output_type = RunSettings(**settings), output_type
         if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(f"{type(pipe).__name__} does not tell its states on the way")
         layout = layout_of(type(pipe))
-        if layout.sign < 0 or layout.channels or getattr(layout, "matches_norm", False):
+        matches_norm = isinstance(layout, TwoCalls) and layout.matches_norm
+        if layout.sign < 0 or layout.channels or matches_norm:
             raise ValueError(
-                f"{type(pipe).__name__} changes the guided prediction before its scheduler sees it"
+                f"{type(pipe).__name__} changes the guided prediction before its scheduler has it"
             )
-        self.chunks = _Chunks(layout, batch_size)
+        self.layout = layout
         pipe.set_progress_bar_config(disable=True)
         self.states: list[Tensor] = []
-        self.pictures = self._call("cfg", self.states, output_type)
-        self.output_type = output_type
+        self.pictures = self._run("cfg", self.states)
 
     @property
     def total(self) -> int:
         """T, the number of steps of a run."""
         return len(self.states)
 
-    def fit(self, choices: Sequence[Choice]) -> tuple[Steered, Any]:
+    def fit(self, choices: Sequence[Choice]) -> tuple[ScheduleFit, Any]:
         """Fit the estimates of one schedule.
 
         Returns:
@@ -150,54 +127,65 @@ class Steering:
         """
         if len(choices) != self.total:
             raise ValueError(f"{len(choices)} choices for a run of {self.total} steps")
-        count = len(self.prompts)
-        held = list(range(count))[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or [count - 1]
-        kept = [i for i in range(count) if i not in set(held)]
+        kept, left_out = held_out(len(self.prompts))
         found: list[Coefficients] = []
         reached: list[Tensor] = []
-        aim = _Aim(self.pipe, self.states, reached)
-        policy = Steer(
-            tuple(choices), self.guidance_scale, aim, found.append, rows=kept, ridge=self.ridge
+        policy = FitOnPolicy(
+            tuple(choices),
+            self.settings.guidance_scale,
+            _Aim(self.pipe, self.states, reached),
+            found.append,
+            rows=kept,
+            ridge=self.ridge,
         )
-        pictures = self._call(policy, reached, self.output_type)
-        w = self.guidance_scale
-        identity = run_identity(self.pipe, self.num_inference_steps, (w, w), self.negative_prompt)
-        schedule = Schedule(
-            tuple(choices), stand_in=replace(found[0], identity=identity), identity=identity
-        )
-        distances = [
+        pictures = self._run(policy, reached)
+        identity = self.settings.identity(self.pipe)
+        coefficients = replace(found[0], identity=identity)
+        schedule = Schedule(tuple(choices), fill=coefficients, identity=identity)
+        near, far = (
             tuple(_distance(x[rows], y[rows]) for x, y in zip(reached, self.states, strict=True))
-            for rows in (kept, held)
-        ]
-        return Steered(schedule, *distances, len(kept), len(held)), pictures
+            for rows in (kept, left_out)
+        )
+        return ScheduleFit(schedule, coefficients, near, far, len(kept), len(left_out)), pictures
 
-    def _call(self, guidance: Any, states: list[Tensor], output_type: str) -> Any:
+    def _run(self, guidance: GuidanceLike, states: list[Tensor]) -> Any:
         """Pictures of all prompts; the state after every step is appended to `states`."""
 
-        def callback(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict:
+        def callback(
+            _pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
             states.append(tensors["latents"].clone())
             return {}
 
-        seeds = range(self.seed, self.seed + len(self.prompts))
-        with attached(self.pipe, self.chunks):
+        call = self.settings.call(self.pipe, self.prompts, range(len(self.prompts)))
+        with attached(self.pipe, self.layout.denoisers, self._in_parts):
             return self.pipe(
-                prompt=self.prompts,
                 guidance=guidance,
-                num_inference_steps=self.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type=output_type,
+                output_type=self.output_type,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["latents"],
-                **negative_argument(self.pipe, self.negative_prompt, len(self.prompts)),
-                **scale_option(self.pipe, self.guidance_scale),
+                **call,
             ).images
 
+    def _in_parts(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The denoiser's output, made of some rows at a time."""
+        listed = self.layout.listed
+        call = Call(network, args, kwargs, listed)
+        rows, size = list(range(call.rows)), 2 * self.settings.batch_size
+        if len(rows) <= size:
+            return call()
+        outputs = [call(rows[i : i + size]) for i in rows[::size]]
+        parts = torch.cat([prediction_of(output, listed) for output in outputs])
+        return with_prediction(outputs[0], parts, listed)
 
+
+@dataclass(frozen=True)
 class _Aim:
     """Guided predictions with which the scheduler's steps end in given states."""
 
-    def __init__(self, pipe: Any, states: list[Tensor], reached: list[Tensor]) -> None:
-        self.pipe, self.states, self.reached = pipe, states, reached
+    pipe: Any
+    states: list[Tensor]
+    reached: list[Tensor]
 
     def __call__(self, index: int) -> Tensor:
         scheduler, x_t = self.pipe.scheduler, self.reached[index - 1]
@@ -220,26 +208,6 @@ class _Aim:
         return (self.states[index] - base) / slope
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """Stands in front of a denoiser and shows it some rows at a time."""
-
-    layout: Layout
-    batch_size: int
-
-    def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        call = Call(network, args, kwargs, self.layout.listed)
-        rows = list(range(call.rows))
-        if len(rows) <= self.batch_size:
-            return call()
-        outputs = [
-            call(rows[start : start + self.batch_size])
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        parts = [prediction_of(output, self.layout.listed) for output in outputs]
-        return with_prediction(outputs[0], torch.cat(parts), self.layout.listed)
-
-
 def _distance(x: Tensor, reference: Tensor) -> float:
     x, reference = x.double(), reference.double()
     return ((x - reference).square().sum() / reference.square().sum()).item()
@@ -247,17 +215,17 @@ def _distance(x: Tensor, reference: Tensor) -> float:
 
 def fit_schedule(
     pipe: Any, prompts: Sequence[str], choices: Sequence[Choice], **settings: Any
-) -> Steered:
+) -> ScheduleFit:
     """Fit the estimates of one schedule on runs of that schedule.
 
     Args:
         pipe: A guided pipeline.
         prompts: Prompts; about 50 are enough.
-        choices: "both", "estimate", "cond" or "forecast" for every step, e.g. ``LinearAG``'s by
-            `pilotage.guidance.policies.alternating.alternating`.
-        settings: As of `Steering`.
+        choices: "both", "estimate", "cond" or "forecast" for every step, for instance
+            ``hold().choices_for(20)``, the pattern of LinearAG.
+        settings: As of `ScheduleFitter`.
 
     Raises:
-        ValueError: see `Steering`.
+        ValueError: see `ScheduleFitter`.
     """
-    return Steering(pipe, prompts, **settings).fit(choices)[0]
+    return ScheduleFitter(pipe, prompts, **settings).fit(choices)[0]

@@ -57,14 +57,14 @@ class Driver:
         self.rest: Tensor | None = None  # the others of the last output; likewise
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Stand in for ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+        """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
         if kwargs.get("skip_layers") is not None:  # skip-layer guidance: not a branch of ours
             return network(*args, **kwargs)
         self.denoiser = name
         return self.evaluate(Call(network, args, kwargs, self.layout.listed))
 
     def evaluate(self, call: Call) -> Any:
-        """Stand in for one call of the denoiser."""
+        """Take the place of one call of the denoiser."""
         raise NotImplementedError
 
     def close_step(self) -> None:

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 
 class Evaluator(Protocol):
-    """What can stand in front of a pipeline's denoisers."""
+    """What can be put in front of a pipeline's denoisers."""
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Stand in for ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+        """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
 
 
 class GuidedDenoiser:

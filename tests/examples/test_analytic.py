@@ -12,10 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from examples.fashion_mnist.data import load_images, read_idx
-from examples.studies.analytic import PARTS, UNITS, merged, selected
-from examples.studies.analytic_agreement import ddim, explain, held_out, scores, trajectory
-from examples.studies.analytic_jacobian import jacobian, mass_radius, reading, wiener_matrix
-from examples.studies.analytic_teleport import settings, verdict
+from examples.studies.analytic.agreement import ddim, explain, held_out, scores, trajectory
+from examples.studies.analytic.jacobian import jacobian, mass_radius, reading, wiener_matrix
+from examples.studies.analytic.study import PARTS, UNITS, merged, selected
+from examples.studies.analytic.teleport import settings, verdict
 from pilotage.eval.cli import app
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import AnalyticDenoiserModel

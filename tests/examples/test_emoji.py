@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_archive_round_trip(archive):
 
 
 def test_missing_and_damaged_archives(tmp_path, archive):
-    with pytest.raises(FileNotFoundError, match="data.py prepare"):
+    with pytest.raises(FileNotFoundError, match="examples.emoji.data prepare"):
         data.load(tmp_path / "none.zip")
     archive.write_bytes(archive.read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged"):
@@ -107,12 +108,14 @@ def test_recipe_trains_resumes_and_exports(archive, tmp_path, monkeypatch):
         return json.loads((tmp_path / "work" / stage / "state.json").read_text())
 
     for stage in ("autoencoder", "denoiser"):
-        train.main([stage, "--minutes", "0.03", *short, *common])
+        train.main([stage, "--minutes", "0.005", *short, *common])
         first = state(stage)
-        train.main([stage, "--minutes", "0.06", *short, *common])
+        # However slow the machine is: a little longer than it took.
+        limit = first["elapsed"] + 0.3
+        train.main([stage, "--minutes", str(limit / 60), *short, *common])
         second = state(stage)
         assert second["step"] > first["step"] > 0
-        assert second["elapsed"] >= 0.06 * 60 > first["elapsed"] >= 0.03 * 60
+        assert second["elapsed"] >= limit > first["elapsed"] >= 0.3
         files = list((tmp_path / "work" / stage).glob("*.safetensors"))
         assert [f.name for f in files] == [f"state-{second['step']}.safetensors"]
     output = tmp_path / "model"
@@ -217,14 +220,17 @@ def test_embedded_model_follows_the_prompt_and_saturates():
     assert saturation(projected).mean() < saturation(high).mean()
 
 
-def test_settings_shipped_with_the_model_belong_to_it():
+def test_settings_shipped_with_the_model_belong_to_it(monkeypatch):
     """Every file is a name, was fitted on these weights, and costs what it says."""
     pipe = load_embedded()
     pipe.set_progress_bar_config(disable=True)
+    forward = pipe.unet.forward
+    # The weights are what counts here, not what they compute.
+    monkeypatch.setattr(pipe.unet, "forward", wraps(forward)(lambda x, *_, **__: (0.5 * x,)))
     files = sorted((embedded_folder() / "guidance").glob("*.json"))
     assert {"linear-ag", "searched"} <= {path.stem for path in files}
     for path in files:
         pipe("noto style fox", guidance=path.stem, num_inference_steps=20, output_type="latent")
         policy = pipe.resolve_guidance(path.stem).policy
-        assert policy.identity is not None
+        assert policy.identities
         assert pipe.guidance_trace.nfe == [policy.nfe(20)]

@@ -69,6 +69,27 @@ def test_a_rule_of_ones_own_is_a_name_everywhere(names, tmp_path):
     assert resolve("half+late").policy == forecast(first=0.5)
 
 
+def test_installed_packages_bring_their_names(names, tmp_path, monkeypatch):
+    """What the command line knows of a rule that no script of the user's has imported."""
+    about = tmp_path / "somebody-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[pilotage.guidance]\nany = somebodys_rules\n")
+    (tmp_path / "somebodys_rules.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from pilotage.guidance import APG, register\n"
+        "@register\n"
+        "@dataclass(frozen=True)\n"
+        "class Theirs(APG):\n"
+        "    name = 'theirs'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load_installed.cache_clear()
+    assert type(resolve("theirs+ag").rule).__name__ == "Theirs"
+    assert "theirs" in available()
+    registry.load_installed.cache_clear()
+
+
 def test_names_that_are_refused(names):
     @dataclass(frozen=True)
     class Taken(Rule):

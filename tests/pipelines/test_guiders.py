@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache
@@ -709,11 +710,27 @@ def test_diffusers_projects_the_raw_prediction():
     assert parallel(ours - d_cond, d_cond).abs().max() < 1e-12
 
 
-def test_diffusers_defaults_switch_the_method_off():
+def test_diffusers_defaults_are_cfg_with_a_cap_on_the_update():
+    """Its threshold of 15 is on the norm over all elements: small latents never reach it."""
     pairs = x0_pairs()
     for (cond, uncond), pred in zip(pairs, diffusers_apg(pairs, W), strict=True):
+        assert (cond - uncond).flatten(1).norm(dim=1).max() < 15
         torch.testing.assert_close(pred, uncond + W * (cond - uncond))
     assert not torch.allclose(apg(*pairs[0], W)[0], pairs[0][1] + W * (pairs[0][0] - pairs[0][1]))
+
+
+def test_diffusers_defaults_shrink_the_guidance_of_large_latents():
+    """SDXL's latents, a difference of rms .1, so of norm 25.6: .586 of CFG's guidance is left."""
+    cond = c.per_sample(2, 4, 128, 128, seed=1).double()
+    difference = c.per_sample(2, 4, 128, 128, seed=3).double()
+    difference *= 0.1 / difference.square().mean((1, 2, 3), keepdim=True).sqrt()
+    share = 15 / (0.1 * math.sqrt(4 * 128 * 128))
+    assert round(share, 3) == 0.586
+    pair = (cond, cond - difference)
+    (pred,) = diffusers_apg([pair], W)
+    torch.testing.assert_close(pred - pair[1], share * W * difference)
+    (uncapped,) = diffusers_apg([pair], W, adaptive_projected_guidance_rescale=0.0)
+    torch.testing.assert_close(uncapped - pair[1], W * difference)
 
 
 def test_diffusers_makes_its_momentum_buffer_at_step_0_only():

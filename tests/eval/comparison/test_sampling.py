@@ -185,8 +185,7 @@ def test_settings_that_read_alike_are_another_plan(pipe, tmp_path):
     steps = 3
     cond, uncond = torch.randn(2, steps, 2, 9, generator=torch.Generator().manual_seed(0))
     policies = [
-        linear_ag(fit_coefficients(Gram.of(cond, uncond), ridge=ridge))
-        for ridge in (0.1, 0.2)
+        linear_ag(fit_coefficients(Gram.of(cond, uncond), ridge=ridge)) for ridge in (0.1, 0.2)
     ]
     assert str(policies[0]) == str(policies[1])
     first, second = (plan(settings=[Setting(p, 5.0, steps, "linear")]) for p in policies)

@@ -12,16 +12,23 @@ from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.tuning.calibration import SLACK, agreement, calibrate, cost_curve
 from pilotage.eval.tuning.options import name_it
-from pilotage.eval.tuning.policy_search import Candidate, pareto, search
+from pilotage.eval.tuning.policy_search import search
 from pilotage.eval.tuning.relaxed_search import ScaledSteps, relaxed_search, schedules
+from pilotage.eval.tuning.store import Candidate, pareto
 from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import (
+    CFG,
     AdaptiveGuidance,
+    Guidance,
     HoldDifference,
     Schedule,
     load_guidance,
+    save_guidance,
 )
+from pilotage.pipelines import guided
 from pilotage.pipelines.guided import guidance_folder
+
+from ...families import FAMILIES
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 4
@@ -30,6 +37,15 @@ SETTINGS = {"num_inference_steps": STEPS, "progress": False}
 
 @pytest.fixture(scope="module")
 def pipe():
+    """Tiny, with random weights, but with text, noise levels and a differentiable solver."""
+    pipe = guided(FAMILIES["sdxl"].build())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The model on which qualities mean something."""
     pipe = load_embedded()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -40,14 +56,14 @@ def trials(pipe):
     return Trials(pipe, PROMPTS, num_inference_steps=STEPS)
 
 
-@pytest.mark.parametrize("tail", ["cond", "forecast"])
-def test_costs_are_known_before_any_run(trials, tail):
+@pytest.mark.parametrize("then", ["cond", "forecast"])
+def test_costs_are_known_before_any_run(trials, then):
     """The curve from plain guidance against real runs of Adaptive Guidance."""
     for space, gamma in agreement(trials).items():
-        curve = cost_curve(gamma, tail=tail)
+        curve = cost_curve(gamma, then=then)
         assert [cost for _, cost in curve] == sorted(cost for _, cost in curve)
         for threshold, cost in curve[:: max(1, len(curve) // 3)]:
-            _, nfe = trials.run(AdaptiveGuidance(threshold, space, tail=tail))
+            _, nfe = trials.run(AdaptiveGuidance(threshold, space, then=then))
             assert sum(nfe) / len(nfe) == pytest.approx(cost)
 
 
@@ -73,8 +89,9 @@ def test_costs_do_not_hang_on_the_last_digits_of_a_cosine(off):
         assert (len(gamma) + guided).mean().item() == pytest.approx(cost, rel=1e-12)
 
 
-def test_calibration_to_a_cost_and_to_a_quality(pipe, trials, tmp_path):
-    found = calibrate(pipe, PROMPTS, target_nfe=6, **SETTINGS)
+def test_calibration_to_a_cost_and_to_a_quality(embedded, tmp_path):
+    found = calibrate(embedded, PROMPTS[:2], target_nfe=6, **SETTINGS)
+    trials = Trials(embedded, PROMPTS[:2], num_inference_steps=STEPS)
     for space, gamma in agreement(trials).items():
         nearest = min(abs(cost - 6) for _, cost in cost_curve(gamma))
         assert abs(found.proofs[space][1] - 6) == pytest.approx(nearest)
@@ -86,7 +103,7 @@ def test_calibration_to_a_cost_and_to_a_quality(pipe, trials, tmp_path):
     assert sum(nfe) / len(nfe) == pytest.approx(found.nfe)
 
     aim = found.quality
-    again = calibrate(pipe, PROMPTS, target_ssim=aim - 1e-6, **SETTINGS)
+    again = calibrate(embedded, PROMPTS[:2], target_ssim=aim - 1e-6, **SETTINGS)
     assert again.quality >= aim - 1e-6
     assert again.nfe <= found.nfe + 1e-9
 
@@ -120,9 +137,9 @@ def test_the_front_is_what_nothing_beats():
         assert (candidate in front) is not beaten
 
 
-def test_search_reaches_its_floor_at_the_cost_it_says(pipe, tmp_path):
-    trials = Trials(pipe, PROMPTS[:2], num_inference_steps=STEPS)
-    found = search(pipe, PROMPTS[:2], quality_floor=0.8, rounds=4, **SETTINGS)
+def test_search_reaches_its_floor_at_the_cost_it_says(embedded, tmp_path):
+    trials = Trials(embedded, PROMPTS[:2], num_inference_steps=STEPS)
+    found = search(embedded, PROMPTS[:2], quality_floor=0.8, rounds=4, **SETTINGS)
     quality, nfe = trials.judge(found.guidance)
     assert quality == pytest.approx(found.best.quality) and quality >= 0.8
     assert nfe == found.best.nfe < 2 * STEPS
@@ -132,9 +149,9 @@ def test_search_reaches_its_floor_at_the_cost_it_says(pipe, tmp_path):
         assert a.nfe < b.nfe and a.quality < b.quality
     path = tmp_path / "schedule.json"
     found.save(path)
-    pipe(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS)
+    embedded(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS)
     with pytest.raises(ValueError, match="num_inference_steps was 4"):
-        pipe(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS + 1)
+        embedded(PROMPTS[0], guidance=load_guidance(path), num_inference_steps=STEPS + 1)
 
 
 def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
@@ -147,7 +164,7 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
     wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
     with _differentiable(pipe):
         w.requires_grad_(True)
-        latents = _latents(trials, 0, ScaledSteps(w))
+        latents = _latents(trials, 0, ScaledSteps((w - 1) / 6.5))
         torch.testing.assert_close(latents, target, rtol=1e-5, atol=1e-5)
         loss = (latents - 1).square().mean()
         loss.backward()
@@ -158,7 +175,9 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
     for sign in (1, -1):
         moved = w.detach() + sign * step * torch.tensor([0.0, 1.0, 0.0])
         with torch.no_grad():
-            losses.append((_latents(trials, 0, ScaledSteps(moved)) - 1).square().mean().item())
+            losses.append(
+                (_latents(trials, 0, ScaledSteps((moved - 1) / 6.5)) - 1).square().mean().item()
+            )
     assert w.grad[1].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.02)
 
 
@@ -193,7 +212,7 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
         assert quality == pytest.approx(candidate.quality, abs=2e-3)
         assert nfe == candidate.nfe == candidate.schedule.nfe(6)
         assert set(candidate.schedule.choices) == {"both", between}
-    assert len({c.schedule.stand_in for c in found.front}) == len(found.front)
+    assert len({c.schedule.fill for c in found.front}) == len(found.front)
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
@@ -206,7 +225,7 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     with pytest.raises(ValueError, match="its between differs"):
         search(pipe, PROMPTS, fitted=True, checkpoint=path, **other)
     with pytest.raises(ValueError, match="makes estimates of its own"):
-        search(pipe, PROMPTS, fitted=True, stand_in=HoldDifference(), **options)
+        search(pipe, PROMPTS, fitted=True, fill=HoldDifference(), **options)
     with pytest.raises(ValueError, match="between is forecast or estimate"):
         search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
 
@@ -218,54 +237,87 @@ def run(monkeypatch, *arguments):
     return exit_.value.code
 
 
-def test_commands_one_after_the_other(monkeypatch, tmp_path, capsys):
-    """fit, calibrate and search write files that generate can use."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-    common = [prompts, "--steps", 4]
-    linear, ag, found = (tmp_path / f"{name}.json" for name in ("linear", "ag", "found"))
+@pytest.fixture(scope="module")
+def common(pipe, tmp_path_factory):
+    """The arguments that fit, calibrate and search share here."""
+    folder = tmp_path_factory.mktemp("tuning")
+    pipe.save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    return [folder / "prompts.txt", "--steps", 3, "--model", folder / "model"]
+
+
+def test_fitted_files_go_into_a_search(monkeypatch, tmp_path, capsys, common):
+    linear, found = tmp_path / "linear.json", tmp_path / "found.json"
     assert run(monkeypatch, "fit", *common, "-o", linear) == 0
     assert "R² held out" in capsys.readouterr().out
-    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "-o", ag) == 0
-    assert "x0: threshold" in capsys.readouterr().out
     options = ["--floor", 0.5, "--rounds", 1, "--coefficients", linear]
     assert run(monkeypatch, "search", *common, *options, "-o", found) == 0
     assert "load_guidance" in capsys.readouterr().out
-    assert load_guidance(found).policy.stand_in == load_guidance(linear).policy.coefficients
-    assert run(monkeypatch, "fit", *common, "--steered", "-o", linear) == 0
-    assert "distance held out" in capsys.readouterr().out
-    steered = ["--steered", "--tail", "forecast"]
-    assert run(monkeypatch, "fit", *common, *steered, "-o", tmp_path / "tail.json") == 0
-    assert load_guidance(tmp_path / "tail.json").policy.tail == "forecast"
-    assert run(monkeypatch, "fit", *common, "--tail", "forecast", "-o", linear) == 2
-    assert "--steered" in capsys.readouterr().err
+    assert load_guidance(found).policy.fill == load_guidance(linear).policy.fill
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
-    assert "its stand_in differs" in capsys.readouterr().err
+    assert "its fill differs" in capsys.readouterr().err
     found = tmp_path / "fitted.json"
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
-    assert load_guidance(found).policy.stand_in != load_guidance(linear).policy.coefficients
-    assert run(monkeypatch, "search", *common, "--fitted", "--between", "cond", "-o", found) == 2
-    assert "--between is" in capsys.readouterr().err
-    assert run(monkeypatch, "search", *common, "--fitted", "--relaxed", "-o", found) == 2
-    assert "makes its own estimates" in capsys.readouterr().err
-    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "forecast", "-o", ag) == 0
-    assert load_guidance(ag).policy.tail == "forecast"
-    assert run(monkeypatch, "calibrate", *common, "--nfe", 6, "--tail", "none", "-o", ag) == 2
-    assert "--tail is" in capsys.readouterr().err
-    assert run(monkeypatch, "calibrate", *common, "-o", ag) == 2
-    assert "--nfe or --ssim" in capsys.readouterr().err
-    assert run(monkeypatch, "search", *common, "--coefficients", ag, "-o", found) == 2
-    assert "holds no coefficients" in capsys.readouterr().err
+    assert load_guidance(found).policy.fill != load_guidance(linear).policy.fill
+
+
+@pytest.mark.parametrize("then", ["estimate", "forecast"])
+def test_the_command_fits_on_policy(monkeypatch, tmp_path, capsys, common, then):
+    path = tmp_path / "fitted.json"
+    options = ["--steps", 4, "--on-policy", "--then", then, "-o", path]
+    assert run(monkeypatch, "fit", *common, *options) == 0
+    assert "distance held out" in capsys.readouterr().out
+    policy = load_guidance(path).policy
+    assert policy.choices.then == then and policy.nfe(4) == 5
+
+
+@pytest.mark.parametrize("then", ["cond", "forecast"])
+def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
+    path = tmp_path / "ag.json"
+    options = ["--nfe", 5, "--then", then, "-o", path]
+    assert run(monkeypatch, "calibrate", *common, *options) == 0
+    assert "x0: threshold" in capsys.readouterr().out
+    assert load_guidance(path).policy.then == then
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["fit", "--then", "forecast"], "--then forecast is fitted with --on-policy"),
+        (["fit", "--then", "linear"], "--then is 'estimate' or 'cond' or 'forecast', got 'linear'"),
+        (["fit", "--target", "guided"], "--target is 'uncond' or 'difference'"),
+        (["fit", "--on-policy", "--scale", 3, "--scale", 5], "--on-policy fits one guidance scale"),
+        (["fit", "--on-policy", "--target", "uncond"], "--on-policy regresses no target"),
+        (["fit", "--on-policy", "--checkpoint", "kept"], "--on-policy regresses no target"),
+        (["search", "--fitted", "--between", "cond"], "--between is 'forecast' or 'estimate'"),
+        (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
+        (["search", "--relaxed", "--coefficients", "ag.json"], "--relaxed makes no estimates"),
+        (["search", "--coefficients", "ag.json"], "ag.json holds no coefficients"),
+        (["calibrate", "--nfe", 6, "--then", "none"], "--then is 'cond' or 'forecast'"),
+        (["calibrate"], "--nfe or --ssim"),
+        (["calibrate", "--nfe", 6, "--rule", "apg+ag"], "--rule is a rule alone"),
+    ],
+)
+def test_what_contradicts_fails_before_anything_is_loaded(
+    monkeypatch, tmp_path, capsys, command, message
+):
+    monkeypatch.setattr("pilotage.eval.embedded.load_embedded", not_to_be_loaded)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    save_guidance("ag.json", Guidance(CFG(), AdaptiveGuidance()))
+    assert run(monkeypatch, command[0], "prompts.txt", *command[1:], "-o", "out.json") == 2
+    assert message in capsys.readouterr().err
+
+
+def not_to_be_loaded(*_arguments):
+    raise AssertionError("loaded")
 
 
 @pytest.mark.parametrize("command", ["fit", "search", ["calibrate", "--nfe", 6]])
 def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
     monkeypatch, tmp_path, capsys, command
 ):
-    def no(*_arguments):
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr("pilotage.eval.embedded.load_embedded", no)
+    monkeypatch.setattr("pilotage.eval.embedded.load_embedded", not_to_be_loaded)
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "folder.json"
     prompts.write_text("\n".join(PROMPTS))
     folder.mkdir()
@@ -278,15 +330,12 @@ def test_what_cannot_be_written_or_read_fails_before_anything_is_loaded(
     assert run(monkeypatch, *command, prompts, "-o", prompts / "below.json") == 2
     assert run(monkeypatch, *command, tmp_path, "-o", tmp_path / "x.json") == 2
     assert "Is a directory" in capsys.readouterr().err
-    if command == ["fit"]:
-        for option in (["--target", "uncond"], ["--checkpoint", tmp_path / "kept"]):
-            assert run(monkeypatch, *command, prompts, "--steered", *option) == 2
-            assert "--steered regresses no target" in capsys.readouterr().err
 
 
-def test_only_a_file_in_the_models_folder_is_a_name(pipe, monkeypatch, tmp_path):
+def test_only_a_file_in_the_models_folder_is_a_name(embedded, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert 'use it as guidance="quick.v2"' in name_it(guidance_folder(pipe) / "quick.v2.json", pipe)
+    named = guidance_folder(embedded) / "quick.v2.json"
+    assert 'use it as guidance="quick.v2"' in name_it(named, embedded)
     hub = SimpleNamespace(config=SimpleNamespace(_name_or_path="some/model"))
     for path in (Path("guidance/quick.json"), tmp_path / "guidance" / "quick.json"):
         assert name_it(path, hub) == f'{path}: use it as guidance=load_guidance("{path}")'
@@ -298,7 +347,7 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
     assert len(pipe.guidance_trace.plot().axes) == 2, "evaluations and gamma"
     pipe(PROMPTS[:2], **options | {"guidance": "forecast"})
     evaluated = pipe.guidance_trace.plot().axes[0].lines[0].get_ydata().tolist()
-    assert evaluated == [0 if s.resting else 2 for s in pipe.guidance_trace.steps]
+    assert evaluated == [0 if s.skipped else 2 for s in pipe.guidance_trace.steps]
     assert sum(evaluated) == pipe.guidance_trace.nfe[0] < 2 * STEPS
     pipe(PROMPTS[:2], **options, detailed_trace=True)
     trace = pipe.guidance_trace

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.studies.analytic_baseline import Pictures, local_denoiser
+from examples.studies.analytic.baseline import Pictures, local_denoiser
 from pilotage.guidance.analytic import (
     DatasetStatistics,
     LocalDenoiser,

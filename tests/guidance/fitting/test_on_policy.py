@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pilotage.guidance import CFG, Guidance, Run, Schedule
-from pilotage.guidance.fitting.on_policy import Steer
+from pilotage.guidance.fitting.on_policy import FitOnPolicy
 from pilotage.guidance.fitting.regression import ridge_regression
 
 T, N, SIZE, W, PACE = 7, 6, 40, 4.0, 0.3
@@ -21,46 +21,37 @@ def uncond_of(t, x):
     return torch.cos(0.7 * x - t)
 
 
-def sample(policy, uncond, seed=0):
-    """States after every step of x <- x + PACE * guided, from noise."""
+def sample(policy, uncond, seed=0, own=None):
+    """States after every step of x <- x + PACE * guided, from noise; `own` collects them all."""
     x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(seed)).double()
     run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
-    states = []
+    states = [x] if own is None else own
+    states[:] = [x]
     for t in range(T):
-        rows = run.plan()
-        if run.all_rest:
-            x = x + PACE * run.forecast(x, None)
+        rows = run.plan(x)
+        if run.all_skipped:
+            x = x + PACE * run.reused(x)
         else:
             c = cond_of(t, x)
-            u = uncond(t, x, [*states]) if rows else None
-            a, b = run.combine(rows, c, u, x, W, None)
+            u = uncond(t, x) if rows else None
+            a, b = run.combine(c, u, W, x)
             x = x + PACE * (b + W * (a - b))
         states.append(x)
     run.finish()
-    return torch.stack(states)
+    return torch.stack(states[1:])
 
 
-def steered(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
+def fitted(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
     """The states of a run fitted to a reference, and the coefficients found."""
-    start = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(seed)).double()
-    own = [start]
-    found = []
+    own, found = [], []
 
     def aim(t):
         return (reference[t] - own[t]) / PACE
 
-    policy = Steer(choices, W, aim, found.append, rows=rows, ridge=ridge)
-    run = Run(Guidance(CFG(), policy), N, T, on_cpu=True)
-    for t in range(T):
-        asked = run.plan()
-        if run.all_rest:
-            own.append(own[t] + PACE * run.forecast(own[t], None))
-            continue
-        c = cond_of(t, own[t])
-        u = uncond(t, own[t], own[1:]) if asked else None
-        a, b = run.combine(asked, c, u, own[t], W, None)
-        own.append(own[t] + PACE * (b + W * (a - b)))
-    return torch.stack(own[1:]), found[0]
+    policy = FitOnPolicy(choices, W, aim, found.append, rows=rows, ridge=ridge)
+    states = sample(policy, uncond, seed, own)
+    (coefficients,) = found
+    return states, coefficients
 
 
 def test_an_exact_linear_toy_is_recovered():
@@ -70,7 +61,7 @@ def test_an_exact_linear_toy_is_recovered():
     true_u = torch.randn(T, T, generator=generator).double() / T
     kept_c, kept_d = [], {}
 
-    def linear(t, x, _states):
+    def linear(t, x):
         """c - u at estimated steps is a sum of kept predictions."""
         c = cond_of(t, x)
         kept_c[t:] = [c]
@@ -84,7 +75,7 @@ def test_an_exact_linear_toy_is_recovered():
         return c - difference - sum(true_u[t, k] * d for k, d in kept_d.items() if k < t)
 
     reference = sample(Schedule(("both",) * T), linear)
-    states, found = steered(reference, lambda t, x, _: uncond_of(t, x))
+    states, found = fitted(reference, uncond_of)
     torch.testing.assert_close(states, reference, rtol=0, atol=1e-6)
     for t, choice in enumerate(CHOICES):
         if choice != "estimate":
@@ -98,12 +89,12 @@ def test_an_exact_linear_toy_is_recovered():
         assert found.uncond[t] == pytest.approx(uncond, abs=1e-6)
     # What was found guides other runs likewise.
     other = sample(Schedule(("both",) * T), linear, seed=5)
-    again = sample(Schedule(CHOICES, stand_in=found), lambda t, x, _: uncond_of(t, x), seed=5)
+    again = sample(Schedule(CHOICES, fill=found), uncond_of, seed=5)
     torch.testing.assert_close(again, other, rtol=0, atol=1e-6)
 
 
-def test_an_exact_forecast_is_recovered():
-    """Where guided predictions are linear in the last ones not forecast, so is the forecast."""
+def test_exact_weights_of_skipped_steps_are_recovered():
+    """Where a skipped step is linear in the last guided predictions, its weights are found."""
     choices = ("both", "both", "forecast", "both", "cond", "forecast", "forecast")
     weights = {2: {0: -0.4, 1: 1.3}, 5: {0: 0.3, 1: 0.2, 3: -0.5, 4: 0.9}, 6: {3: 0.6, 4: 0.4}}
     x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(0)).double()
@@ -116,7 +107,7 @@ def test_an_exact_forecast_is_recovered():
             guided.append(c if choice == "cond" else u + W * (c - u))
         x = x + PACE * guided[-1]
         states.append(x)
-    got, found = steered(torch.stack(states), lambda t, x, _: uncond_of(t, x), choices)
+    got, found = fitted(torch.stack(states), uncond_of, choices)
     torch.testing.assert_close(got, torch.stack(states), rtol=0, atol=1e-5)
     for t, choice in enumerate(choices):
         expected = [weights.get(t, {}).get(i, 0.0) for i in range(t)]
@@ -125,15 +116,14 @@ def test_an_exact_forecast_is_recovered():
             assert found.cond[t] == (0.0,) * t + (1.0,) and found.uncond[t] == (0.0,) * t
 
 
-def test_a_forecast_is_made_of_the_last_few():
+def test_a_skipped_step_reuses_the_last_few():
     """Steps further back are given up, also where they would help."""
     choices = ("both",) * 5 + ("forecast", "both")
-    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
-    reference = sample(Schedule(("both",) * T), uncond)
-    _, found = steered(reference, uncond, choices)
+    reference = sample(Schedule(("both",) * T), uncond_of)
+    _, found = fitted(reference, uncond_of, choices)
     assert found.guided[5][0] == 0 and all(found.guided[5][1:])
     with pytest.raises(ValueError, match="recent must be at least 1"):
-        Steer(choices, W, lambda t: None, print, recent=0)
+        FitOnPolicy(choices, W, lambda t: None, print, recent=0)
 
 
 MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")
@@ -142,20 +132,18 @@ MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")
 @pytest.mark.parametrize("choices", [CHOICES, MIXED])
 @pytest.mark.parametrize("rows", [None, (0, 2, 3)])
 def test_the_schedule_found_repeats_the_run_it_was_fitted_on(rows, choices):
-    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
-    reference = sample(Schedule(("both",) * T), uncond)
-    states, found = steered(reference, uncond, choices, rows=rows, ridge=1e-3)
-    again = sample(Schedule(choices, stand_in=found), uncond)
+    reference = sample(Schedule(("both",) * T), uncond_of)
+    states, found = fitted(reference, uncond_of, choices, rows=rows, ridge=1e-3)
+    again = sample(Schedule(choices, fill=found), uncond_of)
     torch.testing.assert_close(again, states, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(states, reference)
 
 
 def test_an_estimate_is_the_one_that_ends_nearest_to_the_reference():
     """No other sum of the kept predictions brings that step's state closer."""
-    uncond = lambda t, x, _: uncond_of(t, x)  # noqa: E731
-    reference = sample(Schedule(("both",) * T), uncond)
+    reference = sample(Schedule(("both",) * T), uncond_of)
     choices = ("both", "both", *["estimate"] * (T - 2))
-    states, found = steered(reference, uncond, choices)
+    states, found = fitted(reference, uncond_of, choices)
     least = (states[2] - reference[2]).square().sum()
     for kind, i in (("cond", 0), ("cond", 2), ("uncond", 1)):
         for change in (-1e-3, 1e-3):
@@ -167,7 +155,7 @@ def test_an_estimate_is_the_one_that_ends_nearest_to_the_reference():
             if kind == "uncond":
                 both["cond"][2][i] -= change
             moved = type(found)(both["cond"], both["uncond"])
-            other = sample(Schedule(choices, stand_in=moved), uncond)
+            other = sample(Schedule(choices, fill=moved), uncond_of)
             assert (other[2] - reference[2]).square().sum() >= least - 1e-9
 
 
@@ -185,4 +173,21 @@ def test_ridge_regression_of_given_vectors():
 
 def test_choices_that_cannot_be_followed():
     with pytest.raises(ValueError, match="no step before it evaluates"):
-        Steer(("estimate", "both"), W, lambda t: None, print)
+        FitOnPolicy(("estimate", "both"), W, lambda t: None, print)
+
+
+def test_nothing_to_fit_and_steps_without_guidance():
+    reference = sample(Schedule(("both",) * T), uncond_of)
+    states, found = fitted(reference, uncond_of, ("both",) * (T - 1) + ("cond",))
+    torch.testing.assert_close(states[:-1], reference[:-1], rtol=0, atol=0)
+    assert found.cond[2] == (0.0, 0.0, 1.0) and not any(found.uncond[2])
+    policy = FitOnPolicy(("both", "both", "estimate"), W, lambda t: reference[t], print)
+    run = Run(Guidance(CFG(), policy), N, 3, on_cpu=True)
+    x = reference[0]
+    run.plan(x)
+    run.unguided(x, x)
+    run.plan(x)
+    run.combine(x, 2 * x, W, x)
+    run.plan(x)
+    with pytest.raises(ValueError, match="at step 0 the pipeline did not guide"):
+        run.combine(x, None, W, x)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,16 +18,16 @@ from pilotage.guidance import (
     CFG,
     Gram,
     Guidance,
-    LinearAG,
     Schedule,
     fit_coefficients,
+    linear_ag,
     load_guidance,
 )
-from pilotage.guidance.fitting.record import Gather
+from pilotage.guidance.fitting.record import Record
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.fitted import run_identity
-from pilotage.pipelines.fitting.on_policy import Steering
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 
 from ...families import FAMILIES
 
@@ -49,12 +50,12 @@ def found(pipe):
 
 
 def test_the_fit_is_least_squares_of_whole_trajectories(pipe, found):
-    """All trajectories gathered at once, the fifth left out, one regression."""
+    """All trajectories recorded at once, the fifth left out, one regression."""
     runs = []
     for i, prompt in enumerate(PROMPTS):
         generator = torch.Generator().manual_seed(i)
-        see = Gather(lambda cond, uncond: runs.append((cond, uncond)))
-        pipe(prompt, guidance=see, num_inference_steps=STEPS, generator=generator)
+        record = Record(lambda cond, uncond: runs.append((cond, uncond)))
+        pipe(prompt, guidance=record, num_inference_steps=STEPS, generator=generator)
     kept = [run for i, run in enumerate(runs) if i != 4]
     gram = Gram.of(*(torch.cat(parts, 1) for parts in zip(*kept, strict=True)))
     oracle = fit_coefficients(gram, target="difference", ridge=1e-3)
@@ -118,11 +119,11 @@ def test_two_processes_find_the_same(found, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert load_guidance(path).policy.coefficients == found.coefficients
+    assert load_guidance(path).policy.fill == found.coefficients
 
 
 def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
-    guidance = Guidance(CFG(), LinearAG(coefficients=found.coefficients))
+    guidance = Guidance(CFG(), linear_ag(found.coefficients))
     call = {"prompt": PROMPTS[:1], "guidance": guidance, "num_inference_steps": STEPS}
     pipe(**call)
     assert pipe.guidance_trace.nfe == [STEPS + 1]
@@ -156,7 +157,22 @@ def test_coefficients_belong_to_what_they_were_fitted_on(pipe, found):
     pipe(**call)
 
 
-@pytest.mark.parametrize("how", ["regressed", "steered"])
+def test_files_of_another_version_hold(pipe, found):
+    """Version 0.1 kept its own number in the identity; new fits do not, and nobody looks at it."""
+    identity = found.coefficients.identity
+    assert "pilotage" not in identity
+    old = replace(found.coefficients, identity=identity | {"pilotage": "0.0"})
+    call = {"num_inference_steps": STEPS, "output_type": "latent"}
+    pipe(PROMPTS[:1], guidance=linear_ag(old), **call)
+    with pytest.raises(ValueError, match="scheduler was 'X'"):
+        pipe(
+            PROMPTS[:1],
+            guidance=linear_ag(replace(old, identity=identity | {"scheduler": "X"})),
+            **call,
+        )
+
+
+@pytest.mark.parametrize("how", ["regressed", "on policy"])
 def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
     """SDXL: settings fitted with either belong to calls with that one."""
     pipe = guided(FAMILIES["sdxl"].build())
@@ -165,8 +181,8 @@ def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
     def made(**negative):
         if how == "regressed":
             return fit(pipe, PROMPTS[:2], **OPTIONS, **negative).coefficients
-        steering = Steering(pipe, PROMPTS[:2], num_inference_steps=STEPS, **negative)
-        return steering.fit(("both", "both", "estimate", "estimate"))[0].coefficients
+        fitter = ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS, **negative)
+        return fitter.fit(("both", "both", "estimate", "estimate"))[0].coefficients
 
     def run(guidance, **negative):
         generator = torch.Generator().manual_seed(0)
@@ -176,7 +192,7 @@ def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
     default, empty = made(), made(negative_prompt="")
     assert default.uncond != empty.uncond
     choices = ("both", "both", "estimate", "estimate")
-    default, empty = (Schedule(choices, stand_in=c, identity=c.identity) for c in (default, empty))
+    default, empty = (Schedule(choices, fill=c, identity=c.identity) for c in (default, empty))
     run(default)
     run(default, negative_prompt=None)
     run(empty, negative_prompt="", negative_prompt_2="")
@@ -196,15 +212,15 @@ def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
 def test_trials_run_what_a_call_without_a_negative_prompt_does(pipe):
     """On SDXL they name none, elsewhere an empty one, which two-branched calls may need."""
     sdxl = guided(FAMILIES["sdxl"].build())
-    assert "negative_prompt" not in Trials(sdxl, PROMPTS[:2]).batches()[0]
+    assert "negative_prompt" not in Trials(sdxl, PROMPTS[:2]).calls()[0]
     latents = {}
     for name, negative in (("none", {}), ("empty", {"negative_prompt": [""] * 2})):
-        call = Trials(sdxl, PROMPTS[:2], num_inference_steps=2).batches()[0]
+        call = Trials(sdxl, PROMPTS[:2], num_inference_steps=2).calls()[0]
         latents[name] = sdxl(guidance="cfg", output_type="latent", **call | negative).images
-    steering = Steering(sdxl, PROMPTS[:2], num_inference_steps=2)
-    torch.testing.assert_close(steering.pictures, latents["none"])
+    fitter = ScheduleFitter(sdxl, PROMPTS[:2], num_inference_steps=2)
+    torch.testing.assert_close(fitter.pictures, latents["none"])
     assert not torch.allclose(latents["none"], latents["empty"])
-    assert Trials(pipe, PROMPTS[:2]).batches()[0]["negative_prompt"] == ["", ""]
+    assert Trials(pipe, PROMPTS[:2]).calls()[0]["negative_prompt"] == ["", ""]
     assert run_identity(pipe, 4, (7.5, 7.5), None)["negative_prompt"] == ""
     assert run_identity(sdxl, 4, (7.5, 7.5), None)["negative_prompt"] is None
 
@@ -213,7 +229,7 @@ def test_w_is_the_same_where_a_pipeline_counts_from_0(monkeypatch):
     """Kandinsky 3 guides by c + s (c - u): w is s + 1."""
     pipe = guided(FAMILIES["kandinsky3"].build())
     options = {"guidance_scale": 5.0, "num_inference_steps": STEPS}
-    assert Trials(pipe, PROMPTS[:2], **options).batches()[0]["guidance_scale"] == 4.0
+    assert Trials(pipe, PROMPTS[:2], **options).calls()[0]["guidance_scale"] == 4.0
 
     class Called(Exception):
         pass
@@ -223,7 +239,7 @@ def test_w_is_the_same_where_a_pipeline_counts_from_0(monkeypatch):
         raise Called(arguments["guidance_scale"])
 
     monkeypatch.setattr(type(pipe), "__call__", call)
-    for run in (fit, Steering):
+    for run in (fit, ScheduleFitter):
         with pytest.raises(Called, match="^4.0$"):
             run(pipe, PROMPTS[:2], **options)
 

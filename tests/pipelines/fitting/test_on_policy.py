@@ -5,13 +5,11 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from pilotage.eval.embedded import load_embedded
-from pilotage.guidance import CFG, Guidance, LinearAG, Schedule
-from pilotage.guidance.policies.alternating import alternating
+from pilotage.guidance import CFG, Guidance, Schedule, hold, linear_ag
 from pilotage.pipelines.fitting.fit import fit
-from pilotage.pipelines.fitting.on_policy import Steering, fit_schedule
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter, fit_schedule
 
-PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus", "blob style penguin"]
-PROMPTS += ["flat style rose"]
+PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 5
 CHOICES = ("both", "both", "estimate", "cond", "estimate")
 
@@ -24,8 +22,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def steering(pipe):
-    return Steering(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=4)
+def fitter(pipe):
+    return ScheduleFitter(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1)
 
 
 def run(pipe, guidance):
@@ -36,47 +34,47 @@ def run(pipe, guidance):
     return latents, pipe.guidance_trace.nfe
 
 
-def test_a_schedule_does_what_it_was_fitted_to(pipe, steering):
+def test_a_schedule_does_what_it_was_fitted_to(pipe, fitter):
     network = pipe.unet
     sizes = []
     handle = network.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     try:
-        found, latents = steering.fit(CHOICES)
+        found, latents = fitter.fit(CHOICES)
     finally:
         handle.remove()
     assert pipe.unet is network
-    assert max(sizes) <= 4 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
+    assert max(sizes) <= 2 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
     again, nfe = run(pipe, found.schedule)
     assert nfe == [STEPS + 2] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     plain, _ = run(pipe, "cfg")
-    torch.testing.assert_close(steering.states[-1], plain, rtol=1e-3, atol=1e-3)
-    assert (found.trajectories, found.held_out) == (4, 1)
-    apart = (again[:4] - plain[:4]).square().sum() / plain[:4].square().sum()
+    torch.testing.assert_close(fitter.states[-1], plain, rtol=1e-3, atol=1e-3)
+    assert (found.trajectories, found.held_out) == (2, 1)
+    apart = (again[:2] - plain[:2]).square().sum() / plain[:2].square().sum()
     assert found.distance[-1] == pytest.approx(apart.item(), rel=1e-2)
     assert found.distance[:2] == (0.0, 0.0)
     with pytest.raises(ValueError, match="num_inference_steps was 5, here it is 4"):
         pipe(PROMPTS[0], guidance=found.schedule, num_inference_steps=4)
 
 
-def test_nothing_estimated_is_plain_guidance(steering):
-    found, latents = steering.fit(("both",) * STEPS)
+def test_nothing_estimated_is_plain_guidance(fitter):
+    found, latents = fitter.fit(("both",) * STEPS)
     assert found.distance == (0.0,) * STEPS
-    assert torch.equal(latents, steering.states[-1])
+    assert torch.equal(latents, fitter.states[-1])
 
 
-def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, steering):
+def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, fitter):
     choices = ("both", "both", "estimate", "both", "estimate")
-    found, latents = steering.fit(choices)
+    found, latents = fitter.fit(choices)
     regressed = fit(pipe, PROMPTS, num_inference_steps=STEPS, progress=False).coefficients
-    other, _ = run(pipe, Schedule(choices, stand_in=regressed))
-    far, near = ((x - steering.states[-1]).square().mean() for x in (other, latents))
+    other, _ = run(pipe, Schedule(choices, fill=regressed))
+    far, near = ((x - fitter.states[-1]).square().mean() for x in (other, latents))
     assert near < 0.9 * far
 
 
-def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, steering):
+def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, fitter):
     choices = ("both", "both", "forecast", "both", "forecast")
-    found, latents = steering.fit(choices)
+    found, latents = fitter.fit(choices)
     again, nfe = run(pipe, found.schedule)
     assert nfe == [6] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
@@ -84,37 +82,34 @@ def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe,
     generator = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     options = {"guidance_scale": 7.5, "num_inference_steps": 3, "output_type": "latent"}
     fewer = pipe(PROMPTS, generator=generator, **options).images
-    near, *far = ((x - steering.states[-1]).square().mean() for x in (latents, held, fewer))
+    near, *far = ((x - fitter.states[-1]).square().mean() for x in (latents, held, fewer))
     assert near < 0.9 * min(far)
 
 
-@pytest.mark.parametrize(
-    ("tail", "choice", "cost"),
-    [("linear", "estimate", STEPS + 1), ("forecast", "forecast", STEPS + 2)],
-)
-def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, steering, tail, choice, cost):
-    found, latents = steering.fit(alternating(STEPS, 2, 0.5, choice))
-    policy = LinearAG(tail=tail, coefficients=found.coefficients)
+@pytest.mark.parametrize(("then", "cost"), [("estimate", STEPS + 1), ("forecast", STEPS + 2)])
+def test_linear_ag_takes_what_was_fitted_to_its_pattern(pipe, fitter, then, cost):
+    found, latents = fitter.fit(hold(then=then).choices_for(STEPS))
+    policy = linear_ag(found.coefficients, then=then)
     again, nfe = run(pipe, Guidance(CFG(), policy))
     assert nfe == [cost] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
 
 
-def test_steps_that_were_not_fitted_are_not_estimated(steering):
-    """Coefficients of one schedule hold estimates and forecasts of its own steps only."""
-    found = steering.fit(("both", "both", "estimate", "forecast", "both"))[0].coefficients
-    Schedule(("both", "both", "estimate", "forecast", "cond"), stand_in=found)
+def test_steps_that_were_not_fitted_are_not_estimated(fitter):
+    """Coefficients of one schedule hold weights for its own estimated and skipped steps only."""
+    found = fitter.fit(("both", "both", "estimate", "forecast", "both"))[0].coefficients
+    Schedule(("both", "both", "estimate", "forecast", "cond"), fill=found)
     for index, choice, message in (
         (4, "estimate", "hold no estimate of step 4"),
         (1, "estimate", "hold no estimate of step 1"),
-        (4, "forecast", "hold no forecast of step 4"),
+        (4, "forecast", "hold no weights for skipping step 4"),
     ):
         choices = ["both"] * STEPS
         choices[index] = choice
         with pytest.raises(ValueError, match=message):
-            Schedule(choices, stand_in=found)
-    with pytest.raises(ValueError, match="hold no estimate of step 4"):
-        LinearAG(tail="linear", head=0.6, coefficients=found)
+            Schedule(choices, fill=found)
+    with pytest.raises(ValueError, match="hold no estimate of step 1"):
+        linear_ag(found, first=0.6, then="estimate")
 
 
 def test_other_schedulers(pipe):
@@ -123,15 +118,15 @@ def test_other_schedulers(pipe):
     try:
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
         with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
-            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
-        found = fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+        found = fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
         assert 0 < found.distance[2] < 0.2
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
             stock.config, rescale_betas_zero_snr=False
         )
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
-            fit_schedule(pipe, PROMPTS[:3], CHOICES, num_inference_steps=STEPS)
+            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
     finally:
         pipe.scheduler = stock
 
@@ -148,9 +143,9 @@ def test_other_schedulers(pipe):
 def test_bad_settings_fail_before_anything_runs(pipe, changes, message):
     arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS} | changes
     with pytest.raises(ValueError, match=message):
-        Steering(pipe, **arguments)
+        ScheduleFitter(pipe, **arguments)
 
 
-def test_choices_of_another_length(steering):
+def test_choices_of_another_length(fitter):
     with pytest.raises(ValueError, match="2 choices for a run of 5 steps"):
-        steering.fit(("both", "cond"))
+        fitter.fit(("both", "cond"))

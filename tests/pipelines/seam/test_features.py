@@ -15,8 +15,12 @@ from pilotage.guidance import (
     APG,
     AdaptiveGuidance,
     CFGZeroStar,
+    Decision,
     Interval,
+    Policy,
+    PolicyState,
     Schedule,
+    Weights,
     forecast,
     hold,
     load_guidance,
@@ -180,6 +184,54 @@ def test_options_that_need_the_pipelines_own_combination(name, option, value):
     for guidance in ("cfg", Schedule(("both",) * total)):
         found = latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
         assert equal(stock, found)
+
+
+class Untold(Policy):
+    """One decision for every step, which nobody is told beforehand."""
+
+    name = "untold"
+
+    def __init__(self, decision):
+        self.decision = decision
+
+    def start(self, batch, total, on_cpu):
+        return UntoldState(batch, self.decision)
+
+
+class UntoldState(PolicyState):
+    def __init__(self, batch, decision):
+        self.batch, self.decision = batch, decision
+
+    def decide(self, step):
+        return [Decision() if step.index == 0 else self.decision] * self.batch
+
+    def keep_until(self, kind, step):
+        return step + 9 if kind == "guided" else -1
+
+
+HELD = Decision((), reuse=Weights(guided={0: 1.0}))
+
+
+@pytest.mark.parametrize("decision", [Decision(factor=2.0), HELD])
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_policy_that_tells_nothing_beforehand_is_refused_where_it_happens(name, decision):
+    """Its author has nothing to remember: options are checked where the combination is replaced."""
+    pipe = guided(FAMILIES[name].build())
+    plain = latents(pipe, name, guidance=Untold(Decision()))
+    assert equal(plain, latents(pipe, name, guidance="cfg"))
+    assert not equal(plain, latents(pipe, name, guidance=Untold(decision)))
+    if name == "sd":
+        rescaled = {"guidance_rescale": 0.7}
+        stock = latents(pipe, name, **rescaled)
+        assert equal(stock, latents(pipe, name, guidance=Untold(Decision()), **rescaled))
+        with pytest.raises(ValueError, match="guidance_rescale cannot be combined"):
+            latents(pipe, name, guidance=Untold(decision), **rescaled)
+
+
+def test_a_skip_that_was_not_told_is_refused_where_norms_are_matched():
+    pipe = guided(FAMILIES["qwen_image"].build())
+    with pytest.raises(LayoutError, match="a skipped step does not evaluate"):
+        latents(pipe, "qwen_image", guidance=Untold(HELD))
 
 
 def test_steps_after_the_pipeline_has_switched_guidance_off():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from examples.studies.analytic_baseline import Pictures, local_denoiser
-from examples.studies.analytic_jacobian import wiener_matrix
+from examples.studies.analytic.baseline import Pictures, local_denoiser
+from examples.studies.analytic.jacobian import wiener_matrix
+from examples.studies.memory import forget_peak_resident, peak_resident
 from pilotage.guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser, integer
 
 
@@ -23,18 +23,6 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
         call()
         best = min(best, (time.perf_counter() - wall, time.process_time() - cpu))
     return best
-
-
-def resident_mb(field: str) -> float:
-    """Resident memory of this process in MB: now ("VmRSS") or at its peak ("VmHWM"). Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
-
-
-def forget_peak() -> float:
-    """Let the peak start anew; returns what is resident now, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_mb("VmRSS")
 
 
 def speedup(
@@ -63,10 +51,10 @@ def speedup(
     ]
     rows, memory = [], 0.0
     for sigma, y in noisy.items():
-        before = forget_peak()  # the data are part of it
+        before = forget_peak_resident()  # the data are part of it
         ours.precision(sigma)  # the making of masks is not part of the comparison
         mine = seconds(lambda y=y, sigma=sigma: ours(y, sigma), 2)
-        memory = max(memory, resident_mb("VmHWM") - before)
+        memory = max(memory, (peak_resident() - before) / 1e6)
         wiener = wiener_matrix(statistics, sigma).float()
         plain = seconds(
             lambda y=y, wiener=wiener, sigma=sigma: local_denoiser(

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from pilotage.pipelines.seam.noise_levels import noise_level, ratio
+from pilotage.pipelines.seam.noise_levels import noise_level
 
 Interval = Callable[[Tensor], tuple[float, float]]
 
@@ -89,7 +89,7 @@ def explain(
         the model's own trajectory (``own_path``) and at the network's x_t (``network_path``).
     """
     samples, truth = trajectory(network, scheduler, noise)
-    sigmas = [ratio(noise_level(scheduler, t)) for t in scheduler.timesteps]
+    sigmas = [noise_level(scheduler, t).ratio for t in scheduler.timesteps]
     results = {}
     for name, model in tqdm(models.items(), desc="trajectories"):
         _, images = trajectory(model, scheduler, noise)
@@ -126,7 +126,7 @@ def held_out(
             mse = scores(denoised(model, scheduler, x_t, t), images)["mse"]
             results[name].append(
                 {
-                    "sigma": ratio(noise_level(scheduler, t)),
+                    "sigma": noise_level(scheduler, t).ratio,
                     "mse": float(mse.mean()),
                     "mse_interval": list(interval(mse)),
                 }

@@ -10,16 +10,16 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pilotage.guidance.files import atomic
+
 SIDE, MARGIN = 360, 56
 COLOURS = ("#c0392b", "#2471a3", "#1e8449")
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    image.save(partial)
-    partial.replace(path)
+    """Write a picture, whole or not at all."""
+    with atomic(path) as partial:
+        image.save(partial)
 
 
 def sheet(images: Tensor, path: Path, columns: int, size: int = 84) -> None:
@@ -33,7 +33,9 @@ def spread(fields: Tensor) -> Tensor:
     return fields / fields.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-def log_plot(lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> Image:
+def log_plot(
+    lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str
+) -> Image.Image:
     """Lines through points (x, y) > 0 on logarithmic axes, a tick at every power of ten."""
     image = Image.new("RGB", (SIDE + 2 * MARGIN, SIDE + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(image)

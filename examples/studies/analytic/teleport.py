@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.emoji import data as emoji
+from examples.emoji.train import load_pixels
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import GaussianTeleport
 from pilotage.pipelines.analytic import encode_images
@@ -58,26 +55,15 @@ def text_to_image(pipe: Any, prompts: Sequence[str], guidance: str, scale: float
     return run
 
 
-def drawings(archive: Path, concepts: set[str] | None = None) -> tuple[Tensor, list[str]]:
+def drawings(archive: Path) -> tuple[Tensor, list[str]]:
     """Training pictures (N, 3, 64, 64), uint8, of the embedded model, and its held-out prompts.
 
     Raises:
         FileNotFoundError: the archive is not there.
     """
-    if not archive.is_file():
-        raise FileNotFoundError(f"no {archive}: make it with examples/emoji/data.py prepare")
-    pictures, prompts = [], []
-    with zipfile.ZipFile(archive) as file:
-        for line in file.read("metadata.jsonl").decode().splitlines():
-            entry = json.loads(line)
-            if concepts is not None and entry["concept"] not in concepts:
-                continue
-            if entry["split"] == "pair":
-                prompts.append(entry["text"])
-            elif entry["split"] == "train":
-                with Image.open(io.BytesIO(file.read(entry["file_name"]))) as image:
-                    pictures.append(torch.from_numpy(np.array(image.convert("RGB"))))
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), prompts
+    found = emoji.load(archive, everyday=True)
+    pictures = load_pixels(archive, [d for d in found if d.split == "train"])
+    return pictures, [d.text for d in found if d.split == "pair"]
 
 
 def latent_statistics(vae: Any, pictures: Tensor) -> DatasetStatistics:

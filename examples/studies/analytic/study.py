@@ -20,12 +20,10 @@ import typer
 from torch import Tensor
 
 from examples.fashion_mnist.data import load_images, load_unet
-from examples.studies import analytic_agreement as agreement
-from examples.studies import analytic_speed as speed
-from examples.studies import analytic_teleport as teleport
-from examples.studies.analytic_jacobian import reading
-from examples.studies.analytic_pictures import log_plot, save, sheet, spread
-from pilotage.eval.embedded import embedded_folder, load_embedded
+from examples.studies.analytic import agreement, speed, teleport
+from examples.studies.analytic.jacobian import reading
+from examples.studies.analytic.pictures import log_plot, save, sheet, spread
+from pilotage.eval.embedded import load_embedded
 from pilotage.eval.record import write_figures
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import AnalyticDenoiserModel
@@ -177,8 +175,7 @@ def measure_teleport(
         stock, sampler = agreement.ddim(pipe.scheduler, 20), teleport.unconditional(pipe.unet)
         real = data[: 2 * count].expand(-1, 3, -1, -1)
     else:
-        everyday = (embedded_folder().parent / "everyday.txt").read_text().split("\n")
-        pictures, prompts = teleport.drawings(archive, {c.strip() for c in everyday})
+        pictures, prompts = teleport.drawings(archive)
         pipe = load_embedded()
         pipe.set_progress_bar_config(disable=True)
         statistics = teleport.latent_statistics(pipe.vae, pictures)
@@ -244,7 +241,3 @@ def command(
         figures = json.loads(output.read_text()) if output.is_file() else {}
         figures.pop("context", None)
         write_figures(output, merged(figures, found) | {"images": images})
-
-
-if __name__ == "__main__":
-    typer.run(command)
