@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...guidance.ops.solver import network_step, solver_step
+from ...guidance.ops.solver import network_step
 from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, table_of
 
@@ -33,7 +33,8 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
     """`DPMSolverMultistepScheduler` with its step in one kernel on CUDA.
 
     Its samples are those of the stock scheduler but for rounding; no step waits for the device. It
-    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
+    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2. With `thresholding`
+    the stock scheduler's own step is taken.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type
@@ -70,7 +71,7 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
             phi, slope = alpha_next * (1 - shrink**2), -2 * h
         else:
             phi, slope = alpha_next * (1 - shrink), -h
-        share = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
+        share: dict[str, Any] = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
         first = table_of(count, k_d=phi, **share)
         before = torch.cat([h.new_full((1,), torch.nan), h[:-1]])  # no step before the first
         weight = phi / 2 if self.config["solver_type"] == "midpoint" else phi / slope + alpha_next
@@ -88,30 +89,26 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """See `DPMSolverMultistepScheduler.step`."""
+        if self.config["thresholding"]:
+            return self.stock_class.step(
+                self, model_output, timestep, sample, generator, variance_noise, return_dict
+            )
         index = self._step_index = self.current_index(timestep)
         if self.config["prediction_type"] == "epsilon" and self.config["variance_type"] is not None:
             model_output = model_output[:, :3]  # the rest is the learned variance
-        second = self.config["solver_order"] == 2 and self.lower_order_nums > 0
-        second = second and not self._ends_in_first_order(index)
+        order = self.config["solver_order"]
+        second = order == 2 and self.lower_order_nums > 0 and not self._ends_in_first_order(index)
         row = index + len(self.timesteps) * second
         step = self.solver_row(row, sample.device, has_previous=second)
-        previous = self.model_outputs[-1]
         prev_sample, denoised = network_step(
-            sample,
-            model_output,
-            previous,
-            step,
-            want_denoised=self.config["solver_order"] == 2 or self.config["thresholding"],
+            sample, model_output, self.model_outputs[-1], step, want_denoised=order == 2
         )
-        if denoised is not None and self.config["thresholding"]:
-            denoised = self._threshold_sample(denoised)
-            prev_sample = solver_step(sample, denoised, previous, step)
         if self.config["algorithm_type"] == "sde-dpmsolver++":
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
             prev_sample = prev_sample + step.k_n * variance_noise.to(prev_sample)
         self.model_outputs = [*self.model_outputs[1:], denoised]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config["solver_order"])
+        self.lower_order_nums = min(self.lower_order_nums + 1, order)
         self._step_index += 1
         prev_sample = prev_sample.to(model_output.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)

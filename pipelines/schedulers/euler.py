@@ -37,15 +37,8 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:].double()
         level = of_sigma(self, sigma)
         a_x, a_p = level.coefficients()
-        return table_of(
-            len(sigma),
-            k_x=sigma_next / sigma,
-            k_d=1 - sigma_next / sigma,
-            d_x=a_x * level.alpha,
-            d_p=a_p,
-            scale_in=level.alpha,
-            input_scale=of_sigma(self, sigma_next).alpha,
-        )
+        ratio = sigma_next / sigma
+        return table_of(len(sigma), k_x=ratio, k_d=1 - ratio, d_x=a_x * level.alpha, d_p=a_p)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The network's input, x_t / sqrt(sigma^2 + 1)."""

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from ...guidance.ops.solver import INDEX, network_step
+from ...guidance.ops.solver import network_step
 from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, refuse_integer, table_of
 
@@ -42,9 +42,9 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
         d_x, d_p = level.coefficients()
         # Without noise left the step does nothing, whatever D is.
         rate = torch.where(noise == 0, 0, delta / noise)
-        table = table_of(len(delta), k_x=1 + rate, k_d=-rate, d_x=d_x, d_p=d_p)
-        table[:, INDEX["c_x"]], table[:, INDEX["c_p"]] = 1, level.sign * delta
-        return table
+        return table_of(
+            len(delta), k_x=1 + rate, k_d=-rate, d_x=d_x, d_p=d_p, c_x=1, c_p=level.sign * delta
+        )
 
     def step(
         self,

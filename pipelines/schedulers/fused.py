@@ -125,23 +125,26 @@ class FusedScheduler:
         return SolverStep(self._table[row], has_previous)
 
 
-def table_of(count: int, **columns: Tensor | float) -> Tensor:
-    """A table with `count` rows from its main columns; what follows from them is added.
+def table_of(
+    count: int,
+    k_x: Tensor,
+    k_d: Tensor,
+    d_x: float | Tensor,
+    d_p: float | Tensor,
+    **columns: float | Tensor,
+) -> Tensor:
+    """A table with `count` rows.
 
     Args:
         count: Number of rows.
-        columns: k_x, k_d, d_x, d_p and others of `COLUMNS`: numbers or tensors of shape (count,).
+        k_x, k_d: Weights of the sample and of D in a step, with shape (count,).
+        d_x, d_p: Weights of the sample and of the prediction in D, numbers or shape (count,).
+        columns: Further ones of `COLUMNS`, or those that would follow from the above.
     """
     table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
-    table[:, INDEX["scale_in"]] = table[:, INDEX["input_scale"]] = 1
-    for name, values in columns.items():
+    derived = {"c_x": k_x + k_d * d_x, "c_p": k_d * d_p, "d_x": d_x, "d_p": d_p}
+    for name, values in (derived | columns).items():
         table[:, INDEX[name]] = values
-    k_x, k_d, d_x, d_p, scale = (
-        table[:, INDEX[name]] for name in ("k_x", "k_d", "d_x", "d_p", "scale_in")
-    )
-    table[:, INDEX["c_x"]] = k_x + k_d * d_x
-    table[:, INDEX["c_p"]] = k_d * d_p
-    table[:, INDEX["k_in"]] = k_x / scale
     return table
 
 

@@ -213,8 +213,8 @@ def test_noise_levels_are_those_of_the_stock_scheduler(cls):
 
 def is_fused(case):
     """Whether a step is ours; of the others the stock scheduler reads what it likes."""
-    cls, settings, _, taken = case
-    return not taken and not (cls is DDIM and "thresholding" in settings)
+    _, settings, _, taken = case
+    return not taken and "thresholding" not in settings
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_fused(case)], ids=identify)
