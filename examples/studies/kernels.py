@@ -163,7 +163,7 @@ def solve(dtype: torch.dtype, previous: bool, denoised: bool) -> None:
     from pilotage.guidance.ops import SolverStep, network_step
 
     x_t, prediction, last = (torch.empty(2, *SIZES["small"], dtype=dtype) for _ in range(3))
-    step = SolverStep.of(k_x=1.0, k_d=0.5, k_p=0.25 if previous else 0.0)
+    step = SolverStep.of(c_x=1.0, c_p=0.5, k_p=0.25 if previous else 0.0)
     network_step(
         x_t,
         prediction,

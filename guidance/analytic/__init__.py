@@ -1,13 +1,10 @@
 """Denoisers computed from a data set instead of trained, and the statistics behind them."""
 
-from .accumulate import Accumulator
 from .denoisers import Denoiser, LSDenoiser, OptimalDenoiser, WienerDenoiser
 from .images import decode, load_images
-from .local import TAU, LocalDenoiser, SoftLocalDenoiser, masks, sensitivity
-from .posterior import Box, Rows, Source, Whole, posterior
-from .schedules import CROPS, WINDOWS
+from .local import LocalDenoiser, SoftLocalDenoiser
 from .softmax import Info
-from .statistics import DatasetStatistics
+from .statistics import DatasetStatistics, Level
 from .translates import ELSDenoiser, PSPCDenoiser
 
 DENOISERS: dict[str, type[Denoiser]] = {
@@ -21,28 +18,18 @@ DENOISERS: dict[str, type[Denoiser]] = {
 }
 
 __all__ = [
-    "CROPS",
     "DENOISERS",
-    "TAU",
-    "WINDOWS",
-    "Accumulator",
-    "Box",
     "DatasetStatistics",
     "Denoiser",
     "ELSDenoiser",
     "Info",
     "LSDenoiser",
+    "Level",
     "LocalDenoiser",
     "OptimalDenoiser",
     "PSPCDenoiser",
-    "Rows",
     "SoftLocalDenoiser",
-    "Source",
-    "Whole",
     "WienerDenoiser",
     "decode",
     "load_images",
-    "masks",
-    "posterior",
-    "sensitivity",
 ]

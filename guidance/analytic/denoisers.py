@@ -1,7 +1,7 @@
 """Denoisers computed from a data set: `denoiser(y, sigma, labels)` gives the posterior mean.
 
-One convention: y = x0 + sigma z with pixels in [-1, 1]; a denoiser is a choice of precision and
-source for `posterior`. Every one keeps the data as it was stored (uint8) and is free of state.
+One convention: y = x0 + sigma z with pixels in [-1, 1]. Every denoiser keeps the data as it was
+stored (uint8) and is free of state.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .images import checked, load_images
-from .posterior import Box, Source, Whole, posterior
+from .images import load_images
+from .posterior import Box, Result, Source, block_size, compare, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
-from .statistics import DatasetStatistics, Sigma
+from .statistics import DatasetStatistics
+
+Sigma = float | Tensor
 
 
 class Denoiser(ABC):
@@ -27,11 +29,8 @@ class Denoiser(ABC):
         images: Images (N, C, H, W), uint8 or floats in [-1, 1], or any source that
             `images.load_images` reads (a folder, a data set).
         labels: Class of each image, with shape (N,), int64 >= 0; None for what the source gives.
-        flips: Whether mirror images are candidates too.
         value_range: Range of float pixels; None for latents. See `images.stream`.
-        chunk: Candidates handled at once; None for a size that fits the cache.
-        statistics: Of the same images (mirror images are added here); computed when first needed
-            if None.
+        statistics: Of the same images; computed when first needed if None.
 
     Raises:
         ValueError: fewer than two images, images that are all the same, labels that do not fit,
@@ -43,30 +42,23 @@ class Denoiser(ABC):
         images: Any,
         labels: Tensor | None = None,
         *,
-        flips: bool = False,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
-        chunk: int | None = None,
         statistics: DatasetStatistics | None = None,
     ) -> None:
-        if isinstance(images, Tensor):
-            images = checked(images, value_range)
-            self.accept(tuple(images.shape[1:]))
-        else:
-            images, found = load_images(images, value_range=value_range, accept=self.accept)
-            labels = found if labels is None else labels
+        images, found = load_images(images, value_range=value_range, accept=self.accept)
         if len(images) < 2:
             raise ValueError(f"a denoiser needs at least two images, got {len(images)}")
         if bool((images == images[:1]).all()):
             raise ValueError(f"all {len(images)} images are the same")
         if statistics is not None and statistics.shape != tuple(images.shape[1:]):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
-        self.images = images
+        self.images: Tensor = images
         self.order: Tensor | None = None  # of the images as they were given, once sorted by class
         self.pools: dict[int, Source] = {}
-        self.flips, self.chunk, self.value_range = flips, chunk, value_range
+        labels = found if labels is None else labels
         if labels is not None:
             self._sort_into_pools(torch.as_tensor(labels))
-        self._all = Source(self.images, 0, flips)
+        self.pools[-1] = Source(self.images)
         self._given = statistics
 
     @classmethod  # noqa: B027
@@ -75,11 +67,8 @@ class Denoiser(ABC):
 
     @functools.cached_property
     def statistics(self) -> DatasetStatistics:
-        """Mean and covariance of the images and, with flips, their mirror images."""
-        found = self._given or DatasetStatistics.from_images(
-            self.images, value_range=None if self.value_range is None else (-1.0, 1.0)
-        )
-        return found.mirrored() if self.flips else found
+        """Mean and covariance of the images."""
+        return self._given or DatasetStatistics.from_images(self.images, value_range=None)
 
     @overload
     def __call__(
@@ -119,23 +108,24 @@ class Denoiser(ABC):
         n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
         for level, label in sorted(set(zip(levels.tolist(), classes.tolist(), strict=True))):
             rows = ((levels == level) & (classes == label)).to(y.device)
-            out[rows], info = self._denoise(y[rows], level, self._source(int(label)), return_info)
+            out[rows], info = self._denoise(y[rows], level, self.pool(int(label)), return_info)
             if info is not None:
                 n_eff[rows] = info.n_eff
                 top[rows] = info.top if self.order is None else self.order.to(y.device)[info.top]
         return (out, Info(n_eff, top)) if return_info else out
 
     @abstractmethod
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         """Posterior mean of y at one noise level, from one pool."""
 
-    def _source(self, label: int) -> Source:
-        if label == -1:
-            return self._all
+    def pool(self, label: int) -> Source:
+        """The images of a class; of all with -1.
+
+        Raises:
+            ValueError: there are none, or too few for the method.
+        """
         if label not in self.pools:
-            known = sorted(self.pools) or "none: the images came without labels"
+            known = sorted(self.pools.keys() - {-1}) or "none: the images came without labels"
             raise ValueError(f"no images of class {label}; classes: {known}")
         return self.pools[label]
 
@@ -151,7 +141,7 @@ class Denoiser(ABC):
         stops = counts.cumsum(0).tolist()
         for label, stop, count in zip(values.tolist(), stops, counts.tolist(), strict=True):
             start = stop - count
-            self.pools[label] = Source(self.images[start:stop], start, self.flips)
+            self.pools[label] = Source(self.images[start:stop], start)
 
 
 class OptimalDenoiser(Denoiser):
@@ -160,23 +150,47 @@ class OptimalDenoiser(Denoiser):
     At low noise it reproduces training images.
     """
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
-        return posterior(y, sigma, source, Whole(), chunk=self.chunk, info=info)
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
+        n, size = y[0].numel(), block_size(y)
+        blocks = ((x.flatten(0, 2), x.flatten(0, 2).T, index) for x, index in source.blocks(y))
+        state = compare(
+            y.flatten(1), blocks, sigma,
+            largest=source.largest, responses=n, logits=size * n, info=info,
+        )  # fmt: skip
+        mean = state.mean().view_as(y)
+        if not info:
+            return mean, None
+        n_eff, top = (part.view(-1, 1, 1, 1).expand_as(y) for part in state.info())
+        return mean, Info(n_eff, top)
 
 
 class WienerDenoiser(Denoiser):
-    """Best linear denoiser, from mean and covariance; labels and attribution are refused."""
+    """Best linear denoiser, from mean and covariance, of a class of those of its images.
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
+    Attribution is refused.
+    """
+
+    def __init__(self, images: Any, labels: Tensor | None = None, **rest: Any) -> None:
+        super().__init__(images, labels, **rest)
+        self._of: dict[Source, DatasetStatistics] = {}
+
+    def pool(self, label: int) -> Source:
+        """See `Denoiser.pool`; the statistics of a class are made when it is first asked for."""
+        source = super().pool(label)
+        if label == -1:
+            self._of[source] = self.statistics
+        elif source not in self._of:
+            try:
+                made = DatasetStatistics.from_images(source.images, value_range=None)
+            except ValueError as error:
+                raise ValueError(f"class {label}: {error}") from None
+            self._of[source] = made
+        return source
+
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         if info:
             raise ValueError("a Wiener filter weighs no images: there is no info to return")
-        if len(source.images) != len(self.images):
-            raise ValueError("WienerDenoiser: make one of each class's images instead of labels")
-        return self.statistics.wiener(y, sigma), None
+        return self._of[source].wiener(y, sigma), None
 
 
 class LSDenoiser(Denoiser):
@@ -184,15 +198,14 @@ class LSDenoiser(Denoiser):
 
     Args:
         images: See `Denoiser`; further arguments likewise.
-        k: Window size, odd, or a schedule: a name in `schedules.WINDOWS` or a function of sigma.
+        k: Window size, odd, or the name of a schedule in `schedules.WINDOWS`.
     """
 
-    def __init__(self, images: Any, labels: Tensor | None = None, *, k: Any, **rest: Any) -> None:
+    def __init__(
+        self, images: Any, labels: Tensor | None = None, *, k: int | str = "cifar10", **rest: Any
+    ) -> None:
         super().__init__(images, labels, **rest)
         self.window = schedule(k, WINDOWS, odd=True)
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
-        box = Box(self.window(sigma))
-        return posterior(y, sigma, source, box, chunk=self.chunk, info=info)
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
+        return posterior(y, sigma, source, Box(self.window(sigma)), info=info)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..images import SUFFIXES, image_files, read_image, to_tensor
 
-IMAGE_KEYS = ("image", "images", "img", "pixel_values")
-LABEL_KEYS = ("label", "labels", "class_label", "class_labels")
+IMAGE_KEYS = ("image", "img", "pixel_values")
 Block = tuple[Tensor, Tensor | None]
 Accept = Callable[[tuple[int, ...]], None]
 
@@ -55,30 +54,19 @@ def _folder_items(folder: Path, files: list[Path]) -> Iterator[tuple[Tensor, int
         yield image, names.index(top) if names else None
 
 
-def _parts(item: Any) -> tuple[Any, Any]:
-    """Image and label (None) of an item of a data set."""
-    if isinstance(item, dict):
-        for key in IMAGE_KEYS:
-            if key in item:
-                return item[key], next((item[k] for k in LABEL_KEYS if k in item), None)
-        raise ValueError(f"no image among {sorted(item)}: expected one of {IMAGE_KEYS}")
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
-
-
 def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+    """Image and label (None) of every item of a data set."""
     for item in source:
-        image, label = _parts(item)
-        if isinstance(image, Image.Image):
-            yield from_pil(image), label
-            continue
-        image = torch.as_tensor(image)
-        if image.ndim == 4:
-            labels = [None] * len(image) if label is None else label
-            yield from zip(image, labels, strict=True)
-        else:
-            yield (image[None] if image.ndim == 2 else image), label
+        label = None
+        if isinstance(item, dict):
+            key = next((key for key in IMAGE_KEYS if key in item), None)
+            if key is None:
+                raise ValueError(f"no image among {sorted(item)}: expected one of {IMAGE_KEYS}")
+            item, label = item[key], item.get("label")
+        elif isinstance(item, (tuple, list)):
+            item, label = item[0], item[1] if len(item) > 1 else None
+        image = from_pil(item) if isinstance(item, Image.Image) else torch.as_tensor(item)
+        yield image[None] if image.ndim == 2 else image, label
 
 
 def stream(
@@ -92,8 +80,8 @@ def stream(
 
     Args:
         source: A folder (path), a tensor (N, C, H, W), a pair (images, labels), a torch or Hugging
-            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), batches
-            (B, C, H, W), PIL), each alone, with a label in a tuple, or in a dict.
+            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), PIL), each
+            alone, with a label in a tuple, or as "image" and "label" in a dict.
         chunk: Largest number of images in a block.
         value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
             floats as they are (latents). uint8 always means [-1, 1].
@@ -113,10 +101,10 @@ def stream(
             raise ValueError(f"no pictures in {source} (looked for {', '.join(SUFFIXES)})")
         items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files)
     elif isinstance(source, Tensor) or _is_pair(source):
-        images, labels = source if _is_pair(source) else (source, None)
-        if accept is not None:
-            accept(tuple(images.shape[1:]))
-        yield from _tensor_blocks(images, labels, chunk, value_range)
+        images, labels = load_images(source, value_range=value_range, accept=accept)
+        for start in range(0, len(images), chunk):
+            rows = slice(start, start + chunk)
+            yield images[rows], None if labels is None else labels[rows]
         return
     else:
         entries = source
@@ -126,10 +114,9 @@ def stream(
         items = _items(entries)
     items, count = _alike(items, files, accept), 0
     while block := list(itertools.islice(items, chunk)):
-        labels = [label for _, label in block]
         yield (
             checked(torch.stack([image for image, _ in block]), value_range, count),
-            None if labels[0] is None else torch.as_tensor([int(label) for label in labels]),
+            None if block[0][1] is None else torch.as_tensor([int(label) for _, label in block]),
         )
         count += len(block)
     if not count:
@@ -163,14 +150,21 @@ def load_images(
     accept: Accept | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
+    if isinstance(source, Tensor) or _is_pair(source):
+        images, labels = (source, None) if isinstance(source, Tensor) else source
+        if accept is not None:
+            accept(tuple(images.shape[1:]))
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images")
+        return checked(images, value_range), None if labels is None else labels.long()
     blocks = list(stream(source, value_range=value_range, accept=accept))
-    labels = [label for _, label in blocks if label is not None]  # of all blocks or of none
-    return torch.cat([images for images, _ in blocks]), torch.cat(labels) if labels else None
+    found = [label for _, label in blocks if label is not None]  # of all blocks or of none
+    return torch.cat([images for images, _ in blocks]), torch.cat(found) if found else None
 
 
 def checked(images: Tensor, value_range: tuple[float, float] | None, first: int = 0) -> Tensor:
     """A block (b, C, H, W) in the form it is stored in; see `stream` for what is refused."""
-    if images.ndim != 4:
+    if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
     if value_range is not None and images.shape[1] not in (1, 3):
         hint = ": an alpha channel?" if images.shape[1] in (2, 4) else ""
@@ -205,15 +199,3 @@ def _is_pair(source: Any) -> bool:
         and source[0].ndim == 4
         and source[1].ndim == 1
     )
-
-
-def _tensor_blocks(
-    images: Tensor, labels: Tensor | None, chunk: int, value_range: tuple[float, float] | None
-) -> Iterator[Block]:
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"expected images (N, C, H, W), got shape {tuple(images.shape)}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    for start in range(0, len(images), chunk):
-        block = checked(images[start : start + chunk], value_range, start)
-        yield block, None if labels is None else labels[start : start + chunk].long()

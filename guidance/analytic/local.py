@@ -22,9 +22,7 @@ from torch import Tensor
 
 from . import fused, integer
 from .denoisers import Denoiser
-from .posterior import Rows, Source, posterior
-from .softmax import Info
-from .statistics import DatasetStatistics
+from .posterior import Result, Rows, Source, posterior
 
 # Published thresholds by data set.
 TAU = {
@@ -41,35 +39,9 @@ KEPT = 2**27  # bytes of masks kept from one call to the next, as bool and as fl
 STEP = 512  # rows of the Wiener matrix made at once
 
 
-def sensitivity(statistics: DatasetStatistics, sigma: float, rows: slice) -> Tensor:
-    """Rows of R, the Wiener matrix over its diagonal (entries below 1e-6 count as 1).
-
-    Float64, shape (rows, n); zeros at sigma = infinity.
-    """
-    n = statistics.dimension
-    start, stop, _ = rows.indices(n)
-    unit = torch.zeros(stop - start, n, dtype=torch.float64)
-    unit.diagonal(start).fill_(1)
-    w = statistics.apply(unit.view(-1, *statistics.shape), lambda v: v / (v + sigma**2)).flatten(1)
-    diagonal = w.diagonal(start)
-    return w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]
-
-
 def row_blocks(n: int) -> list[slice]:
     """Slices that cover n rows."""
     return [slice(start, min(start + STEP, n)) for start in range(0, n, STEP)]
-
-
-def masks(statistics: DatasetStatistics, sigma: float, tau: float) -> Tensor:
-    """M, bool (n, n); the maximum is over the whole of |R|."""
-    blocks = row_blocks(statistics.dimension)
-    if len(blocks) <= 8:  # few enough to hold all of R instead of making it twice
-        r = torch.cat([sensitivity(statistics, sigma, rows) for rows in blocks]).abs_()
-        return r >= tau * r.max()
-    largest = max(float(sensitivity(statistics, sigma, rows).abs().max()) for rows in blocks)
-    return torch.cat(
-        [sensitivity(statistics, sigma, rows).abs() >= tau * largest for rows in blocks]
-    )
 
 
 class LocalDenoiser(Denoiser):
@@ -95,7 +67,7 @@ class LocalDenoiser(Denoiser):
         images: Any,
         labels: Tensor | None = None,
         *,
-        tau: float | str,
+        tau: float | str = 0.02,
         normalization: str = "exact",
         minibatch: int = 256,
         accelerator: str = "auto",
@@ -132,8 +104,25 @@ class LocalDenoiser(Denoiser):
             )
 
     def weights(self, sigma: float) -> Tensor:
-        """What each coordinate is compared on, (n, n)."""
-        return masks(self.statistics, sigma, self.tau)
+        """M, bool (n, n); the maximum is over the whole of |R|."""
+        blocks = row_blocks(self.statistics.dimension)
+        if len(blocks) <= 8:  # few enough to hold all of R instead of making it twice
+            r = torch.cat([self.sensitivity(sigma, rows) for rows in blocks])
+            return r >= self.tau * r.max()
+        least = self.tau * max(float(self.sensitivity(sigma, rows).max()) for rows in blocks)
+        return torch.cat([self.sensitivity(sigma, rows) >= least for rows in blocks])
+
+    def sensitivity(self, sigma: float, rows: slice) -> Tensor:
+        """Rows of |R|, the Wiener matrix over its diagonal (entries below 1e-6 count as 1).
+
+        Float64, shape (rows, n); zeros at sigma = infinity.
+        """
+        n, shape = self.statistics.dimension, self.statistics.shape
+        unit = torch.zeros(rows.stop - rows.start, n, dtype=torch.float64)
+        unit.diagonal(rows.start).fill_(1)
+        w = self.statistics.apply(unit.view(-1, *shape), lambda v: v / (v + sigma**2)).flatten(1)
+        diagonal = w.diagonal(rows.start)
+        return (w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]).abs()
 
     def precision(self, sigma: float) -> Rows:
         """The weights at a noise level, kept for the last few levels."""
@@ -144,17 +133,13 @@ class LocalDenoiser(Denoiser):
             self._kept[sigma] = Rows(self.weights(sigma).to(self.images.device))
         return self._kept[sigma]
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         rows = self.precision(sigma)
-        if self.minibatch is None and not info and not source.flips and sigma < math.inf:
+        if self.minibatch is None and not info and sigma < math.inf:
             mean = self._accelerated(y, sigma, source, rows.weights)
             if mean is not None:
                 return mean, None
-        return posterior(
-            y, sigma, source, rows, minibatch=self.minibatch, chunk=self.chunk, info=info
-        )
+        return posterior(y, sigma, source, rows, minibatch=self.minibatch, info=info)
 
     def _accelerated(self, y: Tensor, sigma: float, source: Source, mask: Tensor) -> Tensor | None:
         """The mean from a kernel made for this case; None where there is none."""
@@ -171,35 +156,25 @@ class LocalDenoiser(Denoiser):
 
 
 class SoftLocalDenoiser(LocalDenoiser):
-    """A soft version (ours): weights :math:`(|R| / \\max_j |R_{mj}|)^p` instead of a mask.
+    """A soft version (ours): weights :math:`|R| / \\max_j |R_{mj}|` instead of a mask.
 
     Args:
         images: See `LocalDenoiser`; further arguments likewise.
-        power: p > 0; 0 compares whole images, large p approaches the coordinate alone.
         tau: Weights below it count as 0.
     """
 
     weight_bytes = 4
 
     def __init__(
-        self,
-        images: Any,
-        labels: Tensor | None = None,
-        *,
-        power: float = 1.0,
-        tau: float = 0.0,
-        **rest: Any,
+        self, images: Any, labels: Tensor | None = None, *, tau: float = 0.0, **rest: Any
     ) -> None:
         super().__init__(images, labels, tau=tau, **rest)
-        if not power >= 0:
-            raise ValueError(f"power must be >= 0, got {power}")
-        self.power = power
 
     def weights(self, sigma: float) -> Tensor:
         """What each coordinate is compared on, float32 (n, n)."""
         parts = []
         for rows in row_blocks(self.statistics.dimension):
-            size = sensitivity(self.statistics, sigma, rows).abs()
+            size = self.sensitivity(sigma, rows)
             size = size / size.amax(1, keepdim=True).clamp(min=1e-300)
-            parts.append((size**self.power).where(size >= self.tau, 0).float())
+            parts.append(size.where(size >= self.tau, 0).float())
         return torch.cat(parts)

@@ -44,8 +44,8 @@ def nearest(table: Table, sigma: float) -> int:
     return min(table, key=lambda entry: abs(math.log(entry[0] / sigma)))[1]
 
 
-def schedule(size: int | str | Schedule, tables: dict[str, Table], *, odd: bool) -> Schedule:
-    """A function of sigma from a fixed size, the name of a table, or a function.
+def schedule(size: int | str, tables: dict[str, Table], *, odd: bool) -> Schedule:
+    """A function of sigma from a fixed size or the name of a table.
 
     Raises:
         ValueError: an unknown name, or a size that is not a positive (odd) whole number.
@@ -54,14 +54,7 @@ def schedule(size: int | str | Schedule, tables: dict[str, Table], *, odd: bool)
         if size not in tables:
             raise ValueError(f"unknown schedule {size!r}: expected one of {sorted(tables)}")
         return lambda sigma: nearest(tables[size], sigma)
-    if callable(size):
-        return lambda sigma: _valid(size(sigma), odd)
-    fixed = _valid(size, odd)
-    return lambda sigma: fixed
-
-
-def _valid(size: int, odd: bool) -> int:
     if not isinstance(size, int) or size < 1 or (odd and size % 2 == 0):
         kind = "an odd" if odd else "a"
         raise ValueError(f"size must be {kind} whole number >= 1, got {size!r}")
-    return size
+    return lambda sigma: size

@@ -40,10 +40,11 @@ class Softmax:
     """
 
     def __init__(self, values: Tensor, *, minibatch: bool = False, info: bool = False) -> None:
-        self.values, self.minibatch = values, minibatch
+        self.values, self.minibatch, self.keeps_info = values, minibatch, info
         self.peak = values.new_full((len(values),), -torch.inf)
         self.mass = torch.zeros_like(self.peak)
-        self.attribution = _Attribution(self.mass) if info else None
+        self.square = torch.zeros_like(self.peak)  # sum of squared weights
+        self.best, self.top = self.peak.clone(), torch.zeros_like(self.peak, dtype=torch.int64)
 
     def update(self, rows: slice, distances: Tensor, values: Tensor, index: Tensor) -> None:
         """Take in a block of candidates.
@@ -66,10 +67,13 @@ class Softmax:
             mass, scale = mass.new_ones(()), mass.new_ones(())
         else:
             scale = (self.peak[rows] - peak).exp()
-        if self.attribution is not None:
+        if self.keeps_info:
+            self.square[rows] = self.square[rows] * scale**2 + torch.linalg.vecdot(weights, weights)
             # Weights of whole blocks compare as they are; others only by their logits.
             rank = weights.amax(1) if self.minibatch else high
-            self.attribution.update(rows, weights, scale, index, rank)
+            better = rank > self.best[rows]
+            self.best[rows] = torch.where(better, rank, self.best[rows])
+            self.top[rows] = torch.where(better, index[weights.argmax(1)], self.top[rows])
         self.peak[rows] = peak
         self.mass[rows] = self.mass[rows] * scale + mass
         if values.ndim == 2:
@@ -82,35 +86,6 @@ class Softmax:
         """Weighted means, shape (groups, responses)."""
         return self.values / self.mass[:, None]
 
-    def log_mass(self) -> Tensor:
-        """Logarithm of the sum of exponentials, shape (groups,)."""
-        return self.peak + self.mass.log()
-
     def info(self) -> tuple[Tensor, Tensor]:
-        """Effective number of candidates and number of the top image, each with shape (groups,).
-
-        Raises:
-            ValueError: the state was made without ``info=True``.
-        """
-        if self.attribution is None:
-            raise ValueError("a softmax without info=True does not know its candidates")
-        return self.mass**2 / self.attribution.square, self.attribution.top
-
-
-class _Attribution:
-    """Sums of squared weights, and the candidate with the largest weight, per group."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.square = torch.zeros_like(like)
-        self.best = torch.full_like(like, -torch.inf)
-        self.top = torch.zeros_like(like, dtype=torch.int64)
-
-    def update(
-        self, rows: slice, weights: Tensor, scale: Tensor, index: Tensor, rank: Tensor
-    ) -> None:
-        """Take in a block; `rank` (g,) compares its best candidates with those of other blocks."""
-        self.square[rows] *= scale**2
-        self.square[rows] += torch.linalg.vecdot(weights, weights)
-        better = rank > self.best[rows]
-        self.best[rows] = torch.where(better, rank, self.best[rows])
-        self.top[rows] = torch.where(better, index[weights.argmax(1)], self.top[rows])
+        """Effective number of candidates and number of the top image, each with shape (groups,)."""
+        return self.mass**2 / self.square, self.top

@@ -9,15 +9,16 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .denoisers import Denoiser
-from .posterior import Source, block_size, by_product, whole_distances
+from .posterior import Result, Source, block_size, compare, window_distances
 from .schedules import CROPS, WINDOWS, schedule
-from .softmax import Info, Softmax
+from .softmax import Info
 
 Places = tuple[slice, int, int]  # along an axis, and the first and last offset of their windows
 
@@ -44,52 +45,41 @@ class ELSDenoiser(Denoiser):
 
     Args:
         images: See `Denoiser`; further arguments likewise.
-        k: Window size, odd, or a schedule: a name in `schedules.WINDOWS` or a function of sigma.
+        k: Window size, odd, or the name of a schedule in `schedules.WINDOWS`.
     """
 
-    def __init__(self, images: Any, labels: Tensor | None = None, *, k: Any, **rest: Any) -> None:
+    def __init__(
+        self, images: Any, labels: Tensor | None = None, *, k: int | str = "cifar10", **rest: Any
+    ) -> None:
         super().__init__(images, labels, **rest)
         self.window = schedule(k, WINDOWS, odd=True)
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         k, out = self.window(sigma), torch.empty_like(y)
         n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
-        for rows in border_classes(y.shape[2], k):
-            for columns in border_classes(y.shape[3], k):
-                place = (slice(None), slice(None), rows[0], columns[0])
-                state = self._border_class(y, sigma, source, rows, columns, info)
-                shape = out[place].permute(0, 2, 3, 1).shape
-                out[place] = state.mean().view(shape).permute(0, 3, 1, 2)
-                if info:
-                    n_eff[place], top[place] = (
-                        part.view(shape[:3])[:, None] for part in state.info()
-                    )
+        classes = itertools.product(*(border_classes(length, k) for length in y.shape[2:]))
+        for rows, columns in classes:
+            place = (slice(None), slice(None), rows[0], columns[0])
+            _, channels, height, width = out[place].shape
+            queries = patches(y.permute(1, 2, 3, 0), rows, columns)
+            # (d, places, B) as one row per query, in the order (B, places).
+            queries = queries.unflatten(1, (-1, len(y))).permute(2, 1, 0).flatten(0, 1)
+            # Blocks of images and of queries such that neither patches nor logits outgrow the work.
+            wanted = block_size(y) * y[0].numel()
+            blocks = (
+                (patches(x, rows, columns), x[place[1:]].flatten(1).T, index.repeat(height * width))
+                for x, index in source.blocks(y, wanted // (height * width * queries.shape[1]))
+            )
+            state = compare(
+                queries, blocks, sigma,
+                largest=source.largest, responses=channels, logits=wanted, info=info,
+            )  # fmt: skip
+            out[place] = state.mean().view(-1, height, width, channels).permute(0, 3, 1, 2)
+            if info:
+                n_eff[place], top[place] = (
+                    part.view(-1, 1, height, width) for part in state.info()
+                )
         return out, Info(n_eff, top) if info else None
-
-    def _border_class(
-        self, y: Tensor, sigma: float, source: Source, rows: Places, columns: Places, info: bool
-    ) -> Softmax:
-        queries = patches(y.permute(1, 2, 3, 0), rows, columns)
-        places = queries.shape[1] // len(y)
-        # (d, places, B) as one row per query, in the order (B, places).
-        queries = queries.view(len(queries), places, len(y)).permute(2, 1, 0).flatten(0, 1)
-        state = Softmax(y.new_zeros(len(queries), y.shape[1]), info=info)
-        # Blocks of queries and of images such that neither patches nor logits outgrow the work.
-        wanted = block_size(y) * y[0].numel()
-        size = self.chunk or max(1, wanted // (places * queries.shape[1]))
-        product = by_product(queries, source, sigma)
-        for x, index in source.blocks(size, y):
-            candidates = patches(x, rows, columns)
-            centres = x[:, rows[0], columns[0]].reshape(len(x), -1).T
-            owners = index.repeat(places)
-            step = max(1, wanted // candidates.shape[1])
-            for start in range(0, len(queries), step):
-                part = slice(start, min(start + step, len(queries)))
-                found = whole_distances(queries[part], candidates, sigma, product)
-                state.update(part, found, centres, owners)
-        return state
 
 
 def patches(x: Tensor, rows: Places, columns: Places) -> Tensor:
@@ -108,35 +98,32 @@ class PSPCDenoiser(Denoiser):
 
     Args:
         images: See `Denoiser`; further arguments likewise.
-        size: P, or a schedule: a name in `schedules.CROPS` or a function of sigma. Never more than
-            the image has; "edm32" is for 32 pixels, where its 32 is the whole image.
+        size: P, or the name of a schedule in `schedules.CROPS`. Never more than the image has;
+            "edm32" is for 32 pixels, where its 32 is the whole image.
     """
 
     def __init__(
-        self, images: Any, labels: Tensor | None = None, *, size: Any = "edm32", **rest: Any
+        self, images: Any, labels: Tensor | None = None, *, size: int | str = "edm32", **rest: Any
     ) -> None:
         super().__init__(images, labels, **rest)
         self.size = schedule(size, CROPS, odd=False)
 
-    def _denoise(
-        self, y: Tensor, sigma: float, source: Source, info: bool
-    ) -> tuple[Tensor, Info | None]:
+    def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         (h, w), size = y.shape[2:], self.size(sigma)
         down, right = crops(h, min(size, h), y), crops(w, min(size, w), y)
         coverage = torch.outer(down.sum(0), right.sum(0))
         # Two passes: a crop's normalizer first, so that weights of crops can be added per pixel.
-        states = [Softmax(y.new_zeros(len(down) * len(right), 0)) for _ in y]
-        for x, index in source.blocks(self.chunk or block_size(y), y):
-            for query, state in zip(y, states, strict=True):
-                found = _crop_distances(query, x, sigma, down, right)
-                state.update(slice(None), found, x.new_zeros(x.shape[-1], 0), index)
+        norms = y.new_full((len(y), len(down) * len(right)), -torch.inf)
+        for x, _ in source.blocks(y):
+            for query, norm in zip(y, norms, strict=True):
+                logits = -window_distances(query, x, sigma, down, right)
+                norm.copy_(torch.logaddexp(norm, logits.logsumexp(1)))
         out, square = torch.zeros_like(y), torch.zeros_like(y)
         best, top = torch.full_like(y, -1), torch.zeros_like(y, dtype=torch.int64)
-        norms = [state.log_mass()[:, None] for state in states]
-        for x, index in source.blocks(self.chunk or block_size(y), y):
+        for x, index in source.blocks(y):
             for b, query in enumerate(y):
-                found = _crop_distances(query, x, sigma, down, right)
-                weights = (-norms[b] - found).exp_()
+                found = window_distances(query, x, sigma, down, right)
+                weights = (-norms[b][:, None] - found).exp_()
                 weights = weights.view(len(down), len(right), -1)
                 weights = torch.matmul(right.T, weights)
                 weights = (down.T @ weights.flatten(1)).view(h, w, -1) / coverage[..., None]
@@ -154,10 +141,3 @@ def crops(length: int, size: int, like: Tensor) -> Tensor:
     places = torch.arange(length, device=like.device)
     first = places[: length - size + 1, None]
     return ((places >= first) & (places < first + size)).to(like.dtype)
-
-
-def _crop_distances(y: Tensor, x: Tensor, sigma: float, down: Tensor, right: Tensor) -> Tensor:
-    """Squared distances over 2 sigma^2 of all crops, shape (crops, c)."""
-    squares = (y[..., None] - x).square_().sum(0).div_(2 * sigma**2)
-    found = torch.matmul(right, squares)
-    return (down @ found.flatten(1)).view(len(down) * len(right), -1)

@@ -1,17 +1,12 @@
 """The columns of a table of solver steps; see `solver`."""
 
 COLUMNS = (
-    "k_x",  # weight of the sample, D apart
-    "k_d",  # weight of D
     "k_p",  # weight of the previous D
     "c_x",  # weight of the sample, D expressed by sample and prediction
     "c_p",  # weight of the prediction
     "d_x",  # D: weight of the sample
     "d_p",  # D: weight of the prediction
-    "k_in",  # weight of the network's input in place of k_x * x_t
     "k_a",  # weight of a change of D under which the noise keeps its direction (clipping)
     "k_n",  # weight of fresh noise
-    "scale_in",  # this step's network input = scale_in * x_t
-    "input_scale",  # the next network input = input_scale * x_next
 )
 INDEX = {name: i for i, name in enumerate(COLUMNS)}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,7 +45,7 @@ class SolverStep:
 
     @classmethod
     def of(cls, device: torch.device | str = "cpu", **coefficients: float) -> SolverStep:
-        """A step from numbers; what is left out is 0, scales are 1.
+        """A step from numbers; what is left out is 0.
 
         Raises:
             ValueError: a name is not one of `COLUMNS`.
@@ -53,39 +53,13 @@ class SolverStep:
         unknown = coefficients.keys() - INDEX.keys()
         if unknown:
             raise ValueError(f"SolverStep: unknown {sorted(unknown)}, expected some of {COLUMNS}")
-        values = {"scale_in": 1.0, "input_scale": 1.0, **coefficients}
-        row = torch.tensor([values.get(name, 0.0) for name in COLUMNS], device=device)
-        return cls(row, values.get("k_p", 0.0) != 0)
+        row = torch.tensor([coefficients.get(name, 0.0) for name in COLUMNS], device=device)
+        return cls(row, coefficients.get("k_p", 0.0) != 0)
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in INDEX:
             raise AttributeError(f"SolverStep has no {name!r}: expected one of {COLUMNS}")
         return self.row[INDEX[name]]
-
-    def on_network_input(self) -> SolverStep:
-        """The same step for the network's (scaled) input in place of the sample."""
-        return replace(self, row=torch.cat([self.k_in[None], self.row[1:]]))
-
-
-def solver_step(x_t: Tensor, denoised: Tensor, previous: Tensor | None, step: SolverStep) -> Tensor:
-    """x_next from the denoised image.
-
-    Args:
-        x_t: The sample, with shape (B, \\*), any floating dtype.
-        denoised: D, with shape (B, \\*).
-        previous: D of the step before, with shape (B, \\*); not read if the step does not use it.
-        step: Coefficients.
-
-    Returns:
-        x_next, with shape (B, \\*), in float32 (float64 if x_t is).
-
-    Raises:
-        ValueError: the step needs the previous denoised image and got none.
-    """
-    terms = [(denoised, step.k_d)]
-    if step.has_previous:
-        terms.append((_required(previous), step.k_p))
-    return _combined((x_t, step.k_x), *terms)
 
 
 def network_step(
@@ -118,10 +92,10 @@ def network_step(
     """
     if impl not in (None, "reference", "fused"):
         raise ValueError(f"network_step: impl is 'reference' or 'fused', got {impl!r}")
-    if step.has_previous:
-        _required(previous)
-    else:
+    if not step.has_previous:
         previous = None
+    elif previous is None:
+        raise ValueError("the solver step uses the denoised image of the step before, got None")
     if impl == "fused" or (impl is None and fused_by_default(x_t, prediction)):
         from .solver_kernel import launch
 
@@ -160,9 +134,3 @@ def _combined(first: tuple[Tensor, Tensor], *terms: tuple[Tensor, Tensor]) -> Te
     for tensor, weight in terms:
         total.addcmul_(accumulate(tensor).to(total.dtype), weight.to(total.dtype))
     return total
-
-
-def _required(previous: Tensor | None) -> Tensor:
-    if previous is None:
-        raise ValueError("the solver step uses the denoised image of the step before, got None")
-    return previous

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,24 +13,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from ...guidance import NoiseLevel
-from ...guidance.analytic import (
-    DENOISERS,
-    DatasetStatistics,
-    Denoiser,
-    Info,
-    WienerDenoiser,
-    load_images,
-)
+from ...guidance.analytic import DENOISERS, DatasetStatistics, Denoiser, load_images
 from ..seam.noise_levels import BY_FLOW_SIGMA, check_scheduler, prediction_type_of
 
-# What a method is given where nothing is asked for; "exact" normalization is the denoiser's own.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "local": {"tau": 0.02},
-    "soft": {"power": 1.0},
-    "ls": {"k": "cifar10"},
-    "els": {"k": "cifar10"},
-    "pspc": {"size": "edm32"},
-}
 NOISE_SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -98,16 +83,16 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
-        _check_method(method)
+        # Its dtype is what the model takes and returns (`to` changes it); it computes in float32
+        # at least.
+        self.register_buffer("anchor", torch.zeros(1), persistent=False)
         shape = (num_images, in_channels, *sample_size)
         self.register_buffer("images", torch.zeros(shape, dtype=getattr(torch, stored)))
         labels = torch.zeros(num_images, dtype=torch.int64) if labelled else None
         self.register_buffer("labels", labels)
         for name, size in (statistics or {}).get("tensors", {}).items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
-        # Its dtype and device are those the model computes in (`to` moves it along).
-        self.register_buffer("anchor", torch.zeros(1), persistent=False)
-        self._denoisers: dict[Any, Denoiser] = {}
+        self._made: tuple[Any, Denoiser] | None = None
         self._table: Tensor | None = None
 
     @classmethod
@@ -137,14 +122,10 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: unknown method, or images that no denoiser can be made of.
         """
-        _check_method(method)
-        images, found = load_images(
-            images, value_range=value_range, accept=DENOISERS[method].accept
-        )
+        accept = _class_of(method).accept
+        images, found = load_images(images, value_range=value_range, accept=accept)
         labels = found if labels is None else torch.as_tensor(labels)
         statistics = statistics or DatasetStatistics.from_images(images, value_range=None)
-        if statistics.shape != tuple(images.shape[1:]):
-            raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
         if images.dtype != torch.uint8:
             images = images.float()
         tensors, facts = statistics.parts()
@@ -168,16 +149,6 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         return model.eval()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the model takes and returns; it computes in float32 at least."""
-        return self.anchor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.images.device
-
-    @property
     def statistics(self) -> DatasetStatistics:
         """Mean and covariance of the images."""
         facts = self.config["statistics"]
@@ -190,78 +161,22 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: unknown method.
         """
-        _check_method(method)
+        _class_of(method)
         self.register_to_config(method=method, options=options)
 
-    def denoiser(self, label: int | None = None) -> Denoiser:
+    def denoiser(self) -> Denoiser:
         """The denoiser ``D(y, sigma, labels)`` behind the model, made when first needed.
 
-        Args:
-            label: A class, for denoisers (Wiener) that cannot choose among their images.
+        Its label for any class is -1. With ``return_info=True`` it also names the image that each
+        pixel comes from.
         """
-        method, options = self.config["method"], dict(self.config["options"] or {})
-        key = (method, repr(sorted(options.items())), label, self.images.device)
-        if key not in self._denoisers:
-            options = DEFAULTS.get(method, {}) | options
-            if self.config["stored"] != "uint8":
-                options.setdefault("value_range", None)
-            if label is None:
-                made = DENOISERS[method](
-                    self.images, self.labels, statistics=self.statistics, **options
-                )
-                self._denoisers.clear()  # earlier methods hold a sorted copy of the images each
-            else:
-                try:
-                    made = DENOISERS[method](self.images[self.labels == label], **options)
-                except ValueError as error:
-                    raise ValueError(f"method {method!r}, class {label}: {error}") from None
-            self._denoisers[key] = made
-        return self._denoisers[key]
-
-    @overload
-    def denoise(
-        self, y: Tensor, sigma: float, labels: Tensor | None = ..., *, return_info: Literal[True]
-    ) -> tuple[Tensor, Info]: ...
-
-    @overload
-    def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = ...) -> Tensor: ...
-
-    def denoise(
-        self, y: Tensor, sigma: float, labels: Tensor | None = None, *, return_info: bool = False
-    ) -> Tensor | tuple[Tensor, Info]:
-        """The denoised images of y = x0 + sigma z, all at one noise level.
-
-        Args:
-            labels: Classes (B,); K for any.
-            return_info: Return the effective number of images and the one that counts most.
-        """
-        any_class = self.config["num_class_embeds"]
-        if labels is not None:
-            if self.labels is None and bool((labels != (any_class or 0)).any()):
-                raise ValueError("class labels were given, but the images came without")
-            labels = None if self.labels is None else labels.where(labels != any_class, -1)
-        if return_info:
-            return self.denoiser()(y, sigma, labels, return_info=True)
-        if labels is None or not isinstance(self.denoiser(), WienerDenoiser):
-            return self.denoiser()(y, sigma, labels)
-        out = torch.empty_like(y)
-        for label in labels.unique().tolist():
-            one = self.denoiser(None if label == -1 else label)
-            out[labels == label] = one(y[labels == label], sigma)
-        return out
-
-    def check_classes(self, labels: Tensor) -> None:
-        """Refuse classes (B,) that the method has too few images of; K for any passes.
-
-        Raises:
-            ValueError: no image of a class, or for the Wiener filter none that differ.
-        """
-        method = self.config["method"]
-        for label in sorted(set(labels.tolist()) - {self.config["num_class_embeds"]}):
-            if not bool((self.labels == label).any()):
-                raise ValueError(f"method {method!r}: no images of class {label}")
-            if method == "wiener":
-                self.denoiser(label)
+        method, options = self.config["method"], self.config["options"] or {}
+        key = (method, repr(sorted(options.items())), self.images.device)
+        if self._made is None or self._made[0] != key:
+            # Floats were checked, and mapped to [-1, 1], by `from_images`.
+            settings = {"statistics": self.statistics, "value_range": None, **options}
+            self._made = key, _class_of(method)(self.images, self.labels, **settings)
+        return self._made[1]
 
     def levels(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) of the network's input at one timestep, whole or fractional."""
@@ -296,27 +211,28 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         """
         x = sample if sample.dtype.itemsize >= 4 else sample.float()
         steps = torch.as_tensor(timestep).flatten().cpu().expand(len(x)).tolist()
-        prediction = torch.empty_like(x)
-        for t in sorted(set(steps)):
-            rows = torch.tensor([step == t for step in steps], device=x.device)
-            labels = None if class_labels is None else class_labels[rows]
-            prediction[rows] = self._predict(x[rows], t, labels)
+        found = {t: self.levels(t) for t in set(steps)}
+        silent = [t for t, (_, sigma) in found.items() if sigma == 0]
+        if silent:
+            raise ValueError(f"timestep {silent[0]:g} has no noise: there is nothing to predict")
+        pairs = torch.tensor([found[t] for t in steps], dtype=torch.float64)
+        alpha, sigma = pairs.to(x.device, x.dtype)[..., None, None, None].unbind(1)
+        # Where there is noise alone every image is as likely.
+        y = torch.where(alpha > 0, x / alpha, 0)
+        if class_labels is not None:
+            any_class = self.config["num_class_embeds"] or 0
+            class_labels = class_labels.where(class_labels != any_class, -1)
+        x0 = self.denoiser()(y, pairs[:, 1] / pairs[:, 0], class_labels)
+        if self.config["prediction_type"] == "epsilon":  # not as below: alpha may be 0
+            prediction = (x - alpha * x0) / sigma
+        else:
+            level = NoiseLevel(alpha, sigma, self.config["prediction_type"])
+            prediction = level.from_x0(x0, x)
         prediction = prediction.to(sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
-        alpha, sigma = self.levels(t)
-        if sigma == 0:
-            raise ValueError(f"timestep {t:g} has no noise: there is nothing to predict")
-        if alpha > 0:
-            x0 = self.denoise(x / alpha, sigma / alpha, labels)
-        else:  # pure noise: every image is as likely
-            x0 = self.denoise(torch.zeros_like(x), math.inf, labels)
-        if self.config["prediction_type"] == "epsilon":  # not as below: alpha may be 0
-            return (x - alpha * x0) / sigma
-        return NoiseLevel(alpha, sigma, self.config["prediction_type"]).from_x0(x0, x)
 
-
-def _check_method(method: str) -> None:
+def _class_of(method: str) -> type[Denoiser]:
     if method not in DENOISERS:
         raise ValueError(f"unknown method {method!r}: expected one of {sorted(DENOISERS)}")
+    return DENOISERS[method]

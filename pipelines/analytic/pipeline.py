@@ -25,11 +25,10 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
     """Sample from a set of images, without a network.
 
     Args:
-        unet: An `AnalyticDenoiserModel`; None to make one of `images` or `dataset`.
+        unet: An `AnalyticDenoiserModel`; None to make one of `images`.
         scheduler: Any scheduler whose noise levels are known; None for DDIM with linear beta.
         vae: An ``AutoencoderKL``: images are encoded once and sampled in its latent space.
         images: See `AnalyticDenoiserModel.from_images`.
-        dataset: The same (a torch or Hugging Face data set).
         labels: Classes of the images.
         method: Which denoiser, a name in ``pilotage.guidance.analytic.DENOISERS``.
         options: Arguments of that denoiser, and of `AnalyticDenoiserModel.from_images`.
@@ -48,35 +47,23 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         vae: Any = None,
         *,
         images: Any = None,
-        dataset: Any = None,
         labels: Tensor | None = None,
         method: str = "local",
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        sources = [s for s in (unet, images, dataset) if s is not None]
-        if len(sources) != 1:
-            raise ValueError(f"expected one of unet, images and dataset, got {len(sources)}")
+        if (unet is None) == (images is None):
+            raise ValueError("expected either unet or images")
         scheduler = scheduler or DDIMScheduler(clip_sample=False)
         if unet is None:
-            source, settings = sources[0], {"method": method, "scheduler": scheduler}
+            settings = {"method": method, "scheduler": scheduler}
             if vae is not None:
-                source, found = encode_images(vae, source)
+                images, found = encode_images(vae, images)
                 labels = found if labels is None else labels
                 settings["value_range"] = None
             settings |= options or {}
-            unet = AnalyticDenoiserModel.from_images(source, labels, **settings)
+            unet = AnalyticDenoiserModel.from_images(images, labels, **settings)
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call evaluates both branches."""
-        return self._guidance_scale > 1
-
-    @property
-    def guidance_scale(self) -> float:
-        """w of the running call; 1 means no guidance."""
-        return self._guidance_scale
 
     @torch.no_grad()
     def __call__(
@@ -111,7 +98,6 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         if method is not None and method != self.unet.config["method"]:
             self.unet.set_method(method)
         labels = self._checked_labels(class_labels, num_images, guidance_scale)
-        self._guidance_scale = guidance_scale
         device, scheduler = self._execution_device, self.scheduler
         expected = noise_schedule_of(scheduler)
         wrong = sorted(k for k, v in expected.items() if self.unet.config.get(k, v) != v)
@@ -129,24 +115,18 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         x = latents.to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
         takes = inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if "generator" in takes else {}
-        self._num_timesteps = len(scheduler.timesteps)
         for t in self.progress_bar(scheduler.timesteps):
-            x_in = torch.cat([x] * 2) if self.do_classifier_free_guidance else x
+            x_in = torch.cat([x] * 2) if guidance_scale > 1 else x
             if hasattr(scheduler, "scale_model_input"):
                 x_in = scheduler.scale_model_input(x_in, t)
             pred = self.unet(x_in, t, class_labels=labels, return_dict=False)[0]
-            if self.do_classifier_free_guidance:
+            if guidance_scale > 1:
                 uncond, cond = pred.chunk(2)
-                pred = uncond + self.guidance_scale * (cond - uncond)
+                pred = uncond + guidance_scale * (cond - uncond)
             x = scheduler.step(pred, t, x, **extra, return_dict=False)[0]
         images = self._decoded(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Network evaluations of the running call."""
-        return self._num_timesteps
 
     def _checked_labels(self, labels: Any, count: int, scale: float) -> Tensor | None:
         """Labels of every row of the network's batch, unconditional rows first."""
@@ -163,7 +143,11 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
             raise ValueError(
                 f"expected one or {count} class labels of 0 to {classes - 1}, got {labels.tolist()}"
             )
-        self.unet.check_classes(labels)
+        for label in labels.unique().tolist():
+            try:
+                self.unet.denoiser().pool(label)
+            except ValueError as error:  # too few images of it
+                raise ValueError(f"method {self.unet.config['method']!r}: {error}") from None
         if scale > 1:
             labels = torch.cat([torch.full_like(labels, classes), labels])
         return labels.to(self._execution_device)

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ...guidance.analytic import DatasetStatistics
-from ..seam.noise_levels import BY_FLOW_SIGMA, BY_SIGMA, BY_TIMESTEP
+from ...guidance.analytic import DatasetStatistics, Level
+from ..seam.noise_levels import BY_FLOW_SIGMA, BY_SIGMA, BY_TIMESTEP, of_sigma
 
 EXPLAINED = 0.999  # share of the score that the Gaussian explains at sigma_skip="auto"
 
@@ -46,9 +46,7 @@ FROM_THE_START = {  # cannot begin in the middle of their grid
     "TCDScheduler",
 }
 SCHEDULERS = sorted((BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA) - FROM_THE_START)
-JUMPS = ("auto", "input", "step")
 TABLES = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
-Level = tuple[float, float]
 
 
 def levels(scheduler: Any) -> list[Level]:
@@ -58,17 +56,10 @@ def levels(scheduler: Any) -> list[Level]:
         squares = scheduler.alphas_cumprod.cpu().double()[scheduler.timesteps.cpu().long()]
         return [(math.sqrt(square), math.sqrt(1 - square)) for square in squares.tolist()]
     sigmas = torch.as_tensor(scheduler.sigmas).double().tolist()[: len(scheduler.timesteps)]
-    if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
-        return [(1 - sigma, sigma) for sigma in sigmas]
-    if name in EXPLODING:
+    if name in EXPLODING and not scheduler.config.get("use_flow_sigmas", False):
         return [(1.0, sigma) for sigma in sigmas]
-    return [((1 + s * s) ** -0.5, s * (1 + s * s) ** -0.5) for s in sigmas]
-
-
-def teleport(statistics: DatasetStatistics, x: Tensor, source: Level, target: Level) -> Tensor:
-    """x (B, C, H, W) at level `source`, moved to level `target`; see `DatasetStatistics`."""
-    (a, s), (b, t) = source, target
-    return statistics.teleport(x, s, t, a, b).to(x.dtype)
+    found = (of_sigma(scheduler, sigma) for sigma in sigmas)
+    return [(float(level.alpha), float(level.sigma)) for level in found]
 
 
 def trusted_sigma(statistics: DatasetStatistics, share: float = EXPLAINED) -> float:
@@ -83,13 +74,13 @@ def trusted_sigma(statistics: DatasetStatistics, share: float = EXPLAINED) -> fl
 class _Jump(NamedTuple):
     """A jump that is still to come."""
 
-    source: Level  # of the pipeline's initial noise
+    source: Level  # (alpha, sigma) of the pipeline's initial noise
     target: Level  # where the network's first input is moved to
     after: Level  # where the sample is moved to if the first ``step`` has to do it
     on_input: bool = False  # whether the network's input was moved already
 
 
-class GaussianTeleport(SchedulerMixin):
+class GaussianTeleport:
     """A copy of a stock scheduler that leaves out the steps above a noise level.
 
         pipe.scheduler = GaussianTeleport(pipe.scheduler, statistics)
@@ -104,11 +95,10 @@ class GaussianTeleport(SchedulerMixin):
         sigma_skip: sigma / alpha down to which the closed form is trusted; "auto" for the level at
             which it explains 99.9 % of the score; infinity for the stock scheduler.
         jump: When the sample is moved. "input": before it first reaches the network, which takes
-            a pipeline that hands it to ``scale_model_input`` first. "step": in the first ``step``,
-            after an evaluation of no use; works everywhere. "auto": "input" or "step" where the
-            scheduler leaves no choice (samples of exploding variance, no ``scale_model_input``),
-            else a start one evaluation early, which becomes the one of no use in pipelines that
-            do not call it.
+            a pipeline that hands it to ``scale_model_input`` first. "auto" works everywhere: a
+            start one evaluation early, which is of no use in pipelines that do not; where the
+            scheduler leaves no choice, "input" (samples of exploding variance) or the move in the
+            first ``step`` (no ``scale_model_input``).
 
     After ``set_timesteps``, `skipped` is the number of network evaluations saved (in pipelines
     with two branches a pair counts once).
@@ -134,9 +124,7 @@ class GaussianTeleport(SchedulerMixin):
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")
         stock: Any = type(scheduler)
-        self: GaussianTeleport = object.__new__(_teleporting_class(stock))
-        self.__dict__.update(copy.copy(scheduler).__dict__)
-        return self
+        return _restored(stock, copy.copy(scheduler).__dict__)
 
     def __init__(
         self,
@@ -145,17 +133,18 @@ class GaussianTeleport(SchedulerMixin):
         sigma_skip: float | str = "auto",
         jump: str = "auto",
     ) -> None:
-        if jump not in JUMPS:
-            raise ValueError(f"unknown jump {jump!r}: expected one of {JUMPS}")
-        if jump == "input" and not hasattr(scheduler, "scale_model_input"):
-            raise ValueError(f"{type(scheduler).__name__} has no scale_model_input: jump='step'")
+        scales = hasattr(scheduler, "scale_model_input")
+        if jump not in ("auto", "input"):
+            raise ValueError(f"unknown jump {jump!r}: expected 'auto' or 'input'")
+        if jump == "input" and not scales:
+            raise ValueError(f"{type(scheduler).__name__} has no scale_model_input: jump='auto'")
         if sigma_skip == "auto":
             sigma_skip = trusted_sigma(statistics)
         elif isinstance(sigma_skip, str) or not sigma_skip > 0:
             raise ValueError(f"sigma_skip must be 'auto' or a number > 0, got {sigma_skip!r}")
-        if jump == "auto" and not hasattr(scheduler, "scale_model_input"):
+        if not scales:
             jump = "step"
-        if jump == "auto" and type(scheduler).__name__ in EXPLODING:
+        elif type(scheduler).__name__ in EXPLODING:
             jump = "input"  # no pipeline can use them without scale_model_input
         self.statistics, self.sigma_skip, self.jump = statistics, float(sigma_skip), jump
         self.skipped = 0
@@ -206,7 +195,7 @@ class GaussianTeleport(SchedulerMixin):
         if self._jump is not None and self.jump != "step":
             self._check_first(timestep)
             self._jump = self._jump._replace(on_input=True)
-            sample = teleport(self.statistics, sample, self._jump.source, self._jump.target)
+            sample = self.statistics.teleport(sample, self._jump.source, self._jump.target)
         return self.stock_class.scale_model_input(self, sample, timestep, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,15 +207,15 @@ class GaussianTeleport(SchedulerMixin):
         self._check_first(bound.arguments["timestep"])
         sample = bound.arguments["sample"]
         if jump.on_input:
-            sample = teleport(self.statistics, sample, jump.source, jump.target)
+            sample = self.statistics.teleport(sample, jump.source, jump.target)
             bound.arguments["sample"], self._jump = sample, None
             return self.stock_class.step(*bound.args, **bound.kwargs)
         if self.jump == "input":
             raise ValueError(
                 "this pipeline does not hand its first sample to scale_model_input, so the network "
-                "was given it where it was: use jump='step' or 'auto'"
+                "was given it where it was: use jump='auto'"
             )
-        moved = teleport(self.statistics, sample, jump.source, jump.after)
+        moved = self.statistics.teleport(sample, jump.source, jump.after)
         self._jump = None
         self._keep(list(range(1, len(self.timesteps))))
         if hasattr(self, "_step_index"):
@@ -266,14 +255,12 @@ def _teleporting_class(stock: Any) -> Any:
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
     }
-    for name in ("set_timesteps", "scale_model_input", "step", "add_noise"):
-        # Pipelines read the signatures (eta, timesteps, ...).
+    for name in ("set_timesteps", "scale_model_input", "step", "set_begin_index", "add_noise"):
+        # Pipelines read the signatures (eta, timesteps, ...), and whether a method is there.
         if hasattr(stock, name):
             members[name] = _with_signature(getattr(GaussianTeleport, name), getattr(stock, name))
         else:
-            members[name] = _Absent(name)
-    if not hasattr(stock, "set_begin_index"):
-        members["set_begin_index"] = _Absent("set_begin_index")
+            members[name] = property(_absent)
     if isinstance(getattr(stock, "init_noise_sigma", None), property):
         # Computed from the table of sigmas, which no longer begins at the beginning.
         members["init_noise_sigma"] = property(
@@ -299,11 +286,6 @@ def _with_signature(method: Callable[..., Any], stock: Callable[..., Any]) -> Ca
     return call
 
 
-class _Absent:
-    """A method of `GaussianTeleport` that the stock class has no counterpart of."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}")
+def _absent(scheduler: GaussianTeleport) -> Any:
+    """A method that the stock class does not have."""
+    raise AttributeError

@@ -24,9 +24,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...guidance import NoiseLevel
-from ...guidance.ops.solver import network_step, solver_step
-from ..seam.noise_levels import prediction_type_of
+from ...guidance.ops.solver import network_step
+from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, table_of
 
 
@@ -34,14 +33,16 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
     """`DPMSolverMultistepScheduler` with its step in one kernel on CUDA.
 
     Its samples are those of the stock scheduler but for rounding; no step waits for the device. It
-    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2.
+    has the algorithms "dpmsolver++" and "sde-dpmsolver++", of orders 1 and 2. With `thresholding`
+    the stock scheduler's own step is taken.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type
+    model_outputs: list[Any]
 
     def check_config(self) -> None:
         """Raise ValueError for other algorithms and orders."""
-        prediction_type_of(self)
+        super().check_config()
         algorithm, order = self.config["algorithm_type"], self.config["solver_order"]
         if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
             raise ValueError(
@@ -53,15 +54,10 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
                 f"FusedDPMSolverMultistepScheduler has solver_order 1 and 2, got {order}"
             )
 
-    @property
-    def index_of_unknown(self) -> int:
-        """The last step, as the stock scheduler."""
-        return len(self.timesteps) - 1
-
     def coefficients(self) -> Tensor:
         """The rows of the first order, then those of the second."""
         sigmas = self.sigmas.double()
-        now, following = self.level(sigmas[:-1]), self.level(sigmas[1:])
+        now, following = of_sigma(self, sigmas[:-1]), of_sigma(self, sigmas[1:])
         d_x, d_p = now.coefficients()
         alpha, sigma, alpha_next, sigma_next = map(
             torch.as_tensor, (now.alpha, now.sigma, following.alpha, following.sigma)
@@ -75,21 +71,13 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
             phi, slope = alpha_next * (1 - shrink**2), -2 * h
         else:
             phi, slope = alpha_next * (1 - shrink), -h
-        share = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
+        share: dict[str, Any] = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
         first = table_of(count, k_d=phi, **share)
         before = torch.cat([h.new_full((1,), torch.nan), h[:-1]])  # no step before the first
         weight = phi / 2 if self.config["solver_type"] == "midpoint" else phi / slope + alpha_next
         change = weight * h / before
         second = table_of(count, k_d=phi + change, k_p=-change, **share)
         return torch.cat([first, second])
-
-    def level(self, sigma: float | Tensor) -> NoiseLevel:
-        """See `FusedScheduler.level`."""
-        kind = prediction_type_of(self)
-        if self.config["use_flow_sigmas"]:
-            return NoiseLevel(1 - sigma, sigma, kind)
-        alpha = (sigma * sigma + 1) ** -0.5
-        return NoiseLevel(alpha, sigma * alpha, kind)
 
     def step(
         self,
@@ -101,32 +89,26 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """See `DPMSolverMultistepScheduler.step`."""
-        if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step")
+        if self.config["thresholding"]:
+            return self.stock_class.step(
+                self, model_output, timestep, sample, generator, variance_noise, return_dict
+            )
         index = self._step_index = self.current_index(timestep)
         if self.config["prediction_type"] == "epsilon" and self.config["variance_type"] is not None:
             model_output = model_output[:, :3]  # the rest is the learned variance
-        second = self.config["solver_order"] == 2 and self.lower_order_nums > 0
-        second = second and not self._ends_in_first_order(index)
+        order = self.config["solver_order"]
+        second = order == 2 and self.lower_order_nums > 0 and not self._ends_in_first_order(index)
         row = index + len(self.timesteps) * second
         step = self.solver_row(row, sample.device, has_previous=second)
-        previous = self.model_outputs[-1]
         prev_sample, denoised = network_step(
-            sample,
-            model_output,
-            previous,
-            step,
-            want_denoised=self.config["solver_order"] == 2 or self.config["thresholding"],
+            sample, model_output, self.model_outputs[-1], step, want_denoised=order == 2
         )
-        if self.config["thresholding"]:
-            denoised = self._threshold_sample(denoised)
-            prev_sample = solver_step(sample, denoised, previous, step)
         if self.config["algorithm_type"] == "sde-dpmsolver++":
-            prev_sample = prev_sample + step.k_n * self._noise(
-                prev_sample, generator, variance_noise
-            )
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
+            prev_sample = prev_sample + step.k_n * variance_noise.to(prev_sample)
         self.model_outputs = [*self.model_outputs[1:], denoised]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config["solver_order"])
+        self.lower_order_nums = min(self.lower_order_nums + 1, order)
         self._step_index += 1
         prev_sample = prev_sample.to(model_output.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
@@ -139,10 +121,3 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
             or (config["lower_order_final"] and count < 15)
             or config["final_sigmas_type"] == "zero"
         )
-
-    def _noise(
-        self, like: Tensor, generator: torch.Generator | None, given: Tensor | None
-    ) -> Tensor:
-        if given is not None:
-            return given.to(device=like.device, dtype=torch.float32)
-        return randn_tensor(like.shape, generator, like.device, torch.float32)

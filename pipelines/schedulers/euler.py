@@ -18,9 +18,8 @@ from diffusers.schedulers.scheduling_euler_discrete import (
 )
 from torch import Tensor
 
-from ...guidance import NoiseLevel
 from ...guidance.ops.solver import network_step
-from ..seam.noise_levels import prediction_type_of
+from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, refuse_integer, table_of
 
 
@@ -33,35 +32,19 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
 
     config_name: Any  # diffusers' own bases disagree about its type
 
-    def check_config(self) -> None:
-        """Raise ValueError for a prediction type that is not known."""
-        prediction_type_of(self)
-
     def coefficients(self) -> Tensor:
         """See `FusedScheduler.coefficients`."""
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:].double()
-        level = self.level(sigma)
+        level = of_sigma(self, sigma)
         a_x, a_p = level.coefficients()
-        return table_of(
-            len(sigma),
-            k_x=sigma_next / sigma,
-            k_d=1 - sigma_next / sigma,
-            d_x=a_x * level.alpha,
-            d_p=a_p,
-            scale_in=level.alpha,
-            input_scale=self.level(sigma_next).alpha,
-        )
-
-    def level(self, sigma: float | Tensor) -> NoiseLevel:
-        """See `FusedScheduler.level`."""
-        alpha = (sigma * sigma + 1) ** -0.5
-        return NoiseLevel(alpha, sigma * alpha, prediction_type_of(self))
+        ratio = sigma_next / sigma
+        return table_of(len(sigma), k_x=ratio, k_d=1 - ratio, d_x=a_x * level.alpha, d_p=a_p)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The network's input, x_t / sqrt(sigma^2 + 1)."""
         self._step_index = self.current_index(timestep)
         self.is_scale_input_called = True
-        return sample * self.level(self._levels[self._step_index]).alpha
+        return sample * of_sigma(self, self._levels[self._step_index]).alpha
 
     def step(
         self,

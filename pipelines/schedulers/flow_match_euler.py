@@ -18,8 +18,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from ...guidance import NoiseLevel
-from ...guidance.ops.solver import INDEX, network_step
+from ...guidance.ops.solver import network_step
+from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, refuse_integer, table_of
 
 
@@ -36,21 +36,15 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
     def coefficients(self) -> Tensor:
         """See `FusedScheduler.coefficients`."""
         sigmas = self.sigmas.double()
-        level, delta = self.level(sigmas[:-1]), sigmas.diff()
+        level, delta = of_sigma(self, sigmas[:-1]), sigmas.diff()
         noise = torch.as_tensor(level.sigma)
         delta = -delta if self.config["invert_sigmas"] else delta
         d_x, d_p = level.coefficients()
         # Without noise left the step does nothing, whatever D is.
         rate = torch.where(noise == 0, 0, delta / noise)
-        table = table_of(len(delta), k_x=1 + rate, k_d=-rate, d_x=d_x, d_p=d_p)
-        table[:, INDEX["c_x"]], table[:, INDEX["c_p"]] = 1, level.sign * delta
-        return table
-
-    def level(self, sigma: float | Tensor) -> NoiseLevel:
-        """See `FusedScheduler.level`."""
-        if self.config["invert_sigmas"]:  # the table holds the picture's share
-            return NoiseLevel(sigma, 1 - sigma, "flow", sign=-1)
-        return NoiseLevel(1 - sigma, sigma, "flow")
+        return table_of(
+            len(delta), k_x=1 + rate, k_d=-rate, d_x=d_x, d_p=d_p, c_x=1, c_p=level.sign * delta
+        )
 
     def step(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...guidance import NoiseLevel
 from ...guidance.device import to_device
 from ...guidance.ops.solver import COLUMNS, INDEX, SolverStep
+from ..seam.noise_levels import of_sigma, prediction_type_of
 
 
 class FusedScheduler:
@@ -47,22 +47,21 @@ class FusedScheduler:
 
     def check_config(self) -> None:
         """Raise ValueError for settings that the fused step does not have."""
+        prediction_type_of(self)
 
     def coefficients(self) -> Tensor:
         """The table of `guidance.ops.solver.COLUMNS`, one row per step, float64, on the host."""
         raise NotImplementedError
 
-    def level(self, sigma: float) -> NoiseLevel:
-        """The noise level of the network's input at an entry of the scheduler's `sigmas`."""
-        raise NotImplementedError
-
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """The noise level of the network's input at the current step, without a device read."""
-        return self.level(self._levels[self.current_index(timestep, default=0)])
+        return of_sigma(self, self._levels[self.current_index(timestep, default=0)])
 
-    def tabulate(self) -> None:
+    def tabulate(self, device: torch.device | str | None = None) -> None:
         """Compute the tables again, after the timesteps or sigmas were changed by hand."""
-        self._steps = (self.timesteps, self.timesteps.tolist())
+        values = self.timesteps.tolist()
+        self.timesteps = self.timesteps.to(device)
+        self._steps = (self.timesteps, values)
         sigmas: Tensor | None = getattr(self, "sigmas", None)
         self._levels = [] if sigmas is None else sigmas.tolist()
         self._table = to_device(self.coefficients().float(), self.timesteps.device)
@@ -79,16 +78,15 @@ class FusedScheduler:
             raise ValueError("call set_timesteps first")
         return self._steps
 
-    def host_timestep(self, timestep: Tensor | float) -> float | Tensor:
-        """The value of a timestep; as a tensor of shape (1,) if only the device knows it."""
+    def host_timestep(self, timestep: Tensor | float) -> float | None:
+        """The value of a timestep; None if only the device knows it."""
         if not isinstance(timestep, Tensor):
             return timestep
         own, values = self.known_steps()
         if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
             # What a loop over `timesteps` yields is a view: where it lies tells which one it is.
             return values[int(timestep.storage_offset()) - int(own.storage_offset())]
-        first = timestep.reshape(-1)[:1]
-        return first.item() if timestep.device.type == "cpu" else first
+        return timestep.reshape(-1)[0].item() if timestep.device.type == "cpu" else None
 
     def current_index(self, timestep: Tensor | float, default: int | None = None) -> int:
         """Index of the step about to be taken, counted on the host.
@@ -106,56 +104,47 @@ class FusedScheduler:
         if self._begin_index is not None:
             return self._begin_index
         value = self.host_timestep(timestep)
-        if isinstance(value, Tensor):
-            if default is not None:
-                return default
-            value = value.item()
+        if value is None and default is None:
+            value = torch.as_tensor(timestep).reshape(-1)[0].item()
         values = self.known_steps()[1]
         found = [index for index, known in enumerate(values) if known == value]
-        if not found:
-            default = self.index_of_unknown if default is None else default
-            if default is None:
-                raise ValueError(
-                    f"timestep {value} is not one of the scheduler's {len(values)} timesteps: "
-                    "pass one of `scheduler.timesteps`"
-                )
-            return default
-        return found[min(1, len(found) - 1)]  # of equal ones the second, as the stock scheduler
+        if found:
+            return found[min(1, len(found) - 1)]  # of equal ones the second, as the stock scheduler
+        if default is None:
+            raise ValueError(
+                f"timestep {value} is not one of the scheduler's {len(values)} timesteps: "
+                "pass one of `scheduler.timesteps`"
+            )
+        return default
 
-    @property
-    def index_of_unknown(self) -> int | None:
-        """Where the stock scheduler begins with a timestep it does not have; None: nowhere."""
-        return None
-
-    def table_on(self, device: torch.device) -> Tensor:
-        """The table, on the device of the samples (moved there once if need be)."""
+    def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
+        """A row of the table, on the device of the samples (moved there once if need be)."""
         self.known_steps()
         if self._table.device != device:
             self._table = to_device(self._table.cpu(), device)
-        return self._table
-
-    def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
-        """A row of the table, on the device of the samples."""
-        return SolverStep(self.table_on(device)[row], has_previous)
+        return SolverStep(self._table[row], has_previous)
 
 
-def table_of(count: int, **columns: Tensor | float) -> Tensor:
-    """A table with `count` rows from its main columns; what follows from them is added.
+def table_of(
+    count: int,
+    k_x: Tensor,
+    k_d: Tensor,
+    d_x: float | Tensor,
+    d_p: float | Tensor,
+    **columns: float | Tensor,
+) -> Tensor:
+    """A table with `count` rows.
 
     Args:
         count: Number of rows.
-        columns: k_x, k_d, d_x, d_p and others of `COLUMNS`: numbers or tensors of shape (count,).
+        k_x, k_d: Weights of the sample and of D in a step, with shape (count,).
+        d_x, d_p: Weights of the sample and of the prediction in D, numbers or shape (count,).
+        columns: Further ones of `COLUMNS`, or those that would follow from the above.
     """
     table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
-    table[:, INDEX["scale_in"]] = table[:, INDEX["input_scale"]] = 1
-    for name, values in columns.items():
+    derived = {"c_x": k_x + k_d * d_x, "c_p": k_d * d_p, "d_x": d_x, "d_p": d_p}
+    for name, values in (derived | columns).items():
         table[:, INDEX[name]] = values
-    k_x, k_d, d_x, d_p, scale = (
-        table[:, INDEX[name]] for name in ("k_x", "k_d", "d_x", "d_p", "scale_in")
-    )
-    table[:, INDEX["c_x"]] = k_x + k_d * d_x
-    table[:, INDEX["c_p"]] = k_d * d_p
-    table[:, INDEX["k_in"]] = k_x / scale
     return table
 
 
@@ -179,19 +168,12 @@ def _checked(stock_init: Callable[..., None]) -> Callable[..., None]:
 
 def _tabulated(stock_set_timesteps: Callable[..., None]) -> Callable[..., None]:
     """`set_timesteps` on the host, then tables and timesteps to the device."""
-    signature = inspect.signature(stock_set_timesteps)
 
     @functools.wraps(stock_set_timesteps)
     def set_timesteps(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        device = bound.arguments.pop("device", None)
-        stock_set_timesteps(*bound.args, **bound.kwargs)
-        self.tabulate()
-        if device is not None:
-            _, values = self.known_steps()
-            self.timesteps = self.timesteps.to(device)
-            self._table = to_device(self._table, device)
-            self._steps = (self.timesteps, values)
+        device = kwargs.pop("device", None)
+        stock_set_timesteps(self, *args, **kwargs)
+        self.tabulate(device)
 
     return set_timesteps
 

@@ -128,7 +128,7 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     if name in BY_TIMESTEP:
         square = _alpha_squared(scheduler, timestep)
         return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
-    return _of_sigma(scheduler, float(_sigma(scheduler, timestep)), prediction)
+    return of_sigma(scheduler, float(_sigma(scheduler, timestep)))
 
 
 def check_first_order(scheduler: Any, eta: float) -> None:
@@ -158,21 +158,19 @@ def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
         scheduler: As of `noise_level`.
         timestep: As of `noise_level`.
     """
-    prediction = prediction_type_of(scheduler)
     if type(scheduler).__name__ != "DDIMScheduler":
-        sigma = float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1])
-        return _of_sigma(scheduler, sigma, prediction)
+        return of_sigma(scheduler, float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1]))
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     following = torch.as_tensor(timestep).reshape(-1)[0].long() - stride
     table = scheduler.alphas_cumprod.to(following.device)
     final = scheduler.final_alpha_cumprod.to(following.device)
     square = torch.where(following >= 0, table[following.clamp(min=0)], final)
-    return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
+    return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction_type_of(scheduler))
 
 
-def _of_sigma(scheduler: Any, sigma: float, prediction: PredictionType) -> NoiseLevel:
-    """The noise level of an entry of a scheduler's sigma table."""
-    name = type(scheduler).__name__
+def of_sigma(scheduler: Any, sigma: float | Tensor) -> NoiseLevel:
+    """The noise level of the network's input at entries of a scheduler's sigma table."""
+    name, prediction = type(scheduler).__name__, prediction_type_of(scheduler)
     if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
         if scheduler.config.get("invert_sigmas", False):  # the table holds the picture's share
             return NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
