@@ -44,7 +44,7 @@ def packages(root: Path = ROOT) -> set[str]:
 
 def sources(root: Path = ROOT) -> list[Path]:
     """Every source file of the installed package: Python, C, CSS and JavaScript."""
-    kinds = (".py", ".c", ".css", ".js")
+    kinds = (".py", ".c", ".css", ".html", ".js")
     files = (path for folder in FOLDERS.values() for path in (root / folder).rglob("*"))
     return sorted(path for path in files if path.suffix in kinds and path.is_file())
 

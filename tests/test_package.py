@@ -78,7 +78,7 @@ def test_wheel_holds_only_pilotage(wheel):
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"pilotage"}
     assert {f"{name.replace('.', '/')}/__init__.py" for name in packages()} <= set(names)
-    shipped = {name for name in names if Path(name).suffix in (".py", ".c", ".css", ".js")}
+    shipped = {name for name in names if Path(name).suffix in (".py", ".c", ".css", ".html", ".js")}
     assert len(shipped) == len(sources()) and "pilotage/py.typed" in names
 
 

@@ -1,0 +1,1 @@
+"""Guidance settings compared: pictures, every metric, one page."""

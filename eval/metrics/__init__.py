@@ -1,0 +1,1 @@
+"""Metrics of sets of pictures: features, then statistics, then a value."""

@@ -1,0 +1,1 @@
+"""Where Pilotage stands between a pipeline and its denoiser and scheduler, for one call."""
