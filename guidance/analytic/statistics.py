@@ -165,7 +165,7 @@ class DatasetStatistics:
     def wiener(self, y: Tensor, sigma: float) -> Tensor:
         """Best linear denoiser of y = x0 + sigma z, with shape (B, C, H, W)."""
         # Written so that sigma = 0 with a variance of 0 keeps y, and sigma = inf gives the mean.
-        mean, square = self._mean(y), max(sigma**2, 1e-300)
+        mean, square = self._mean(y), max(sigma * sigma, 1e-300)
         return mean + self.apply(y - mean, lambda v: v / (v + square))
 
     def teleport(self, x: Tensor, source: Level, target: Level) -> Tensor:

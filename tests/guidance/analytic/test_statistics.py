@@ -294,6 +294,6 @@ def test_the_transcription_equals_the_minibatch_denoiser():
     unit = torch.eye(60).double().view(60, 3, 4, 5)
     wiener = kept.apply(unit, lambda values: values / (values + sigma**2)).flatten(1).float()
     y = noisy(decode(x), sigma)
-    denoiser = LocalDenoiser(x, tau=0.05, normalization="minibatch", minibatch=16, statistics=kept)
+    denoiser = LocalDenoiser(x, tau=0.05, minibatch=16, statistics=kept)
     found = local_denoiser(Pictures(x), wiener, y, sigma, tau=0.05, minibatch=16)
     torch.testing.assert_close(found, denoiser(y, sigma), rtol=0, atol=1e-5)
