@@ -51,9 +51,9 @@ class LocalDenoiser(Denoiser):
         images: See `Denoiser`; further arguments likewise.
         tau: Threshold of the mask, >= 0, or the name of a data set in `TAU`. 0 compares whole
             images; an infinite noise level gives the mean of the candidates.
-        normalization: "exact" normalizes over all candidates; "minibatch" within each block and
-            averages the blocks, as the published code does (it depends on the order of images).
-        minibatch: Size of those blocks; the published code has 256 or 512.
+        minibatch: None normalizes over all candidates; a number within blocks of so many, whose
+            results are averaged, as the published code does with 256 or 512 (it depends on the
+            order of images).
         accelerator: "auto" takes a kernel made for uint8 images and float32 queries, exactly
             normalized, where one runs: on CUDA a Triton kernel (`fused`), on CPUs with AMX, given
             a C compiler, products of the stored bytes (`integer`), which keeps a second copy of
@@ -68,8 +68,7 @@ class LocalDenoiser(Denoiser):
         labels: Tensor | None = None,
         *,
         tau: float | str = 0.02,
-        normalization: str = "exact",
-        minibatch: int = 256,
+        minibatch: int | None = None,
         accelerator: str = "auto",
         **rest: Any,
     ) -> None:
@@ -79,11 +78,9 @@ class LocalDenoiser(Denoiser):
         self.tau = TAU[tau] if isinstance(tau, str) else float(tau)
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must lie in [0, 1], got {self.tau}")
-        if normalization not in ("exact", "minibatch"):
-            raise ValueError(f"normalization is 'exact' or 'minibatch', got {normalization!r}")
-        if minibatch < 1:
+        if minibatch is not None and minibatch < 1:
             raise ValueError(f"minibatch must be >= 1, got {minibatch}")
-        self.minibatch = minibatch if normalization == "minibatch" else None
+        self.minibatch = minibatch
         if accelerator not in ("auto", "none"):
             raise ValueError(f"accelerator is 'auto' or 'none', got {accelerator!r}")
         self.accelerator = accelerator

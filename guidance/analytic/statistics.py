@@ -77,7 +77,6 @@ class DatasetStatistics:
         source: Any,
         *,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
-        chunk: int = 256,
     ) -> DatasetStatistics:
         """Statistics of a folder, tensor, data set or iterator, in one pass.
 
@@ -85,13 +84,13 @@ class DatasetStatistics:
         else low-rank; up to 65536 low-rank; stationary beyond.
 
         Args:
-            source: See `images.stream`; value_range and chunk likewise.
+            source: See `images.stream`; value_range likewise.
 
         Raises:
             ValueError: fewer than two images, images that are all the same, or what
                 `images.stream` refuses.
         """
-        blocks = (images for images, _ in stream(source, chunk=chunk, value_range=value_range))
+        blocks = (images for images, _ in stream(source, value_range=value_range))
         first = next(blocks)
         n = first[0].numel()
         form = "dense" if n <= LARGEST_DENSE else "sketch" if n <= LARGEST_SKETCH else "stationary"
@@ -165,7 +164,7 @@ class DatasetStatistics:
     def wiener(self, y: Tensor, sigma: float) -> Tensor:
         """Best linear denoiser of y = x0 + sigma z, with shape (B, C, H, W)."""
         # Written so that sigma = 0 with a variance of 0 keeps y, and sigma = inf gives the mean.
-        mean, square = self._mean(y), max(sigma**2, 1e-300)
+        mean, square = self._mean(y), max(sigma * sigma, 1e-300)
         return mean + self.apply(y - mean, lambda v: v / (v + square))
 
     def teleport(self, x: Tensor, source: Level, target: Level) -> Tensor:
@@ -197,7 +196,10 @@ class DatasetStatistics:
         square = float(sigma) ** 2
         shares = square / (self.eigenvalues + square)
         if self.kind == "stationary":
-            return float((shares.sum(-1) * self._multiplicity()).sum() / self.dimension)
+            # Most columns of the half spectrum stand for two of the full one.
+            columns = torch.arange(shares.shape[1])
+            twice = (columns > 0) & (2 * columns < self.shape[2])
+            return float((shares.sum(-1) * (1 + twice.double())).sum() / self.dimension)
         rest = (self.dimension - shares.numel()) * square / (self.residual + square)
         return (float(shares.sum()) + rest) / self.dimension
 
@@ -231,12 +233,6 @@ class DatasetStatistics:
         if key not in self._casts:
             self._casts[key] = getattr(self, name).to(device, dtype)
         return self._casts[key]
-
-    def _multiplicity(self) -> Tensor:
-        """How many of the W columns of the full spectrum each column of the half one stands for."""
-        width = self.shape[2]
-        columns = torch.arange(width // 2 + 1)
-        return torch.where((columns == 0) | (2 * columns == width), 1.0, 2.0).double()
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,14 +44,10 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         """Raise ValueError for other algorithms and orders."""
         super().check_config()
         algorithm, order = self.config["algorithm_type"], self.config["solver_order"]
-        if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
+        if algorithm not in ("dpmsolver++", "sde-dpmsolver++") or order not in (1, 2):
             raise ValueError(
                 "FusedDPMSolverMultistepScheduler has algorithm_type 'dpmsolver++' and "
-                f"'sde-dpmsolver++', got {algorithm!r}"
-            )
-        if order not in (1, 2):
-            raise ValueError(
-                f"FusedDPMSolverMultistepScheduler has solver_order 1 and 2, got {order}"
+                f"'sde-dpmsolver++' (got {algorithm!r}), solver_order 1 and 2 (got {order})"
             )
 
     def coefficients(self) -> Tensor:

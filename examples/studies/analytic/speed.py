@@ -42,9 +42,7 @@ def speedup(
             as it runs here, to itself in float32 (`difference_to_float32`).
     """
     ours = LocalDenoiser(images, tau=tau, statistics=statistics, **options)
-    check = LocalDenoiser(
-        images[:1024], tau=tau, statistics=statistics, normalization="minibatch", minibatch=256
-    )
+    check = LocalDenoiser(images[:1024], tau=tau, statistics=statistics, minibatch=256)
     few = [
         LocalDenoiser(images[:4096], tau=tau, statistics=statistics, **options | more)
         for more in ({}, {"accelerator": "none"})

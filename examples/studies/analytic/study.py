@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ls": ("ls", WINDOW),
     "els": ("els", WINDOW),
     "local_exact": ("local", TAU),
-    "local_minibatch": ("local", TAU | {"normalization": "minibatch"}),
+    "local_minibatch": ("local", TAU | {"minibatch": 256}),
 }
 UNITS = (
     *(f"agreement.{name}" for name in ("network", *METHODS)),

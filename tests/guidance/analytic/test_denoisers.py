@@ -44,9 +44,7 @@ DENOISERS = {
     "optimal": lambda x, **o: OptimalDenoiser(x, **o),
     "local": lambda x, **o: LocalDenoiser(x, tau=0.1, **o),
     "sparse": lambda x, **o: LocalDenoiser(x, tau=0.3, **o),
-    "minibatch": lambda x, **o: LocalDenoiser(
-        x, tau=0.1, normalization="minibatch", minibatch=25, **o
-    ),
+    "minibatch": lambda x, **o: LocalDenoiser(x, tau=0.1, minibatch=25, **o),
     "soft": lambda x, **o: SoftLocalDenoiser(x, **o),
     "ls": lambda x, **o: LSDenoiser(x, k=3, **o),
     "els": lambda x, **o: ELSDenoiser(x, k=3, **o),

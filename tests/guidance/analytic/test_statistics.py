@@ -36,7 +36,7 @@ def make(kind):
         if kind == "stationary":
             patch.setattr(statistics, "LARGEST_DENSE", 0)
             patch.setattr(statistics, "LARGEST_SKETCH", 0)
-        found = DatasetStatistics.from_images(IMAGES[kind], chunk=32, **LATENTS)
+        found = DatasetStatistics.from_images(IMAGES[kind], **LATENTS)
     assert found.kind == kind
     return found
 
@@ -149,7 +149,7 @@ def test_large_images_take_the_sketch(monkeypatch):
     thin.flatten(1)[:, :] = thin.flatten(1)[:, :8] @ torch.randn(
         8, 60, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )
-    found = DatasetStatistics.from_images(thin, chunk=16, **LATENTS)
+    found = DatasetStatistics.from_images(thin, **LATENTS)
     assert found.kind == "low_rank"
     torch.testing.assert_close(dense(found), oracles.covariance(thin)[1], rtol=0, atol=1e-9)
 
@@ -184,7 +184,7 @@ def test_every_kind_of_source_gives_the_same_statistics(tmp_path):
     }
     expected = DatasetStatistics.from_images(floats)
     for name, source in sources.items():
-        found = DatasetStatistics.from_images(source, chunk=16)
+        found = DatasetStatistics.from_images(source)
         assert found.kind == "low_rank" and found.count == 50, name
         torch.testing.assert_close(found.mean, expected.mean, msg=name)
         torch.testing.assert_close(dense(found), dense(expected), rtol=0, atol=1e-12, msg=name)
@@ -294,6 +294,6 @@ def test_the_transcription_equals_the_minibatch_denoiser():
     unit = torch.eye(60).double().view(60, 3, 4, 5)
     wiener = kept.apply(unit, lambda values: values / (values + sigma**2)).flatten(1).float()
     y = noisy(decode(x), sigma)
-    denoiser = LocalDenoiser(x, tau=0.05, normalization="minibatch", minibatch=16, statistics=kept)
+    denoiser = LocalDenoiser(x, tau=0.05, minibatch=16, statistics=kept)
     found = local_denoiser(Pictures(x), wiener, y, sigma, tau=0.05, minibatch=16)
     torch.testing.assert_close(found, denoiser(y, sigma), rtol=0, atol=1e-5)

@@ -307,7 +307,7 @@ def test_exchanged_timesteps_are_noticed():
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (DPM, {"solver_order": 3}, "solver_order 1 and 2, got 3"),
+        (DPM, {"solver_order": 3}, r"solver_order 1 and 2 \(got 3"),
         (
             DPM,
             {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
