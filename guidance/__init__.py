@@ -18,42 +18,21 @@ from .base import (
     Weights,
 )
 from .fitting.regression import Gram, fit_coefficients, r_squared
-from .policies import (
-    AdaptiveGuidance,
-    Coefficients,
-    ExtrapolateDifference,
-    HoldDifference,
-    Interval,
-    Pattern,
-    Schedule,
-    extrapolate,
-    forecast,
-    gate,
-    hold,
-    linear_ag,
-)
+from .policies.adaptive import AdaptiveGuidance
+from .policies.fill import Coefficients, ExtrapolateDifference, HoldDifference
+from .policies.interval import Interval
+from .policies.schedule import Pattern, Schedule, extrapolate, forecast, gate, hold, linear_ag
 from .prediction import PREDICTION_TYPES, NoiseLevel, PredictionType, Space, cosine
 from .presets import PRESETS, available, resolve
 from .registry import register
-from .rules import (
-    APG,
-    CFG,
-    FDG,
-    TCFG,
-    CFGPlusPlus,
-    CFGRescale,
-    CFGZeroStar,
-    MagnitudeAware,
-    apg,
-    cfg,
-    cfg_plus_plus_scale,
-    cfg_rescale,
-    cfg_zero_star,
-    fdg,
-    magnitude_aware,
-    tangential_damping,
-    tcfg,
-)
+from .rules.apg import APG, apg
+from .rules.cfg import CFG, cfg
+from .rules.cfg_plus_plus import CFGPlusPlus, cfg_plus_plus_scale
+from .rules.cfg_zero_star import CFGZeroStar, cfg_zero_star
+from .rules.frequency_decoupled import FDG, fdg
+from .rules.magnitude_aware import MagnitudeAware, magnitude_aware
+from .rules.rescale import CFGRescale, cfg_rescale
+from .rules.tcfg import TCFG, tangential_damping, tcfg
 from .run import NonFinitePredictionError, Run
 from .saved import load_guidance, save_guidance
 from .trace import StepRecord, Trace

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .base import Always, Guidance, Policy, Rule
-from .policies import AdaptiveGuidance, Interval
+from .policies.adaptive import AdaptiveGuidance
+from .policies.interval import Interval
 from .registry import ALIASES, NAMES, load_installed, register
-from .rules import APG, CFG
+from .rules.apg import APG
+from .rules.cfg import CFG
 
 register(Always)
 

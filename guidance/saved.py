@@ -11,7 +11,8 @@ from typing import Any
 
 from .base import Fill, Guidance, Policy, Rule
 from .files import write_json
-from .policies import AdaptiveGuidance, Pattern, extrapolate, forecast, hold, linear_ag
+from .policies.adaptive import AdaptiveGuidance
+from .policies.schedule import Pattern, extrapolate, forecast, hold, linear_ag
 from .registry import TYPES, Part, load_installed, part_name
 
 FORMAT = "pilotage-guidance-2"

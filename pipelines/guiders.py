@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, resolve
 from ..guidance.device import row_index
-from ..guidance.rules import cfg
+from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
 from .seam.layouts import LayoutError
