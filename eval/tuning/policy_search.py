@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ from ...guidance import Fill, HoldDifference, Schedule
 from ...guidance.policies.schedule import NFE, Choice
 from ...pipelines.fitting.fitted import check_identity
 from ...pipelines.fitting.on_policy import ScheduleFitter
+from ...pipelines.fitting.runs import Runs
 from ..metrics.images import to_tensor
 from .store import Between, Candidate, Search, TrialLog, check_floor, choices_of, pareto
 from .trials import Trials
@@ -92,7 +94,7 @@ def search(
         return log.conclude(quality_floor)
     fill = fill or HoldDifference()
     if fill.identity is not None:
-        check_identity(pipe, fill.identity, trials.calls()[0], trials.settings.guidance_scale)
+        check_identity(pipe, fill.identity, trials.call([0]), trials.guidance_scale)
     total = trials.evaluations()
     full = Schedule(_both_at(range(total), total, "cond"), fill=fill)
     with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
@@ -109,16 +111,19 @@ def search(
 
 def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
     """Fits a schedule to the prompts of some trials and judges its pictures of them."""
-    made: list[ScheduleFitter] = []  # plain guidance runs only if there is something to fit
+
+    @cache  # plain guidance runs only if there is something to fit
+    def fitter() -> ScheduleFitter:
+        settings = {f.name: getattr(trials, f.name) for f in fields(Runs)}
+        return ScheduleFitter(**settings, output_type="pil")
 
     def measure(schedule: Schedule) -> Candidate:
-        if not made:
-            settings = asdict(trials.settings)
-            made.append(ScheduleFitter(trials.pipe, trials.prompts, output_type="pil", **settings))
         choices = choices_of(schedule)
-        fit, pictures = made[0].fit(choices)
-        quality = trials.quality(to_tensor(pictures), to_tensor(made[0].pictures)).mean().item()
-        return Candidate(fit.schedule, float(schedule.nfe(len(choices))), quality)
+        found, pictures = fitter().fit(choices)
+        quality = trials.quality(to_tensor(pictures), to_tensor(fitter().pictures)).mean().item()
+        fill = found.coefficients
+        fitted = Schedule(choices, fill=fill, identity=fill.identity)
+        return Candidate(fitted, float(schedule.nfe(len(choices))), quality)
 
     return measure
 
@@ -212,7 +217,7 @@ def spread(total: int, between: Between, most: int) -> list[tuple[Choice, ...]]:
 def _evolve(log: TrialLog, floor: float, rounds: int) -> None:
     """Vary members of the front, most often those near the floor."""
     for number in range(rounds):
-        chance = random.Random(f"{log.trials.settings.seed} {number}")
+        chance = random.Random(f"{log.trials.seed} {number}")
         front = pareto(log.asked.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule

@@ -13,7 +13,7 @@ from pilotage.eval.tuning.policy_search import search, spread
 from pilotage.eval.tuning.relaxed_search import relaxed_search
 from pilotage.eval.tuning.store import Candidate, TrialLog, pareto
 from pilotage.eval.tuning.trials import Trials
-from pilotage.guidance import APG, Coefficients, HoldDifference, Schedule, hold
+from pilotage.guidance import APG, CFG, Coefficients, Guidance, HoldDifference, Schedule, hold
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 
@@ -62,10 +62,8 @@ def evolved(log, floor):
 
 
 def log_of(fill, path, measure):
-    settings = SimpleNamespace(seed=0)
-    trials = SimpleNamespace(prompts=["a fox"], rule=None, settings=settings)
-    trials.identity = dict
-    trials.compose = lambda policy: policy
+    plain = Guidance(CFG())
+    trials = SimpleNamespace(prompts=["a fox"], rule=None, seed=0, identity=dict, plain=plain)
     return TrialLog(trials, fill, SimpleNamespace(update=lambda: None), path, measure=measure)
 
 
@@ -219,7 +217,7 @@ def test_calibration_leaves_out_a_space_that_cannot_reach_the_quality(pipe, monk
     monkeypatch.setattr(calibration, "agreement", lambda trials: faked)
     highest = calibrate(pipe, PROMPTS, target_nfe=8, **SETTINGS).proofs["native"][2]
     found = calibrate(pipe, PROMPTS, target_ssim=highest - 1e-4, **SETTINGS)
-    assert found.space == "native" and found.quality >= highest - 1e-4
+    assert found.space == "native" and found.best.quality >= highest - 1e-4
     assert found.proofs["x0"][2] < highest - 1e-4
     faked["native"] = faked["x0"]
     with pytest.raises(ValueError, match="no threshold reaches a quality of .*: the highest"):

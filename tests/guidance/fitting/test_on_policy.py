@@ -122,8 +122,6 @@ def test_a_skipped_step_reuses_the_last_few():
     reference = sample(Schedule(("both",) * T), uncond_of)
     _, found = fitted(reference, uncond_of, choices)
     assert found.guided[5][0] == 0 and all(found.guided[5][1:])
-    with pytest.raises(ValueError, match="recent must be at least 1"):
-        FitOnPolicy(choices, W, lambda t: None, print, recent=0)
 
 
 MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")

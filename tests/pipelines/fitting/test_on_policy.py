@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import CFG, Guidance, Schedule, hold, linear_ag
 from pilotage.pipelines.fitting.fit import fit
-from pilotage.pipelines.fitting.on_policy import ScheduleFitter, fit_schedule
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 5
@@ -44,22 +44,23 @@ def test_a_schedule_does_what_it_was_fitted_to(pipe, fitter):
         handle.remove()
     assert pipe.unet is network
     assert max(sizes) <= 2 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
-    again, nfe = run(pipe, found.schedule)
+    schedule = Schedule(CHOICES, fill=found.coefficients)
+    again, nfe = run(pipe, schedule)
     assert nfe == [STEPS + 2] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     plain, _ = run(pipe, "cfg")
     torch.testing.assert_close(fitter.states[-1], plain, rtol=1e-3, atol=1e-3)
     assert (found.trajectories, found.held_out) == (2, 1)
     apart = (again[:2] - plain[:2]).square().sum() / plain[:2].square().sum()
-    assert found.distance[-1] == pytest.approx(apart.item(), rel=1e-2)
-    assert found.distance[:2] == (0.0, 0.0)
+    assert found.figures["distance"][-1] == pytest.approx(apart.item(), rel=1e-2)
+    assert found.figures["distance"][:2] == (0.0, 0.0)
     with pytest.raises(ValueError, match="num_inference_steps was 5, here it is 4"):
-        pipe(PROMPTS[0], guidance=found.schedule, num_inference_steps=4)
+        pipe(PROMPTS[0], guidance=schedule, num_inference_steps=4)
 
 
 def test_nothing_estimated_is_plain_guidance(fitter):
     found, latents = fitter.fit(("both",) * STEPS)
-    assert found.distance == (0.0,) * STEPS
+    assert found.figures["distance"] == (0.0,) * STEPS
     assert torch.equal(latents, fitter.states[-1])
 
 
@@ -75,7 +76,7 @@ def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, fit
 def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, fitter):
     choices = ("both", "both", "forecast", "both", "forecast")
     found, latents = fitter.fit(choices)
-    again, nfe = run(pipe, found.schedule)
+    again, nfe = run(pipe, Schedule(choices, fill=found.coefficients))
     assert nfe == [6] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     held, _ = run(pipe, Schedule(choices))
@@ -118,15 +119,15 @@ def test_other_schedulers(pipe):
     try:
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
         with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
-            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
+            ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
-        found = fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
-        assert 0 < found.distance[2] < 0.2
+        found = ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
+        assert 0 < found[0].figures["distance"][2] < 0.2
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
             stock.config, rescale_betas_zero_snr=False
         )
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
-            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
+            ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
     finally:
         pipe.scheduler = stock
 
