@@ -68,7 +68,6 @@ def calibrate(
     target_nfe: float | None = None,
     target_ssim: float | None = None,
     then: Then = "cond",
-    progress: bool = True,
     **settings: Any,
 ) -> Calibration:
     """Find the threshold, and the space it is taken in, for Adaptive Guidance.
@@ -81,14 +80,11 @@ def calibrate(
         target_ssim: Wanted mean quality (SSIM unless `quality` says otherwise) against plain
             guidance; the space that reaches it with fewer evaluations is chosen.
         then: See `AdaptiveGuidance`.
-        progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
         ValueError: not exactly one target, or one that no threshold reaches.
     """
-    from tqdm import tqdm
-
     check_targets(target_nfe, target_ssim)
     trials = Trials(pipe, prompts, **settings)
     lag = 0 if pipe.device.type == "cpu" else 1
@@ -102,7 +98,7 @@ def calibrate(
         bar.update()
         return Proof(threshold, nfe, quality)
 
-    with tqdm(desc="calibrating", unit="run", disable=not progress) as bar:
+    with trials.bar("calibrating", "run") as bar:
         gammas = agreement(trials)
         bar.update()
         costs = {space: cost_curve(gamma, lag, then) for space, gamma in gammas.items()}

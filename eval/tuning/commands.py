@@ -70,8 +70,7 @@ def fit(
     from ...pipelines.fitting.on_policy import ScheduleFitter
     from ...pipelines.processes import processes
 
-    seconds: tuple[Choice, ...] = ("estimate", "cond", "forecast")
-    second = one_of("--then", then, seconds)
+    second: Choice = one_of("--then", then, ("estimate", "cond", "forecast"))
     regressed: Target = one_of("--target", target or "difference", get_args(Target))
     if second == "forecast" and not on_policy:
         raise ValueError("--then forecast is fitted with --on-policy")

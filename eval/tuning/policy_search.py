@@ -1,15 +1,12 @@
 """Policy search: for every step, which branches to evaluate, what to estimate, and how strongly.
 
-Two ways to the same kind of result, the Pareto front of quality over network evaluations:
+Greedy removal of the evaluations that cost least, a few evenly spread ones, then evolution of the
+front, in which single steps may also be scaled to make up for others. With ``fitted=True`` every
+schedule tried gets weights of its own for its skipped or estimated steps, fitted on runs of it, and
+the search is for where to evaluate.
 
-* `search`: greedy removal of the evaluations that cost least, a few evenly spread ones, then
-  evolution of the front, in which single steps may also be scaled to make up for others (the idea
-  of OUSAC, https://arxiv.org/abs/2512.14096). No gradient is needed.
-  With ``fitted=True`` every schedule tried gets weights of its own for its skipped or estimated
-  steps, fitted on runs of it (`pilotage.pipelines.fitting.on_policy`), and the search is for where
-  to evaluate.
-* `relaxed_search`, in the file of that name: the differentiable relaxation of the Adaptive Guidance
-  paper (https://arxiv.org/abs/2312.12487).
+References:
+    OUSAC, https://arxiv.org/abs/2512.14096 (scales that make up for steps without guidance)
 """
 
 from __future__ import annotations
@@ -44,7 +41,6 @@ def search(
     between: Between = "forecast",
     rounds: int = 60,
     checkpoint: Path | str | None = None,
-    progress: bool = True,
     **settings: Any,
 ) -> Search:
     """Look for the cheapest schedule whose quality reaches a floor.
@@ -69,7 +65,6 @@ def search(
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
         checkpoint: JSON file for what was tried; an interrupted search goes on from there, one for
             another floor makes use of it.
-        progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
@@ -78,8 +73,6 @@ def search(
             fitted on something else, a run of a single evaluation, or (with a `quality` that is
             below the floor even for the full run) no schedule that reaches the floor.
     """
-    from tqdm import tqdm
-
     check_floor(quality_floor)
     trials = Trials(pipe, prompts, **settings)
     path = None if checkpoint is None else Path(checkpoint)
@@ -88,7 +81,7 @@ def search(
     if between not in get_args(Between):
         raise ValueError(f"between is {' or '.join(get_args(Between))}, got {between!r}")
     if fitted:
-        with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+        with trials.bar("searching", "schedule") as bar:
             log = TrialLog(trials, None, bar, path, between, _fitting(trials))
             _move(log, trials.evaluations(), quality_floor, rounds, between)
         return log.conclude(quality_floor)
@@ -97,7 +90,7 @@ def search(
         check_identity(pipe, fill.identity, trials.call([0]), trials.guidance_scale)
     total = trials.evaluations()
     full = Schedule(_both_at(range(total), total, "cond"), fill=fill)
-    with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+    with trials.bar("searching", "schedule") as bar:
         log = TrialLog(trials, fill, bar, path)
         log(full)
         _remove_greedily(log, full)

@@ -65,7 +65,6 @@ def relaxed_search(
     *,
     quality_floor: float = 0.9,
     iterations: int = 40,
-    progress: bool = True,
     **settings: Any,
 ) -> Search:
     """Learn which steps need guidance, and how strongly, by gradient descent through the sampler.
@@ -78,14 +77,11 @@ def relaxed_search(
         prompts: A few typical prompts. Every iteration takes one batch of them in turn.
         quality_floor: Mean quality against plain guidance to be kept.
         iterations: Gradient steps.
-        progress: Show a bar.
         settings: As of `Trials`.
 
     Raises:
         ValueError: a setting is out of its range, or no schedule reaches the floor.
     """
-    from tqdm import tqdm
-
     check_floor(quality_floor)
     if iterations < 1:
         raise ValueError(f"relaxed_search needs iterations >= 1, got {iterations}")
@@ -99,7 +95,7 @@ def relaxed_search(
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     calls = len(trials.calls())
     targets = [_latents(trials, i, None) for i in range(calls)]
-    with tqdm(total=iterations, desc="relaxing", unit="iteration", disable=not progress) as bar:
+    with trials.bar("relaxing", "iteration", iterations) as bar:
         for iteration in range(iterations):
             i = iteration % calls
             with _differentiable(pipe):
@@ -112,7 +108,7 @@ def relaxed_search(
             optimizer.step()
             bar.set_postfix(distance=f"{distance.item():.4f}")
             bar.update()
-    with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
+    with trials.bar("trying", "schedule") as bar:
         log = TrialLog(trials, HoldDifference(), bar)
         every: list[Choice] = ["both"] * total
         log(Schedule(tuple(every)))

@@ -50,7 +50,7 @@ class FitOnPolicy(Policy):
         guidance_scale: w of the run.
         aim: Step -> the guided network output that is wanted of it, with shape (B, \\*).
         to: Called with the coefficients once the last of them is fitted.
-        rows: Samples to fit on; None: all. The others are guided by what is found.
+        rows: Samples to fit on. The others are guided by what is found.
         ridge: Added to the diagonal, relative to the mean square of the regressors.
 
     Raises:
@@ -64,7 +64,7 @@ class FitOnPolicy(Policy):
     guidance_scale: float
     aim: Callable[[int], Tensor] = field(repr=False)
     to: Callable[[Coefficients], None] = field(repr=False)
-    rows: Sequence[int] | None = None
+    rows: Sequence[int]
     ridge: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -89,7 +89,6 @@ class _Fitting(SameForAll):
         ]
         super().__init__(batch, lambda step: fitted[step.index])
         self.policy = policy
-        self.rows = list(range(batch) if policy.rows is None else policy.rows)
         self.terms = _terms(policy.choices)
         self.last_use = {term: step for step, terms in self.terms.items() for term in terms}
         self.weights: dict[int, Weights] = {}
@@ -109,7 +108,7 @@ class _Fitting(SameForAll):
         if not skips:
             aim = (aim - accumulate(kept["cond", step])) / (self.policy.guidance_scale - 1)
         known = torch.stack([_regressor(term, kept) for term in terms])
-        rows = self.rows
+        rows = list(self.policy.rows)
         beta = ridge_regression(
             known[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge
         ).tolist()

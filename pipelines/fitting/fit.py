@@ -64,7 +64,6 @@ def fit(
     target: Target = "difference",
     ridge: float = 1e-3,
     checkpoint: Path | str | None = None,
-    progress: bool = True,
     **settings: Any,
 ) -> Fit:
     """Fit LinearAG's coefficients for one pipeline.
@@ -84,7 +83,6 @@ def fit(
             signs, which explain single steps best, may be worse over a run.
         checkpoint: Folder for what is done; a fit interrupted and run again goes on from there.
             Removed by no one.
-        progress: Show a bar.
         settings: The others of `Runs`.
 
     Returns:
@@ -98,7 +96,6 @@ def fit(
         TypeError: an unknown setting.
     """
     from accelerate.utils import gather_object
-    from tqdm import tqdm
 
     check_fit(prompts, ridge)
     if target not in get_args(Target):
@@ -125,15 +122,12 @@ def fit(
     ]
     state = processes()
     done: dict[int, Gram] = {}
-    bar = tqdm(
-        range(state.process_index, len(calls), state.num_processes),
-        unit="batch",
-        desc="trajectories",
-        disable=not (progress and state.is_main_process),
-    )
-    for number in bar:
-        path = None if checkpoint is None else Path(checkpoint) / f"batch-{number:05d}.json"
-        done[number] = _inner_products(pipe, calls[number][1], path, plan)
+    own = range(state.process_index, len(calls), state.num_processes)
+    with runs[0].bar("trajectories", "batch", len(own)) as bar:
+        for number in own:
+            path = None if checkpoint is None else Path(checkpoint) / f"batch-{number:05d}.json"
+            done[number] = _inner_products(pipe, calls[number][1], path, plan)
+            bar.update()
     if state.num_processes > 1:
         done = dict(pair for part in gather_object([list(done.items())]) for pair in part)
     # Summed in a fixed order, so that nothing depends on who computed what.

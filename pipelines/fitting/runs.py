@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from ...guidance.files import write_json
 from ..guided import scale_option
+from ..processes import processes
 from .fitted import negative_argument, run_identity
 
 HELD_OUT_EVERY = 5
@@ -33,6 +35,7 @@ class Runs:
         negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
         seed: Seed of the first prompt's noise; the others follow.
         batch_size: Prompts at a time.
+        progress: Show bars, in the first process.
 
     Raises:
         ValueError: no prompts, or a setting out of its range.
@@ -46,6 +49,7 @@ class Runs:
     negative_prompt: str | None = None
     seed: int = 0
     batch_size: int = 8
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
@@ -76,6 +80,11 @@ class Runs:
         numbers = range(len(self.prompts)) if samples is None else samples
         size = self.batch_size
         return [self.call(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+    def bar(self, doing: str, unit: str, total: int | None = None) -> tqdm[NoReturn]:
+        """A progress bar, to be updated by hand."""
+        hidden = not (self.progress and processes().is_main_process)
+        return tqdm(desc=doing, unit=unit, total=total, disable=hidden)
 
     def identity(self) -> dict[str, Any]:
         """What settings fitted on these runs belong to; see `run_identity`."""
