@@ -7,11 +7,11 @@ run. Each space then proves itself in a few runs of Adaptive Guidance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,32 +62,27 @@ class Calibration:
 
 
 def calibrate(
-    pipe: Any,
-    prompts: Sequence[str],
+    trials: Trials,
     *,
     target_nfe: float | None = None,
     target_ssim: float | None = None,
     then: Then = "cond",
-    **settings: Any,
 ) -> Calibration:
     """Find the threshold, and the space it is taken in, for Adaptive Guidance.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts.
+        trials: Runs of a few typical prompts.
         target_nfe: Wanted mean network evaluations a picture; the space with the higher quality
             there is chosen.
         target_ssim: Wanted mean quality (SSIM unless `quality` says otherwise) against plain
             guidance; the space that reaches it with fewer evaluations is chosen.
         then: See `AdaptiveGuidance`.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: not exactly one target, or one that no threshold reaches.
     """
     check_targets(target_nfe, target_ssim)
-    trials = Trials(pipe, prompts, **settings)
-    lag = 0 if pipe.device.type == "cpu" else 1
+    lag = 0 if trials.pipe.device.type == "cpu" else 1
     proofs: dict[Space, Proof] = {}
 
     def composed(threshold: float, space: Space) -> Guidance:

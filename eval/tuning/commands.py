@@ -129,25 +129,16 @@ def calibrate(
     from ...guidance import Always, resolve
     from ...guidance.policies.adaptive import Then
     from .calibration import calibrate, check_targets
+    from .trials import Trials
 
     check_targets(nfe, ssim)
     follows: Then = one_of("--then", then, get_args(Then))
     if not isinstance(resolve(rule).policy, Always):
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
     texts, pipe = load(prompts, output, model, device)
-    found = calibrate(
-        pipe,
-        texts,
-        target_nfe=nfe,
-        target_ssim=ssim,
-        guidance_scale=scale,
-        num_inference_steps=steps,
-        negative_prompt=negative,
-        seed=seed,
-        batch_size=batch_size,
-        rule=pipe.resolve_guidance(rule).rule,
-        then=follows,
-    )
+    own = pipe.resolve_guidance(rule).rule
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, rule=own)
+    found = calibrate(trials, target_nfe=nfe, target_ssim=ssim, then=follows)
     found.save(output)
     for space, (threshold, cost, quality) in found.proofs.items():
         typer.echo(f"{space}: threshold {threshold:.6g}, NFE {cost:.2f}, SSIM {quality:.4f}")
@@ -195,6 +186,7 @@ def search(
     from .policy_search import search
     from .relaxed_search import relaxed_search
     from .store import Between
+    from .trials import Trials
 
     if fitted and (relaxed or coefficients is not None):
         raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
@@ -208,20 +200,19 @@ def search(
             raise ValueError(f"{coefficients} holds no coefficients: make them with 'pilotage fit'")
         fill = policy.fill
     texts, pipe = load(prompts, output, model, device)
-    settings: dict[str, Any] = {
-        "quality_floor": floor,
-        "guidance_scale": scale,
-        "num_inference_steps": steps,
-        "negative_prompt": negative,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
     if relaxed:
-        found = relaxed_search(pipe, texts, iterations=max(rounds, 1), **settings)
+        found = relaxed_search(trials, quality_floor=floor, iterations=max(rounds, 1))
     else:
-        settings |= {"fill": fill, "fitted": fitted, "between": other, "rounds": rounds}
-        settings["checkpoint"] = output.with_name(f"{output.name}.tried")
-        found = search(pipe, texts, **settings)
+        found = search(
+            trials,
+            quality_floor=floor,
+            fill=fill,
+            fitted=fitted,
+            between=other,
+            rounds=rounds,
+            checkpoint=output.with_name(f"{output.name}.tried"),
+        )
     found.save(output)
     typer.echo("  NFE    SSIM")
     for candidate in found.front:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from ...guidance import Fill, HoldDifference, Schedule
 from ...guidance.policies.schedule import NFE, Choice
@@ -32,8 +32,7 @@ FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
 
 
 def search(
-    pipe: Any,
-    prompts: Sequence[str],
+    trials: Trials,
     *,
     quality_floor: float = 0.9,
     fill: Fill | None = None,
@@ -41,7 +40,6 @@ def search(
     between: Between = "forecast",
     rounds: int = 60,
     checkpoint: Path | str | None = None,
-    **settings: Any,
 ) -> Search:
     """Look for the cheapest schedule whose quality reaches a floor.
 
@@ -52,8 +50,7 @@ def search(
     any floor can be reached.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts; 16 give a usable order, more a finer one.
+        trials: Runs of a few typical prompts; 16 give a usable order, more a finer one.
         quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
             otherwise).
         fill: Gives the weights of estimated and skipped steps; default: `HoldDifference`.
@@ -65,7 +62,6 @@ def search(
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
         checkpoint: JSON file for what was tried; an interrupted search goes on from there, one for
             another floor makes use of it.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
@@ -74,7 +70,6 @@ def search(
             below the floor even for the full run) no schedule that reaches the floor.
     """
     check_floor(quality_floor)
-    trials = Trials(pipe, prompts, **settings)
     path = None if checkpoint is None else Path(checkpoint)
     if fitted and (fill is not None or trials.rule is not None):
         raise ValueError("a fitted search makes estimates of its own, for classifier-free guidance")
@@ -87,7 +82,7 @@ def search(
         return log.conclude(quality_floor)
     fill = fill or HoldDifference()
     if fill.identity is not None:
-        check_identity(pipe, fill.identity, trials.call([0]), trials.guidance_scale)
+        check_identity(trials.pipe, fill.identity, trials.call([0]), trials.guidance_scale)
     total = trials.evaluations()
     full = Schedule(_both_at(range(total), total, "cond"), fill=fill)
     with trials.bar("searching", "schedule") as bar:

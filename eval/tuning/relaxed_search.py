@@ -59,25 +59,16 @@ class ScaledSteps(Policy):
         return SameForAll(batch, lambda step: decisions[step.index])
 
 
-def relaxed_search(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    quality_floor: float = 0.9,
-    iterations: int = 40,
-    **settings: Any,
-) -> Search:
+def relaxed_search(trials: Trials, *, quality_floor: float = 0.9, iterations: int = 40) -> Search:
     """Learn which steps need guidance, and how strongly, by gradient descent through the sampler.
 
     Needs memory for a whole run's activations (the network's gradient checkpointing is switched on
     meanwhile) and a scheduler whose steps are differentiable.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts. Every iteration takes one batch of them in turn.
+        trials: Runs of a few typical prompts. Every iteration takes one batch of them in turn.
         quality_floor: Mean quality against plain guidance to be kept.
         iterations: Gradient steps.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: a setting is out of its range, or no schedule reaches the floor.
@@ -85,8 +76,7 @@ def relaxed_search(
     check_floor(quality_floor)
     if iterations < 1:
         raise ValueError(f"relaxed_search needs iterations >= 1, got {iterations}")
-    trials = Trials(pipe, prompts, **settings)
-    w = trials.guidance_scale
+    pipe, w = trials.pipe, trials.guidance_scale
     if w <= 2:
         raise ValueError(f"relaxed_search tries w / 2: it needs a guidance scale > 2, got {w}")
     total = trials.evaluations()

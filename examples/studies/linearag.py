@@ -103,7 +103,8 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
     LinearAG is fitted on runs of its own likewise: its first half is the same, whatever follows.
     """
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
-    floor = Trials(pipe, prompts, **options).judge("ag")[0] + MARGIN
+    trials = Trials(pipe, prompts, **options)
+    floor = trials.judge("ag")[0] + MARGIN
     for path in folder.glob("searched*.json"):
         path.unlink()
     for name, between, wanted in (
@@ -112,14 +113,12 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
         ("searched-estimates", "estimate", floor),
     ):
         found = search(
-            pipe,
-            prompts,
+            trials,
             quality_floor=wanted,
             fitted=True,
             between=between,
             rounds=SEARCH_ROUNDS,
             checkpoint=work / f"search-{between}.json",
-            **options,
         )
         found.save(folder / f"{name}.json")
     for name, then in (("steered", "estimate"), ("forecast", "forecast")):
@@ -127,9 +126,10 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
         found, _ = fitter.fit(hold(then=then).choices_for(STEPS))
         policy = linear_ag(found.coefficients, then=then)
         found.save(folder / f"linear-ag-{name}.json", policy)
-    options["quality_floor"] = floor
     if not (folder / "relaxed.json").is_file():
-        relaxed = relaxed_search(pipe, prompts[:4], iterations=20, **options)
+        relaxed = relaxed_search(
+            Trials(pipe, prompts[:4], **options), quality_floor=floor, iterations=20
+        )
         relaxed.save(folder / "relaxed.json")
 
 
