@@ -68,6 +68,7 @@ def fit(
     from ...guidance.policies.schedule import Choice
     from ...pipelines.fitting.fit import fit
     from ...pipelines.fitting.on_policy import ScheduleFitter
+    from ...pipelines.fitting.runs import Runs
     from ...pipelines.processes import processes
 
     second: Choice = one_of("--then", then, ("estimate", "cond", "forecast"))
@@ -79,22 +80,15 @@ def fit(
     if on_policy and (target is not None or checkpoint is not None):
         raise ValueError("--on-policy regresses no target and is not resumed: leave both out")
     texts, pipe = load(prompts, output, model, device)
-    settings: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "negative_prompt": negative,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    if ridge is not None:
-        settings["ridge"] = ridge
+    own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
+    runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
     if on_policy:
-        fitter = ScheduleFitter(pipe, texts, scale[0], **settings)
+        fitter = ScheduleFitter(runs, **own)
         found, _ = fitter.fit(hold(then=second).choices_for(fitter.total))
         shown = {"distance": "distance", "distance_held_out": "held out"}
     else:
-        settings |= {"guidance_scale": scale, "target": regressed}
-        settings["checkpoint"] = checkpoint or output.with_name(f"{output.name}.batches")
-        found = fit(pipe, texts, **settings)
+        folder = checkpoint or output.with_name(f"{output.name}.batches")
+        found = fit(runs, scales=scale, target=regressed, checkpoint=folder, **own)
         shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
     if processes().is_main_process:
         found.save(output, linear_ag(found.coefficients, then=second))

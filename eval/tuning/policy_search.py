@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -22,7 +22,6 @@ from ...guidance import Fill, HoldDifference, Schedule
 from ...guidance.policies.schedule import NFE, Choice
 from ...pipelines.fitting.fitted import check_identity
 from ...pipelines.fitting.on_policy import ScheduleFitter
-from ...pipelines.fitting.runs import Runs
 from ..metrics.images import to_tensor
 from .store import Between, Candidate, Search, TrialLog, check_floor, choices_of, pareto
 from .trials import Trials
@@ -102,8 +101,7 @@ def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
 
     @cache  # plain guidance runs only if there is something to fit
     def fitter() -> ScheduleFitter:
-        settings = {f.name: getattr(trials, f.name) for f in fields(Runs)}
-        return ScheduleFitter(**settings, output_type="pil")
+        return ScheduleFitter(trials, output_type="pil")
 
     def measure(schedule: Schedule) -> Candidate:
         choices = choices_of(schedule)

@@ -53,6 +53,7 @@ from pilotage.guidance import (
 )
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 STEPS = 20
 SCALE = 7.5
@@ -80,9 +81,10 @@ def training_prompts(drawings: list[emoji.Drawing], count: int, first: int = 0) 
 def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]:
     """Fit on disjoint halves and on all; save the last. How far the halves agree."""
     halves = [
-        fit(pipe, prompts[i::2], seed=1000 * (i + 1), checkpoint=work / f"fit-{i}") for i in (0, 1)
+        fit(Runs(pipe, prompts[i::2], seed=1000 * (i + 1)), checkpoint=work / f"fit-{i}")
+        for i in (0, 1)
     ]
-    found = fit(pipe, prompts, seed=5000, checkpoint=work / "fit")
+    found = fit(Runs(pipe, prompts, seed=5000), checkpoint=work / "fit")
     found.save(folder / "linear-ag.json", linear_ag(found.coefficients, then="estimate"))
     r2 = [half.figures["r2_held_out"] for half in halves]
     held_out = [statistics.fmean(values) for values in r2]
@@ -122,7 +124,7 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
         )
         found.save(folder / f"{name}.json")
     for name, then in (("steered", "estimate"), ("forecast", "forecast")):
-        fitter = ScheduleFitter(pipe, prompts, SCALE, STEPS, batch_size=2 * BATCH)
+        fitter = ScheduleFitter(Runs(pipe, prompts, SCALE, STEPS, batch_size=2 * BATCH))
         found, _ = fitter.fit(hold(then=then).choices_for(STEPS))
         policy = linear_ag(found.coefficients, then=then)
         found.save(folder / f"linear-ag-{name}.json", policy)

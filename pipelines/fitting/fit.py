@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,14 +57,12 @@ class Fit:
 
 
 def fit(
-    pipe: Any,
-    prompts: Sequence[str],
+    runs: Runs,
     *,
-    guidance_scale: float | Sequence[float] = 7.5,
+    scales: Sequence[float] = (),
     target: Target = "difference",
     ridge: float = 1e-3,
     checkpoint: Path | str | None = None,
-    **settings: Any,
 ) -> Fit:
     """Fit LinearAG's coefficients for one pipeline.
 
@@ -74,16 +72,15 @@ def fit(
     shared out; the result does not depend on the number of processes.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: Prompts, at least 2.
-        guidance_scale: w, or several, which take turns: the coefficients then hold in between.
+        runs: A guided pipeline and at least 2 prompts.
+        scales: Several w, which take turns: the coefficients then hold in between. Default: that
+            of `runs`.
         target: What is regressed, see `fit_coefficients`. By default the difference, so that the
             ridge draws estimates towards it being 0 and not away from the conditional prediction.
         ridge: See `fit_coefficients`. Estimates are fed back, so that large coefficients of both
             signs, which explain single steps best, may be worse over a run.
         checkpoint: Folder for what is done; a fit interrupted and run again goes on from there.
             Removed by no one.
-        settings: The others of `Runs`.
 
     Returns:
         Coefficients and three figures: "r2", the share of the square of each step's unconditional
@@ -93,40 +90,37 @@ def fit(
 
     Raises:
         ValueError: too few prompts, a setting out of its range, or a checkpoint of another fit.
-        TypeError: an unknown setting.
     """
     from accelerate.utils import gather_object
 
-    check_fit(prompts, ridge)
+    check_fit(runs.prompts, ridge)
     if target not in get_args(Target):
         raise ValueError(f"target is {' or '.join(get_args(Target))}, got {target!r}")
-    scales = list(guidance_scale) if isinstance(guidance_scale, Sequence) else [guidance_scale]
-    runs = [Runs(pipe, prompts, float(w), **settings) for w in scales]
-    if not runs:
-        raise ValueError("a fit needs a guidance scale, got none")
-    steps, negative = runs[0].num_inference_steps, runs[0].negative_prompt
-    identity = run_identity(pipe, steps, (float(min(scales)), float(max(scales))), negative)
+    turns = [replace(runs, guidance_scale=float(w)) for w in scales or [runs.guidance_scale]]
+    listed = [turn.guidance_scale for turn in turns]
+    span = min(listed), max(listed)
+    identity = run_identity(runs.pipe, runs.num_inference_steps, span, runs.negative_prompt)
     plan = {
         "identity": identity,
-        "prompts": runs[0].prompts,
-        "scales": scales,
-        "seed": runs[0].seed,
-        "batch_size": runs[0].batch_size,
+        "prompts": runs.prompts,
+        "scales": listed,
+        "seed": runs.seed,
+        "batch_size": runs.batch_size,
     }
     # The scales take turns.
     calls = [
         (is_held_out, call)
-        for is_held_out, samples in enumerate(held_out(len(prompts)))
-        for position, run in enumerate(runs)
-        for call in run.calls(samples[position :: len(runs)])
+        for is_held_out, samples in enumerate(held_out(len(runs.prompts)))
+        for position, turn in enumerate(turns)
+        for call in turn.calls(samples[position :: len(turns)])
     ]
     state = processes()
     done: dict[int, Gram] = {}
     own = range(state.process_index, len(calls), state.num_processes)
-    with runs[0].bar("trajectories", "batch", len(own)) as bar:
+    with runs.bar("trajectories", "batch", len(own)) as bar:
         for number in own:
             path = None if checkpoint is None else Path(checkpoint) / f"batch-{number:05d}.json"
-            done[number] = _inner_products(pipe, calls[number][1], path, plan)
+            done[number] = _inner_products(runs.pipe, calls[number][1], path, plan)
             bar.update()
     if state.num_processes > 1:
         done = dict(pair for part in gather_object([list(done.items())]) for pair in part)

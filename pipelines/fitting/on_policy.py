@@ -28,17 +28,13 @@ from .fit import Fit
 from .runs import Runs, check_fit, held_out
 
 
-@dataclass(eq=False)
-class ScheduleFitter(Runs):
+class ScheduleFitter:
     """Plain guidance on some prompts, and the fitting of schedules to it.
 
-    All prompts make one batch of the pipeline, but the denoiser is given both branches of
-    `batch_size` prompts at most. Every fifth prompt (at least one) is left out of the fits, to
-    judge by.
-
     Args:
-        pipe, prompts, guidance_scale, num_inference_steps, negative_prompt, seed, batch_size: See
-            `Runs`; at least 2 prompts, about 50 are enough.
+        runs: A guided pipeline and at least 2 prompts; about 50 are enough. They all make one batch
+            of it, but the denoiser is given both branches of `batch_size` prompts at most. Every
+            fifth (at least one) is left out of the fits, to judge by.
         ridge: See `FitOnPolicy`.
         output_type: What the pipeline makes of the last state, for `pictures` and `fit`.
 
@@ -47,18 +43,14 @@ class ScheduleFitter(Runs):
         states: x* after every step, T tensors of shape (B, \\*).
 
     Raises:
-        ValueError: too few prompts, a setting out of its range, or a pipeline that does not hand
-            its scheduler the guided prediction.
-        TypeError: an unknown setting.
+        ValueError: too few prompts, a ridge out of its range, or a pipeline that does not hand its
+            scheduler the guided prediction.
     """
 
-    ridge: float = 1e-4
-    output_type: str = "latent"
-
-    def __post_init__(self) -> None:
-        check_fit(self.prompts, self.ridge)
-        super().__post_init__()
-        pipeline = type(self.pipe)
+    def __init__(self, runs: Runs, *, ridge: float = 1e-4, output_type: str = "latent") -> None:
+        check_fit(runs.prompts, ridge)
+        self.runs, self.ridge, self.output_type = runs, ridge, output_type
+        pipeline = type(runs.pipe)
         if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
             raise ValueError(f"{pipeline.__name__} does not tell its states on the way")
         self.layout = layout_of(pipeline)
@@ -94,13 +86,13 @@ class ScheduleFitter(Runs):
         """
         if len(choices) != self.total:
             raise ValueError(f"{len(choices)} choices for a run of {self.total} steps")
-        kept, left_out = held_out(len(self.prompts))
+        kept, left_out = held_out(len(self.runs.prompts))
         found: list[Coefficients] = []
         reached: list[Tensor] = []
         policy = FitOnPolicy(
             tuple(choices),
-            self.guidance_scale,
-            _Aim(self.pipe, self.states, reached),
+            self.runs.guidance_scale,
+            _Aim(self.runs.pipe, self.states, reached),
             found.append,
             rows=kept,
             ridge=self.ridge,
@@ -110,7 +102,7 @@ class ScheduleFitter(Runs):
             name: tuple(_distance(x[of], y[of]) for x, y in zip(reached, self.states, strict=True))
             for name, of in (("distance", kept), ("distance_held_out", left_out))
         }
-        coefficients = replace(found[0], identity=self.identity())
+        coefficients = replace(found[0], identity=self.runs.identity())
         return Fit(coefficients, figures, len(kept), len(left_out)), pictures
 
     def _run(self, guidance: GuidanceLike, states: list[Tensor]) -> Any:
@@ -122,9 +114,9 @@ class ScheduleFitter(Runs):
             states.append(tensors["latents"].clone())
             return {}
 
-        call = self.call(range(len(self.prompts)))
-        with attached(self.pipe, self.layout.denoisers, self._in_parts):
-            return self.pipe(
+        call = self.runs.call(range(len(self.runs.prompts)))
+        with attached(self.runs.pipe, self.layout.denoisers, self._in_parts):
+            return self.runs.pipe(
                 guidance=guidance,
                 output_type=self.output_type,
                 callback_on_step_end=callback,
@@ -136,7 +128,7 @@ class ScheduleFitter(Runs):
         """The denoiser's output, made of some rows at a time."""
         listed = self.layout.listed
         call = Call(network, args, kwargs, listed)
-        rows, size = list(range(call.rows)), 2 * self.batch_size
+        rows, size = list(range(call.rows)), 2 * self.runs.batch_size
         if len(rows) <= size:
             return call()
         outputs = [call(rows[i : i + size]) for i in rows[::size]]

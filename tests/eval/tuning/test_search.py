@@ -16,6 +16,7 @@ from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import APG, CFG, Coefficients, Guidance, HoldDifference, Schedule, hold
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 from ...families import FAMILIES
 
@@ -178,7 +179,7 @@ def test_a_relaxation_is_drawn_to_its_rule(pipe):
 @pytest.fixture(scope="module")
 def coefficients(pipe):
     """Of a run that estimates its second step and skips its last."""
-    fitter = ScheduleFitter(pipe, PROMPTS, num_inference_steps=4)
+    fitter = ScheduleFitter(Runs(pipe, PROMPTS, num_inference_steps=4))
     return fitter.fit(hold(then="forecast").choices_for(4))[0].coefficients
 
 

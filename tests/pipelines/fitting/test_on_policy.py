@@ -8,6 +8,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import CFG, Guidance, Schedule, hold, linear_ag
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 5
@@ -23,7 +24,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def fitter(pipe):
-    return ScheduleFitter(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1)
+    return ScheduleFitter(Runs(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1))
 
 
 def run(pipe, guidance):
@@ -67,7 +68,7 @@ def test_nothing_estimated_is_plain_guidance(fitter):
 def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, fitter):
     choices = ("both", "both", "estimate", "both", "estimate")
     found, latents = fitter.fit(choices)
-    regressed = fit(pipe, PROMPTS, num_inference_steps=STEPS, progress=False).coefficients
+    regressed = fit(Runs(pipe, PROMPTS, num_inference_steps=STEPS, progress=False)).coefficients
     other, _ = run(pipe, Schedule(choices, fill=regressed))
     far, near = ((x - fitter.states[-1]).square().mean() for x in (other, latents))
     assert near < 0.9 * far
@@ -115,19 +116,19 @@ def test_steps_that_were_not_fitted_are_not_estimated(fitter):
 
 def test_other_schedulers(pipe):
     """A first-order one works alike; one that clips or adds noise is refused."""
-    stock = pipe.scheduler
+    stock, runs = pipe.scheduler, Runs(pipe, PROMPTS[:2], num_inference_steps=STEPS)
     try:
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
         with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
-            ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
+            ScheduleFitter(runs).fit(CHOICES)
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
-        found = ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
+        found = ScheduleFitter(runs).fit(CHOICES)
         assert 0 < found[0].figures["distance"][2] < 0.2
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
             stock.config, rescale_betas_zero_snr=False
         )
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
-            ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS).fit(CHOICES)
+            ScheduleFitter(runs).fit(CHOICES)
     finally:
         pipe.scheduler = stock
 
@@ -142,9 +143,10 @@ def test_other_schedulers(pipe):
     ],
 )
 def test_bad_settings_fail_before_anything_runs(pipe, changes, message):
-    arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS} | changes
+    ridge = changes.get("ridge", 1e-4)
+    settings = {"prompts": PROMPTS} | {k: v for k, v in changes.items() if k != "ridge"}
     with pytest.raises(ValueError, match=message):
-        ScheduleFitter(pipe, **arguments)
+        ScheduleFitter(Runs(pipe, **settings), ridge=ridge)
 
 
 def test_choices_of_another_length(fitter):
