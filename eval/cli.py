@@ -29,7 +29,7 @@ from .options import (
     report,
 )
 from .personalize import personalize
-from .tuning import calibrate, fit, search
+from .tuning.commands import calibrate, fit, search
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -221,9 +221,9 @@ def info(json: Json = None) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "compare": compare,
-    "fit": fit.command,
-    "calibrate": calibrate.command,
-    "search": search.command,
+    "fit": fit,
+    "calibrate": calibrate,
+    "search": search,
     "personalize": personalize,
     "denoise": denoise,
     "info": info,

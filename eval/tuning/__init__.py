@@ -1,0 +1,1 @@
+"""Finding cheaper settings for one model: calibration, searches, their commands."""

@@ -7,32 +7,33 @@ run. Each space then proves itself in a few runs of Adaptive Guidance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...guidance import (
-    AdaptiveGuidance,
-    Guidance,
-    Space,
-    cosine,
-    resolve,
-    save_guidance,
-)
+from ...guidance import AdaptiveGuidance, Guidance, Space, cosine, save_guidance
 from ...guidance.fitting.record import Record
 from ...guidance.policies.adaptive import Then
 from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
 from .trials import Trials
 
 ROUNDS = 7  # of bisection, towards a quality
-Proof = tuple[float, float, float]
-Curve = list[tuple[float, float]]
 SLACK = 1e-6  # a threshold lies so far below the cosine that is to reach it
+
+Curve = list[tuple[float, float]]
+
+
+class Proof(NamedTuple):
+    """A threshold, with the mean network evaluations and the mean quality that it gives."""
+
+    threshold: float
+    nfe: float
+    quality: float
 
 
 @dataclass(frozen=True)
@@ -41,94 +42,88 @@ class Calibration:
 
     Args:
         guidance: Rule and policy, ready for ``pipe(..., guidance=...)``.
-        threshold: The cosine at which guidance stops.
         space: Where the cosine is taken.
-        nfe: Mean network evaluations a picture.
-        quality: Mean quality against plain guidance.
-        proofs: Space -> (threshold, nfe, quality) of its best threshold; a wanted quality may be
-            out of reach in one of them.
-        costs: Space -> (threshold, nfe) pairs, the cost of every threshold that makes a difference.
+        best: Its threshold, and what it does.
+        proofs: The best threshold of every space; a wanted quality may be out of reach in one.
     """
 
     guidance: Guidance
-    threshold: float
     space: Space
-    nfe: float
-    quality: float
+    best: Proof
     proofs: dict[Space, Proof]
-    costs: dict[Space, Curve]
 
     def save(self, path: Path | str) -> None:
         """Write the settings as JSON (see `save_guidance`).
 
         In the folder ``guidance`` of a saved pipeline the file's stem is a name for ``guidance=``.
         """
-        measured = {"nfe": self.nfe, "quality": self.quality, "spaces": self.proofs}
+        measured = {"nfe": self.best.nfe, "quality": self.best.quality, "spaces": self.proofs}
         save_guidance(path, self.guidance, measured)
 
 
 def calibrate(
-    pipe: Any,
-    prompts: Sequence[str],
+    trials: Trials,
     *,
     target_nfe: float | None = None,
     target_ssim: float | None = None,
     then: Then = "cond",
-    progress: bool = True,
-    **settings: Any,
 ) -> Calibration:
     """Find the threshold, and the space it is taken in, for Adaptive Guidance.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts.
+        trials: Runs of a few typical prompts.
         target_nfe: Wanted mean network evaluations a picture; the space with the higher quality
             there is chosen.
         target_ssim: Wanted mean quality (SSIM unless `quality` says otherwise) against plain
             guidance; the space that reaches it with fewer evaluations is chosen.
         then: See `AdaptiveGuidance`.
-        progress: Show a bar.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: not exactly one target, or one that no threshold reaches.
     """
-    from tqdm import tqdm
-
-    if (target_nfe is None) == (target_ssim is None):
-        raise ValueError("calibrate needs a target: target_nfe= or target_ssim=, one of them")
-    if target_ssim is not None and not 0 < target_ssim < 1:
-        raise ValueError(f"target_ssim must be between 0 and 1, got {target_ssim}")
-    trials = Trials(pipe, prompts, **settings)
-    lag = 0 if pipe.device.type == "cpu" else 1
+    check_targets(target_nfe, target_ssim)
+    lag = 0 if trials.pipe.device.type == "cpu" else 1
     proofs: dict[Space, Proof] = {}
-    with tqdm(desc="calibrating", unit="run", disable=not progress) as bar:
+
+    def composed(threshold: float, space: Space) -> Guidance:
+        return trials.plain | AdaptiveGuidance(threshold, space, then=then)
+
+    def prove(threshold: float, space: Space) -> Proof:
+        quality, nfe = trials.judge(composed(threshold, space))
+        bar.update()
+        return Proof(threshold, nfe, quality)
+
+    with trials.bar("calibrating", "run") as bar:
         gammas = agreement(trials)
         bar.update()
         costs = {space: cost_curve(gamma, lag, then) for space, gamma in gammas.items()}
         if target_nfe is not None:
             _check_reachable(target_nfe, costs)
-
-        def prove(threshold: float, space: Space) -> Proof:
-            policy = AdaptiveGuidance(threshold, space, then=then)
-            judged, nfe = trials.judge(trials.compose(policy))
-            bar.update()
-            return threshold, nfe, judged
-
         for space, curve in costs.items():
             if target_ssim is not None:
                 proofs[space] = _cheapest(curve, target_ssim, partial(prove, space=space))
             elif target_nfe is not None:
-                wanted = target_nfe
-                threshold, _ = min(curve, key=lambda point: abs(point[1] - wanted))
-                proofs[space] = prove(threshold, space)
+                proofs[space] = prove(_nearest(curve, target_nfe), space)
     if target_ssim is not None:
         space = _cheapest_space(proofs, target_ssim)
     else:
-        space = max(proofs, key=lambda s: proofs[s][2])
-    threshold, nfe, judged = proofs[space]
-    guidance = resolve(trials.compose(AdaptiveGuidance(threshold, space, then=then)))
-    return Calibration(guidance, threshold, space, nfe, judged, proofs, costs)
+        space = max(proofs, key=lambda s: proofs[s].quality)
+    best = proofs[space]
+    return Calibration(composed(best.threshold, space), space, best, proofs)
+
+
+def check_targets(nfe: float | None, ssim: float | None) -> None:
+    """Refuse anything but one target.
+
+    Raises:
+        ValueError: none, both, or a quality that is not between 0 and 1.
+    """
+    if (nfe is None) == (ssim is None):
+        raise ValueError(
+            "calibrate needs a target, one of them: target_nfe= or target_ssim= (--nfe or --ssim)"
+        )
+    if ssim is not None and not 0 < ssim < 1:
+        raise ValueError(f"the wanted SSIM must be between 0 and 1, got {ssim}")
 
 
 def agreement(trials: Trials) -> dict[Space, Tensor]:
@@ -150,7 +145,7 @@ def agreement(trials: Trials) -> dict[Space, Tensor]:
         found["native"].append(torch.stack([cosine(c, u) for c, u in pairs]).double().cpu())
 
     for call in trials.calls():
-        guidance = trials.compose(Record(measure))
+        guidance = trials.plain | Record(measure)
         trials.pipe(guidance=guidance, detailed_trace=known, output_type="latent", **call)
         if known:
             steps = trials.pipe.guidance_trace.steps
@@ -182,6 +177,11 @@ def cost_curve(gamma: Tensor, lag: int = 0, then: Then = "cond") -> Curve:
     return curve
 
 
+def _nearest(curve: Curve, nfe: float) -> float:
+    """The threshold whose cost is nearest to the wanted one."""
+    return min(curve, key=lambda point: abs(point[1] - nfe))[0]
+
+
 def _check_reachable(target: float, costs: dict[Space, Curve]) -> None:
     low = min(curve[0][1] for curve in costs.values())
     high = max(curve[-1][1] for curve in costs.values())
@@ -194,14 +194,14 @@ def _check_reachable(target: float, costs: dict[Space, Curve]) -> None:
 
 def _cheapest_space(proofs: dict[Space, Proof], target: float) -> Space:
     """The space that reaches a quality with the fewest evaluations."""
-    reaching = [space for space in proofs if proofs[space][2] >= target]
+    reaching = [space for space in proofs if proofs[space].quality >= target]
     if not reaching:
-        _, nfe, quality = max(proofs.values(), key=lambda proof: proof[2])
+        best = max(proofs.values(), key=lambda proof: proof.quality)
         raise ValueError(
-            f"no threshold reaches a quality of {target:g}: the highest gives {quality:.4f} at "
-            f"{nfe:.1f} evaluations"
+            f"no threshold reaches a quality of {target:g}: the highest gives {best.quality:.4f} "
+            f"at {best.nfe:.1f} evaluations"
         )
-    return min(reaching, key=lambda space: proofs[space][1])
+    return min(reaching, key=lambda space: proofs[space].nfe)
 
 
 def _cheapest(curve: Curve, target: float, prove: Callable[[float], Proof]) -> Proof:
@@ -212,11 +212,11 @@ def _cheapest(curve: Curve, target: float, prove: Callable[[float], Proof]) -> P
     low, high = -1, len(curve) - 1
     best = prove(curve[high][0])
     for _ in range(ROUNDS):
-        if high - low <= 1 or best[2] < target:
+        if high - low <= 1 or best.quality < target:
             break
         middle = (low + high) // 2
         tried = prove(curve[middle][0])
-        if tried[2] >= target:
+        if tried.quality >= target:
             high, best = middle, tried
         else:
             low = middle

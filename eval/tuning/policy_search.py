@@ -1,24 +1,22 @@
 """Policy search: for every step, which branches to evaluate, what to estimate, and how strongly.
 
-Two ways to the same kind of result, the Pareto front of quality over network evaluations:
+Greedy removal of the evaluations that cost least, a few evenly spread ones, then evolution of the
+front, in which single steps may also be scaled to make up for others. With ``fitted=True`` every
+schedule tried gets weights of its own for its skipped or estimated steps, fitted on runs of it, and
+the search is for where to evaluate.
 
-* `search`: greedy removal of the evaluations that cost least, a few evenly spread ones, then
-  evolution of the front, in which single steps may also be scaled to make up for others (the idea
-  of OUSAC, https://arxiv.org/abs/2512.14096). No gradient is needed.
-  With ``fitted=True`` every schedule tried gets weights of its own for its skipped or estimated
-  steps, fitted on runs of it (`pilotage.pipelines.fitting.on_policy`), and the search is for where
-  to evaluate.
-* `relaxed_search`, in the file of that name: the differentiable relaxation of the Adaptive Guidance
-  paper (https://arxiv.org/abs/2312.12487).
+References:
+    OUSAC, https://arxiv.org/abs/2512.14096 (scales that make up for steps without guidance)
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from ...guidance import Fill, HoldDifference, Schedule
 from ...guidance.policies.schedule import NFE, Choice
@@ -33,8 +31,7 @@ FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
 
 
 def search(
-    pipe: Any,
-    prompts: Sequence[str],
+    trials: Trials,
     *,
     quality_floor: float = 0.9,
     fill: Fill | None = None,
@@ -42,8 +39,6 @@ def search(
     between: Between = "forecast",
     rounds: int = 60,
     checkpoint: Path | str | None = None,
-    progress: bool = True,
-    **settings: Any,
 ) -> Search:
     """Look for the cheapest schedule whose quality reaches a floor.
 
@@ -54,8 +49,7 @@ def search(
     any floor can be reached.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts; 16 give a usable order, more a finer one.
+        trials: Runs of a few typical prompts; 16 give a usable order, more a finer one.
         quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
             otherwise).
         fill: Gives the weights of estimated and skipped steps; default: `HoldDifference`.
@@ -67,8 +61,6 @@ def search(
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
         checkpoint: JSON file for what was tried; an interrupted search goes on from there, one for
             another floor makes use of it.
-        progress: Show a bar.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
@@ -76,26 +68,23 @@ def search(
             fitted on something else, a run of a single evaluation, or (with a `quality` that is
             below the floor even for the full run) no schedule that reaches the floor.
     """
-    from tqdm import tqdm
-
     check_floor(quality_floor)
-    trials = Trials(pipe, prompts, **settings)
     path = None if checkpoint is None else Path(checkpoint)
     if fitted and (fill is not None or trials.rule is not None):
         raise ValueError("a fitted search makes estimates of its own, for classifier-free guidance")
     if between not in get_args(Between):
         raise ValueError(f"between is {' or '.join(get_args(Between))}, got {between!r}")
     if fitted:
-        with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+        with trials.bar("searching", "schedule") as bar:
             log = TrialLog(trials, None, bar, path, between, _fitting(trials))
             _move(log, trials.evaluations(), quality_floor, rounds, between)
         return log.conclude(quality_floor)
     fill = fill or HoldDifference()
     if fill.identity is not None:
-        check_identity(pipe, fill.identity, trials.calls()[0], trials.settings.guidance_scale)
+        check_identity(trials.pipe, fill.identity, trials.call([0]), trials.guidance_scale)
     total = trials.evaluations()
     full = Schedule(_both_at(range(total), total, "cond"), fill=fill)
-    with tqdm(desc="searching", unit="schedule", disable=not progress) as bar:
+    with trials.bar("searching", "schedule") as bar:
         log = TrialLog(trials, fill, bar, path)
         log(full)
         _remove_greedily(log, full)
@@ -109,16 +98,18 @@ def search(
 
 def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
     """Fits a schedule to the prompts of some trials and judges its pictures of them."""
-    made: list[ScheduleFitter] = []  # plain guidance runs only if there is something to fit
+
+    @cache  # plain guidance runs only if there is something to fit
+    def fitter() -> ScheduleFitter:
+        return ScheduleFitter(trials, output_type="pil")
 
     def measure(schedule: Schedule) -> Candidate:
-        if not made:
-            settings = asdict(trials.settings)
-            made.append(ScheduleFitter(trials.pipe, trials.prompts, output_type="pil", **settings))
         choices = choices_of(schedule)
-        fit, pictures = made[0].fit(choices)
-        quality = trials.quality(to_tensor(pictures), to_tensor(made[0].pictures)).mean().item()
-        return Candidate(fit.schedule, float(schedule.nfe(len(choices))), quality)
+        found, pictures = fitter().fit(choices)
+        quality = trials.quality(to_tensor(pictures), to_tensor(fitter().pictures)).mean().item()
+        fill = found.coefficients
+        fitted = Schedule(choices, fill=fill, identity=fill.identity)
+        return Candidate(fitted, float(schedule.nfe(len(choices))), quality)
 
     return measure
 
@@ -212,7 +203,7 @@ def spread(total: int, between: Between, most: int) -> list[tuple[Choice, ...]]:
 def _evolve(log: TrialLog, floor: float, rounds: int) -> None:
     """Vary members of the front, most often those near the floor."""
     for number in range(rounds):
-        chance = random.Random(f"{log.trials.settings.seed} {number}")
+        chance = random.Random(f"{log.trials.seed} {number}")
         front = pareto(log.asked.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule

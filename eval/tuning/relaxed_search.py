@@ -32,6 +32,10 @@ from ...guidance.policies.schedule import Choice
 from .store import Search, TrialLog, check_floor
 from .trials import Trials
 
+SHARES = (0.5, 1.0, 1.5)  # s_1 ... s_k over w
+PENALTY = 0.02  # weight of the expected share of unconditional evaluations
+LEARNING_RATE = 0.15  # of Adam, on logits
+
 
 @dataclass(frozen=True)
 class ScaledSteps(Policy):
@@ -55,65 +59,46 @@ class ScaledSteps(Policy):
         return SameForAll(batch, lambda step: decisions[step.index])
 
 
-def relaxed_search(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    quality_floor: float = 0.9,
-    options: Sequence[float] | None = None,
-    penalty: float = 0.02,
-    iterations: int = 40,
-    learning_rate: float = 0.15,
-    progress: bool = True,
-    **settings: Any,
-) -> Search:
+def relaxed_search(trials: Trials, *, quality_floor: float = 0.9, iterations: int = 40) -> Search:
     """Learn which steps need guidance, and how strongly, by gradient descent through the sampler.
 
     Needs memory for a whole run's activations (the network's gradient checkpointing is switched on
     meanwhile) and a scheduler whose steps are differentiable.
 
     Args:
-        pipe: A guided pipeline.
-        prompts: A few typical prompts. Every iteration takes one batch of them in turn.
+        trials: Runs of a few typical prompts. Every iteration takes one batch of them in turn.
         quality_floor: Mean quality against plain guidance to be kept.
-        options: The scales s_1 ... s_k; default: 0.5, 1 and 1.5 times w.
-        penalty: Weight of the expected share of unconditional evaluations.
         iterations: Gradient steps.
-        learning_rate: Of Adam, on logits.
-        progress: Show a bar.
-        settings: As of `Trials`.
 
     Raises:
         ValueError: a setting is out of its range, or no schedule reaches the floor.
     """
-    from tqdm import tqdm
-
     check_floor(quality_floor)
-    if iterations < 1 or penalty < 0:
-        raise ValueError("relaxed_search needs iterations >= 1 and penalty >= 0")
-    trials = Trials(pipe, prompts, **settings)
-    w, total = trials.settings.guidance_scale, trials.evaluations()
-    scales = torch.tensor([1.0, *(options or (0.5 * w, w, 1.5 * w))], device=pipe.device)
-    if not (scales.isfinite().all() and len(scales) > 1 and (scales[1:] > 1).all()):
-        raise ValueError(f"options must be finite scales > 1, got {options}")
+    if iterations < 1:
+        raise ValueError(f"relaxed_search needs iterations >= 1, got {iterations}")
+    pipe, w = trials.pipe, trials.guidance_scale
+    if w <= 2:
+        raise ValueError(f"relaxed_search tries w / 2: it needs a guidance scale > 2, got {w}")
+    total = trials.evaluations()
+    scales = torch.tensor([1.0, *(share * w for share in SHARES)], device=pipe.device)
     logits = torch.zeros(total, len(scales), device=pipe.device, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=learning_rate)
+    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     calls = len(trials.calls())
     targets = [_latents(trials, i, None) for i in range(calls)]
-    with tqdm(total=iterations, desc="relaxing", unit="iteration", disable=not progress) as bar:
+    with trials.bar("relaxing", "iteration", iterations) as bar:
         for iteration in range(iterations):
             i = iteration % calls
             with _differentiable(pipe):
                 p = logits.softmax(1)
                 latents = _latents(trials, i, ScaledSteps((p @ scales - 1) / (w - 1)))
                 distance = (latents - targets[i]).square().mean() / targets[i].square().mean()
-                loss = distance + penalty * (1 - p[:, 0]).mean()
+                loss = distance + PENALTY * (1 - p[:, 0]).mean()
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
             bar.set_postfix(distance=f"{distance.item():.4f}")
             bar.update()
-    with tqdm(desc="trying", unit="schedule", disable=not progress) as bar:
+    with trials.bar("trying", "schedule") as bar:
         log = TrialLog(trials, HoldDifference(), bar)
         every: list[Choice] = ["both"] * total
         log(Schedule(tuple(every)))
@@ -151,7 +136,7 @@ def _latents(trials: Trials, batch: int, policy: Policy | None) -> Tensor:
         return trials.pipe(guidance=trials.plain, **call).images.float()
     # The stock call without its torch.no_grad.
     stock_call = type(trials.pipe).stock_class.__call__.__wrapped__
-    output = trials.pipe.call_guided(stock_call, guidance=trials.compose(policy), **call)
+    output = trials.pipe.call_guided(stock_call, guidance=trials.plain | policy, **call)
     return output.images.float()
 
 

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...guidance import (
-    Coefficients,
-    Fill,
-    Guidance,
-    Pattern,
-    Schedule,
-    resolve,
-    save_guidance,
-)
-from ...guidance.files import write_json
+from ...guidance import Coefficients, Fill, Guidance, Pattern, Schedule, save_guidance
 from ...guidance.policies.schedule import Choice
+from ...pipelines.fitting.runs import read_tried, write_tried
 from .trials import Trials
 
 Between = Literal["forecast", "estimate"]
@@ -52,20 +43,14 @@ class Search:
     guidance: Guidance
     best: Candidate
 
-    def save(self, path: Path | str, candidate: Candidate | None = None) -> None:
-        """Write a schedule as JSON (see `save_guidance`).
-
-        Args:
-            path: File to write.
-            candidate: A member of the front; default: `best`.
-        """
-        chosen = candidate or self.best
+    def save(self, path: Path | str) -> None:
+        """Write `guidance` as JSON, with the figures of the front (see `save_guidance`)."""
         measured = {
-            "nfe": chosen.nfe,
-            "quality": chosen.quality,
+            "nfe": self.best.nfe,
+            "quality": self.best.quality,
             "front": [[c.nfe, round(c.quality, 5), str(c.schedule)] for c in self.front],
         }
-        save_guidance(path, replace(self.guidance, policy=chosen.schedule), measured)
+        save_guidance(path, self.guidance, measured)
 
 
 def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -116,37 +101,22 @@ class TrialLog:
         self.plan: dict[str, Any] = {
             "identity": self.identity,
             "prompts": trials.prompts,
-            "seed": trials.settings.seed,
+            "seed": trials.seed,
             "rule": str(trials.rule),
             "fill": _digest(fill),
             "between": between,
         }
-        if path is not None and path.is_file():
-            self._read(path)
+        if path is not None:
+            for candidate in read_tried(path, self.plan, self._read):
+                self.known[key_of(candidate.schedule)] = candidate
 
-    def _read(self, path: Path) -> None:
-        damaged = ValueError(f"{path} is damaged: remove it and run again")
-        try:
-            content = json.loads(path.read_text())
-            plan, tried = content["plan"], content["tried"]
-            # Of version 0.1.
-            plan["identity"].pop("pilotage", None)
-            plan.setdefault("fill", plan.get("stand_in"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged from error
-        for name, value in json.loads(json.dumps(self.plan)).items():
-            if plan.get(name) != value:
-                raise ValueError(f"{path} is of another search: its {name} differs; name another")
-        try:
-            for choices, factors, nfe, quality, *fitted in tried:
-                fill = self.fill
-                if fill is None:
-                    cond, uncond, guided = fitted
-                    fill = Coefficients(cond, uncond, guided, identity=self.identity)
-                schedule = Schedule(tuple(choices), tuple(factors), fill)
-                self.known[key_of(schedule)] = Candidate(schedule, nfe, quality)
-        except (ValueError, TypeError) as error:
-            raise damaged from error
+    def _read(self, entry: Any) -> Candidate:
+        choices, factors, nfe, quality, *fitted = entry
+        fill = self.fill
+        if fill is None:
+            cond, uncond, guided = fitted
+            fill = Coefficients(cond, uncond, guided, identity=self.identity)
+        return Candidate(Schedule(tuple(choices), tuple(factors), fill), nfe, quality)
 
     def _write(self, path: Path) -> None:
         tried = []
@@ -155,7 +125,7 @@ class TrialLog:
             if self.fill is None and isinstance(fitted := c.schedule.fill, Coefficients):
                 entry += [fitted.cond, fitted.uncond, fitted.guided]
             tried.append(entry)
-        write_json(path, {"plan": self.plan, "tried": tried})
+        write_tried(path, self.plan, tried)
 
     def __call__(self, schedule: Schedule) -> Candidate:
         """The schedule with its figures; measured only the first time."""
@@ -169,7 +139,7 @@ class TrialLog:
         return self.asked[key]
 
     def _judged(self, schedule: Schedule) -> Candidate:
-        quality, nfe = self.trials.judge(self.trials.compose(schedule))
+        quality, nfe = self.trials.judge(self.trials.plain | schedule)
         return Candidate(schedule, nfe, quality)
 
     def conclude(self, floor: float) -> Search:
@@ -188,7 +158,7 @@ class TrialLog:
                 f"no schedule reaches a quality of {floor:g}: the highest gives "
                 f"{front[-1].quality:.6g} at {front[-1].nfe:g} evaluations"
             )
-        return Search(front, len(self.known), resolve(self.trials.compose(best.schedule)), best)
+        return Search(front, len(self.known), self.trials.plain | best.schedule, best)
 
 
 def choices_of(schedule: Schedule) -> tuple[Choice, ...]:

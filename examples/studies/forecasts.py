@@ -50,7 +50,7 @@ def measured(pipe, prompts: list[str], steps: int, rule: Rule | None) -> dict[st
     plain = "cfg" if rule is None else rule
     reference, nfe = full.run(plain)
     found: dict[str, Any] = {"nfe_full": nfe[0]}
-    images, nfe = full.run(full.compose(forecast()))
+    images, nfe = full.run(full.plain | forecast())
     runs = {"forecast": (images, nfe[0])}
     fewer = steps_for_nfe(pipe.scheduler, nfe[0], steps)
     images, nfe = trials(fewer).run(plain)

@@ -45,17 +45,15 @@ from pilotage.eval.tuning.policy_search import search
 from pilotage.eval.tuning.relaxed_search import relaxed_search
 from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import (
-    CFG,
     AdaptiveGuidance,
-    Guidance,
     extrapolate,
     hold,
     linear_ag,
     load_guidance,
-    save_guidance,
 )
 from pilotage.pipelines.fitting.fit import fit
-from pilotage.pipelines.fitting.on_policy import fit_schedule
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 STEPS = 20
 SCALE = 7.5
@@ -83,18 +81,19 @@ def training_prompts(drawings: list[emoji.Drawing], count: int, first: int = 0) 
 def fitted(pipe, prompts: list[str], folder: Path, work: Path) -> dict[str, Any]:
     """Fit on disjoint halves and on all; save the last. How far the halves agree."""
     halves = [
-        fit(pipe, prompts[i::2], seed=1000 * (i + 1), checkpoint=work / f"fit-{i}") for i in (0, 1)
+        fit(Runs(pipe, prompts[i::2], seed=1000 * (i + 1)), checkpoint=work / f"fit-{i}")
+        for i in (0, 1)
     ]
-    found = fit(pipe, prompts, seed=5000, checkpoint=work / "fit")
-    policy = linear_ag(found.coefficients, then="estimate")
-    found.save(folder / "linear-ag.json", Guidance(CFG(), policy))
-    held_out = [statistics.fmean(half.r2_held_out) for half in halves]
-    steps = [abs(a - b) for a, b in zip(halves[0].r2_held_out, halves[1].r2_held_out, strict=True)]
+    found = fit(Runs(pipe, prompts, seed=5000), checkpoint=work / "fit")
+    found.save(folder / "linear-ag.json", linear_ag(found.coefficients, then="estimate"))
+    r2 = [half.figures["r2_held_out"] for half in halves]
+    held_out = [statistics.fmean(values) for values in r2]
+    steps = [abs(a - b) for a, b in zip(*r2, strict=True)]
     return {
         "trajectories": found.trajectories,
-        "r2_mean": round(statistics.fmean(found.r2_held_out), 4),
-        "r2_of_difference_mean": round(statistics.fmean(found.r2_difference), 4),
-        "r2_of_difference": [round(value, 4) for value in found.r2_difference],
+        "r2_mean": round(statistics.fmean(found.figures["r2_held_out"]), 4),
+        "r2_of_difference_mean": round(statistics.fmean(found.figures["r2_difference"]), 4),
+        "r2_of_difference": [round(value, 4) for value in found.figures["r2_difference"]],
         "r2_disjoint_difference": round(abs(held_out[0] - held_out[1]), 5),
         "r2_disjoint_difference_worst_step": round(max(steps), 5),
     }
@@ -106,7 +105,8 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
     LinearAG is fitted on runs of its own likewise: its first half is the same, whatever follows.
     """
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
-    floor = Trials(pipe, prompts, **options).judge("ag")[0] + MARGIN
+    trials = Trials(pipe, prompts, **options)
+    floor = trials.judge("ag")[0] + MARGIN
     for path in folder.glob("searched*.json"):
         path.unlink()
     for name, between, wanted in (
@@ -115,31 +115,23 @@ def searched(pipe, prompts: list[str], folder: Path, work: Path) -> None:
         ("searched-estimates", "estimate", floor),
     ):
         found = search(
-            pipe,
-            prompts,
+            trials,
             quality_floor=wanted,
             fitted=True,
             between=between,
             rounds=SEARCH_ROUNDS,
             checkpoint=work / f"search-{between}.json",
-            **options,
         )
         found.save(folder / f"{name}.json")
     for name, then in (("steered", "estimate"), ("forecast", "forecast")):
-        fitted_on_policy = fit_schedule(
-            pipe,
-            prompts,
-            hold(then=then).choices_for(STEPS),
-            guidance_scale=SCALE,
-            num_inference_steps=STEPS,
-            batch_size=2 * BATCH,
-        )
-        policy = linear_ag(fitted_on_policy.coefficients, then=then)
-        path = folder / f"linear-ag-{name}.json"
-        save_guidance(path, Guidance(CFG(), policy), fitted_on_policy.measured)
-    options["quality_floor"] = floor
+        fitter = ScheduleFitter(Runs(pipe, prompts, SCALE, STEPS, batch_size=2 * BATCH))
+        found, _ = fitter.fit(hold(then=then).choices_for(STEPS))
+        policy = linear_ag(found.coefficients, then=then)
+        found.save(folder / f"linear-ag-{name}.json", policy)
     if not (folder / "relaxed.json").is_file():
-        relaxed = relaxed_search(pipe, prompts[:4], iterations=20, **options)
+        relaxed = relaxed_search(
+            Trials(pipe, prompts[:4], **options), quality_floor=floor, iterations=20
+        )
         relaxed.save(folder / "relaxed.json")
 
 

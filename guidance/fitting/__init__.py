@@ -1,0 +1,1 @@
+"""Fitting to runs: recorded predictions, regression, estimates fitted on the way."""

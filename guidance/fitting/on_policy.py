@@ -12,7 +12,7 @@ prediction with which the solver would arrive at the reference's next state; the
 and the run goes on with that estimate, so that it makes up for the errors of earlier ones. Any such
 sum is one of LinearAG: :math:`\hat u_t = c_t - \sum \beta^c c_i - \sum \beta^\Delta (c_k - u_k)`.
 
-Where a step is skipped, :math:`g^*_t` itself is regressed on the last few guided predictions:
+Where a step is skipped, :math:`g^*_t` itself is regressed on the last four guided predictions:
 :math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not skipped.
 
 References:
@@ -38,6 +38,8 @@ from ..policies.schedule import Choice, Schedule
 from ..prediction import accumulate
 from .regression import ridge_regression
 
+RECENT = 4  # How many guided predictions a skipped step reuses, at most.
+
 
 @dataclass(frozen=True)
 class FitOnPolicy(Policy):
@@ -48,13 +50,12 @@ class FitOnPolicy(Policy):
         guidance_scale: w of the run.
         aim: Step -> the guided network output that is wanted of it, with shape (B, \\*).
         to: Called with the coefficients once the last of them is fitted.
-        rows: Samples to fit on; None: all. The others are guided by what is found.
+        rows: Samples to fit on. The others are guided by what is found.
         ridge: Added to the diagonal, relative to the mean square of the regressors.
-        recent: How many guided predictions a skipped step reuses, at most.
 
     Raises:
-        ValueError: the choices cannot be followed, or `recent` is not positive; in a run, a
-            prediction is NaN or infinite, or the pipeline left a step without guidance.
+        ValueError: the choices cannot be followed; in a run, a prediction is NaN or infinite, or
+            the pipeline left a step without guidance.
     """
 
     name: ClassVar[str] = "fit-on-policy"
@@ -63,13 +64,10 @@ class FitOnPolicy(Policy):
     guidance_scale: float
     aim: Callable[[int], Tensor] = field(repr=False)
     to: Callable[[Coefficients], None] = field(repr=False)
-    rows: Sequence[int] | None = None
+    rows: Sequence[int]
     ridge: float = 1e-4
-    recent: int = 4
 
     def __post_init__(self) -> None:
-        if self.recent < 1:
-            raise ValueError(f"FitOnPolicy: recent must be at least 1, got {self.recent}")
         self.decisions(len(self.choices))
 
     def decisions(self, total: int) -> Sequence[Decision]:
@@ -91,8 +89,7 @@ class _Fitting(SameForAll):
         ]
         super().__init__(batch, lambda step: fitted[step.index])
         self.policy = policy
-        self.rows = list(range(batch) if policy.rows is None else policy.rows)
-        self.terms = _terms(policy.choices, policy.recent)
+        self.terms = _terms(policy.choices)
         self.last_use = {term: step for step, terms in self.terms.items() for term in terms}
         self.weights: dict[int, Weights] = {}
         self._hand_over_if_done()
@@ -111,7 +108,7 @@ class _Fitting(SameForAll):
         if not skips:
             aim = (aim - accumulate(kept["cond", step])) / (self.policy.guidance_scale - 1)
         known = torch.stack([_regressor(term, kept) for term in terms])
-        rows = self.rows
+        rows = list(self.policy.rows)
         beta = ridge_regression(
             known[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge
         ).tolist()
@@ -141,13 +138,13 @@ class _Fitting(SameForAll):
         self.policy.to(Coefficients(tuple(conds), tuple(unconds), tuple(guided)))
 
 
-def _terms(choices: Sequence[Choice], recent: int) -> dict[int, list[tuple[Kind, int]]]:
+def _terms(choices: Sequence[Choice]) -> dict[int, list[tuple[Kind, int]]]:
     """Estimated or skipped step -> what it is made of; "uncond" stands for the difference c - u."""
     found: dict[int, list[tuple[Kind, int]]] = {}
     for step, choice in enumerate(choices):
         evaluated = [i for i in range(step) if choices[i] != "forecast"]
         if choice == "forecast":
-            found[step] = [("guided", i) for i in evaluated[-recent:]]
+            found[step] = [("guided", i) for i in evaluated[-RECENT:]]
         elif choice == "estimate":
             both = [i for i in evaluated if choices[i] == "both"]
             found[step] = [("cond", i) for i in [*evaluated, step]]

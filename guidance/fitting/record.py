@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..base import BOTH, Decision, Kept, Kind, Policy, PolicyState, SameForAll, Step
-from ..prediction import Space, check_space
 
 Recorded = Callable[[Tensor, Tensor], None]
 KINDS: tuple[Kind, Kind] = ("cond", "uncond")
@@ -21,22 +20,17 @@ class Record(Policy):
     """Both branches at every step; all predictions of the run are handed over at its end.
 
     Args:
-        to: Called with the conditional and the unconditional predictions of the whole run, both
-            with shape (T, B, \\*) and on the network's device, where they are held until then.
-        space: "native" records network outputs in their dtype, "x0" denoised images in float32.
+        to: Called with the conditional and the unconditional network outputs of the whole run, both
+            with shape (T, B, \\*), in their dtype and on their device, where they are held until
+            then.
 
     Raises:
-        ValueError: the space is unknown; or, at the end of a run, the pipeline left some steps
-            without guidance.
+        ValueError: at the end of a run, the pipeline left some steps without guidance.
     """
 
     name: ClassVar[str] = "record"
 
     to: Recorded = field(repr=False)
-    space: Space = "native"
-
-    def __post_init__(self) -> None:
-        check_space("Record", self.space)
 
     def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
         """A state that has recorded nothing yet."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..policies.fill import Coefficients
-from ..prediction import Space
 
 Target = Literal["uncond", "difference"]
 
@@ -73,7 +72,6 @@ def fit_coefficients(
     *,
     target: Target = "uncond",
     ridge: float = 1e-6,
-    space: Space = "native",
     identity: Mapping[str, Any] | None = None,
 ) -> Coefficients:
     """Ridge regression of every unconditional prediction on what precedes it.
@@ -84,8 +82,7 @@ def fit_coefficients(
             estimate; ridge shrinks the one towards 0, the other towards no guidance.
         ridge: Added to the diagonal, relative to the mean square of the regressors. Neighbouring
             steps are nearly collinear; without it coefficients of both signs grow large.
-        space: The space of the predictions in `gram`, kept with the coefficients.
-        identity: What was fitted on, kept likewise.
+        identity: What was fitted on, kept with the coefficients.
 
     Raises:
         ValueError: no trajectories, an unknown target, or a negative ridge.
@@ -108,7 +105,7 @@ def fit_coefficients(
             beta[step] += 1
         conds.append(tuple(beta[: step + 1].tolist()))
         unconds.append(tuple(beta[step + 1 :].tolist()))
-    return Coefficients(tuple(conds), tuple(unconds), space=space, identity=identity)
+    return Coefficients(tuple(conds), tuple(unconds), identity=identity)
 
 
 def ridge_regression(known: Tensor, aim: Tensor, ridge: float) -> Tensor:
@@ -139,24 +136,10 @@ def _solved(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     return torch.linalg.lstsq(normal + penalty, right, driver="gelsd").solution
 
 
-def residuals(gram: Gram, coefficients: Coefficients) -> Tensor:
-    """Sum of squared errors of every step's estimate over the trajectories, shape (T,), float64.
-
-    The estimates are made of evaluated predictions, not of earlier estimates.
-    """
-    steps = gram.steps
-    errors = []
-    for step in range(steps):
-        v = torch.zeros(2 * steps).double()
-        v[steps + step] = 1
-        v[: step + 1] -= torch.tensor(coefficients.cond[step], dtype=torch.float64)
-        v[steps : steps + step] -= torch.tensor(coefficients.uncond[step], dtype=torch.float64)
-        errors.append((v @ gram.products @ v).clamp(min=0))
-    return torch.stack(errors)
-
-
 def r_squared(gram: Gram, coefficients: Coefficients, of: Target = "uncond") -> Tensor:
     """Share of a prediction's square that the estimate explains, shape (T,), float64.
+
+    The estimates are made of evaluated predictions, not of earlier estimates.
 
     Args:
         gram: Inner products of the trajectories to judge by.
@@ -164,10 +147,15 @@ def r_squared(gram: Gram, coefficients: Coefficients, of: Target = "uncond") -> 
         of: "uncond": 1 - |u - û|² / |u|²; "difference": 1 - |u - û|² / |c - u|², which tells more,
             since u is close to c.
     """
-    diagonal, steps = gram.products.diagonal(), gram.steps
-    square = diagonal[steps:].clone()
-    if of == "difference":
-        cross = gram.products[range(steps), range(steps, 2 * steps)]
-        square = diagonal[:steps] + diagonal[steps:] - 2 * cross
-    errors = residuals(gram, coefficients)
-    return torch.where(square > 0, 1 - errors / square.where(square > 0, 1), 1.0)
+    steps, shares = gram.steps, []
+    for step in range(steps):
+        aim = torch.zeros(2 * steps).double()
+        aim[steps + step] = 1
+        error = aim.clone()
+        error[: step + 1] -= torch.tensor(coefficients.cond[step], dtype=torch.float64)
+        error[steps : steps + step] -= torch.tensor(coefficients.uncond[step], dtype=torch.float64)
+        if of == "difference":
+            aim[step] = -1
+        squared, whole = (v @ gram.products @ v for v in (error, aim))
+        shares.append(1 - squared.clamp(min=0) / whole if whole > 0 else torch.ones(()).double())
+    return torch.stack(shares)

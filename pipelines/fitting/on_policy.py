@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import CFG, Coefficients, Guidance, Schedule
+from ...guidance import Coefficients
 from ...guidance.fitting.on_policy import FitOnPolicy
 from ...guidance.policies.schedule import Choice
 from ..guided import GuidanceLike
@@ -24,89 +24,41 @@ from ..seam.calls import Call, prediction_of, with_prediction
 from ..seam.layouts import TwoCalls
 from ..seam.patch import attached
 from ..seam.support import layout_of
-from .runs import RunSettings, check_fit, held_out
-
-
-@dataclass(frozen=True)
-class ScheduleFit:
-    """A schedule with estimates fitted to it, and how far its runs stay from plain guidance.
-
-    Args:
-        schedule: Ready for ``guidance=``.
-        coefficients: Its estimates; `linear_ag` takes them if the schedule has its pattern.
-        distance: |x - x*|² / |x*|² after every step over the runs fitted on, x* being the state
-            under plain guidance; with shape (T,).
-        distance_held_out: The same over runs left out of the fit.
-        trajectories: Number of runs fitted on.
-        held_out: Number of runs left out.
-    """
-
-    schedule: Schedule
-    coefficients: Coefficients
-    distance: tuple[float, ...]
-    distance_held_out: tuple[float, ...]
-    trajectories: int
-    held_out: int
-
-    @property
-    def guidance(self) -> Guidance:
-        """Classifier-free guidance by this schedule."""
-        return Guidance(CFG(), self.schedule)
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """Figures to be saved with the schedule."""
-        rounded = {
-            name: [round(value, 6) for value in getattr(self, name)]
-            for name in ("distance", "distance_held_out")
-        }
-        return rounded | {"trajectories": self.trajectories, "held_out": self.held_out}
+from .fit import Fit
+from .runs import Runs, check_fit, held_out
 
 
 class ScheduleFitter:
     """Plain guidance on some prompts, and the fitting of schedules to it.
 
     Args:
-        pipe: A guided pipeline. All prompts make one batch of it, but the denoiser is given both
-            branches of `batch_size` prompts at most.
-        prompts: Prompts, at least 2. Every fifth (at least one) is left out of the fits, to judge
-            by.
+        runs: A guided pipeline and at least 2 prompts; about 50 are enough. They all make one batch
+            of it, but the denoiser is given both branches of `batch_size` prompts at most. Every
+            fifth (at least one) is left out of the fits, to judge by.
         ridge: See `FitOnPolicy`.
         output_type: What the pipeline makes of the last state, for `pictures` and `fit`.
-        settings: As of `RunSettings`.
 
     Attributes:
         pictures: What plain guidance makes.
         states: x* after every step, T tensors of shape (B, \\*).
 
     Raises:
-        ValueError: too few prompts, a setting out of its range, or a pipeline that does not hand
-            its scheduler the guided prediction.
-        TypeError: an unknown setting.
+        ValueError: too few prompts, a ridge out of its range, or a pipeline that does not hand its
+            scheduler the guided prediction.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: Sequence[str],
-        *,
-        ridge: float = 1e-4,
-        output_type: str = "latent",
-        **settings: Any,
-    ) -> None:
-        check_fit(prompts, ridge)
-        self.pipe, self.prompts, self.ridge = pipe, list(prompts), ridge
-        self.settings, self.output_type = RunSettings(**settings), output_type
-        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-            raise ValueError(f"{type(pipe).__name__} does not tell its states on the way")
-        layout = layout_of(type(pipe))
-        matches_norm = isinstance(layout, TwoCalls) and layout.matches_norm
-        if layout.sign < 0 or layout.channels or matches_norm:
+    def __init__(self, runs: Runs, *, ridge: float = 1e-4, output_type: str = "latent") -> None:
+        check_fit(runs.prompts, ridge)
+        self.runs, self.ridge, self.output_type = runs, ridge, output_type
+        pipeline = type(runs.pipe)
+        if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
+            raise ValueError(f"{pipeline.__name__} does not tell its states on the way")
+        self.layout = layout_of(pipeline)
+        matches_norm = isinstance(self.layout, TwoCalls) and self.layout.matches_norm
+        if self.layout.sign < 0 or self.layout.channels or matches_norm:
             raise ValueError(
-                f"{type(pipe).__name__} changes the guided prediction before its scheduler has it"
+                f"{pipeline.__name__} changes the guided prediction before its scheduler has it"
             )
-        self.layout = layout
-        pipe.set_progress_bar_config(disable=True)
         self.states: list[Tensor] = []
         self.pictures = self._run("cfg", self.states)
 
@@ -115,11 +67,18 @@ class ScheduleFitter:
         """T, the number of steps of a run."""
         return len(self.states)
 
-    def fit(self, choices: Sequence[Choice]) -> tuple[ScheduleFit, Any]:
+    def fit(self, choices: Sequence[Choice]) -> tuple[Fit, Any]:
         """Fit the estimates of one schedule.
 
+        Args:
+            choices: "both", "estimate", "cond" or "forecast" for every step, for instance
+                ``hold().choices_for(20)``, the pattern of LinearAG.
+
         Returns:
-            The schedule, and the pictures it makes of all prompts.
+            The coefficients, and the pictures they make of all prompts: `linear_ag` takes them if
+            the choices have its pattern, otherwise ``Schedule(choices, fill=coefficients)``. Their
+            figures are "distance", |x - x*|² / |x*|² after every step over the runs fitted on, x*
+            being the state under plain guidance, and "distance_held_out" over those left out.
 
         Raises:
             ValueError: the choices cannot be followed, or the scheduler's steps are random or not
@@ -127,26 +86,24 @@ class ScheduleFitter:
         """
         if len(choices) != self.total:
             raise ValueError(f"{len(choices)} choices for a run of {self.total} steps")
-        kept, left_out = held_out(len(self.prompts))
+        kept, left_out = held_out(len(self.runs.prompts))
         found: list[Coefficients] = []
         reached: list[Tensor] = []
         policy = FitOnPolicy(
             tuple(choices),
-            self.settings.guidance_scale,
-            _Aim(self.pipe, self.states, reached),
+            self.runs.guidance_scale,
+            _Aim(self.runs.pipe, self.states, reached),
             found.append,
             rows=kept,
             ridge=self.ridge,
         )
         pictures = self._run(policy, reached)
-        identity = self.settings.identity(self.pipe)
-        coefficients = replace(found[0], identity=identity)
-        schedule = Schedule(tuple(choices), fill=coefficients, identity=identity)
-        near, far = (
-            tuple(_distance(x[rows], y[rows]) for x, y in zip(reached, self.states, strict=True))
-            for rows in (kept, left_out)
-        )
-        return ScheduleFit(schedule, coefficients, near, far, len(kept), len(left_out)), pictures
+        figures = {
+            name: tuple(_distance(x[of], y[of]) for x, y in zip(reached, self.states, strict=True))
+            for name, of in (("distance", kept), ("distance_held_out", left_out))
+        }
+        coefficients = replace(found[0], identity=self.runs.identity())
+        return Fit(coefficients, figures, len(kept), len(left_out)), pictures
 
     def _run(self, guidance: GuidanceLike, states: list[Tensor]) -> Any:
         """Pictures of all prompts; the state after every step is appended to `states`."""
@@ -157,9 +114,9 @@ class ScheduleFitter:
             states.append(tensors["latents"].clone())
             return {}
 
-        call = self.settings.call(self.pipe, self.prompts, range(len(self.prompts)))
-        with attached(self.pipe, self.layout.denoisers, self._in_parts):
-            return self.pipe(
+        call = self.runs.call(range(len(self.runs.prompts)))
+        with attached(self.runs.pipe, self.layout.denoisers, self._in_parts):
+            return self.runs.pipe(
                 guidance=guidance,
                 output_type=self.output_type,
                 callback_on_step_end=callback,
@@ -171,7 +128,7 @@ class ScheduleFitter:
         """The denoiser's output, made of some rows at a time."""
         listed = self.layout.listed
         call = Call(network, args, kwargs, listed)
-        rows, size = list(range(call.rows)), 2 * self.settings.batch_size
+        rows, size = list(range(call.rows)), 2 * self.runs.batch_size
         if len(rows) <= size:
             return call()
         outputs = [call(rows[i : i + size]) for i in rows[::size]]
@@ -211,21 +168,3 @@ class _Aim:
 def _distance(x: Tensor, reference: Tensor) -> float:
     x, reference = x.double(), reference.double()
     return ((x - reference).square().sum() / reference.square().sum()).item()
-
-
-def fit_schedule(
-    pipe: Any, prompts: Sequence[str], choices: Sequence[Choice], **settings: Any
-) -> ScheduleFit:
-    """Fit the estimates of one schedule on runs of that schedule.
-
-    Args:
-        pipe: A guided pipeline.
-        prompts: Prompts; about 50 are enough.
-        choices: "both", "estimate", "cond" or "forecast" for every step, for instance
-            ``hold().choices_for(20)``, the pattern of LinearAG.
-        settings: As of `ScheduleFitter`.
-
-    Raises:
-        ValueError: see `ScheduleFitter`.
-    """
-    return ScheduleFitter(pipe, prompts, **settings).fit(choices)[0]

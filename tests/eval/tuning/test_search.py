@@ -13,9 +13,10 @@ from pilotage.eval.tuning.policy_search import search, spread
 from pilotage.eval.tuning.relaxed_search import relaxed_search
 from pilotage.eval.tuning.store import Candidate, TrialLog, pareto
 from pilotage.eval.tuning.trials import Trials
-from pilotage.guidance import APG, Coefficients, HoldDifference, Schedule, hold
+from pilotage.guidance import APG, CFG, Coefficients, Guidance, HoldDifference, Schedule, hold
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 from ...families import FAMILIES
 
@@ -62,10 +63,8 @@ def evolved(log, floor):
 
 
 def log_of(fill, path, measure):
-    settings = SimpleNamespace(seed=0)
-    trials = SimpleNamespace(prompts=["a fox"], rule=None, settings=settings)
-    trials.identity = dict
-    trials.compose = lambda policy: policy
+    plain = Guidance(CFG())
+    trials = SimpleNamespace(prompts=["a fox"], rule=None, seed=0, identity=dict, plain=plain)
     return TrialLog(trials, fill, SimpleNamespace(update=lambda: None), path, measure=measure)
 
 
@@ -129,11 +128,12 @@ def test_evaluations_are_spread_up_to_all():
 @pytest.mark.parametrize("steps", [2, 3])
 def test_short_runs(pipe, options, steps):
     """The full run reaches a floor that only equal pictures reach."""
-    settings = SETTINGS | {"num_inference_steps": steps, "quality": equal, "rounds": 4}
-    found = search(pipe, PROMPTS, quality_floor=0.9999, **settings, **options)
+    trials = Trials(pipe, PROMPTS, num_inference_steps=steps, progress=False, quality=equal)
+    found = search(trials, quality_floor=0.9999, rounds=4, **options)
     assert found.best.nfe == 2 * steps and found.best.quality == 1
+    single = Trials(pipe, PROMPTS, num_inference_steps=1, progress=False)
     with pytest.raises(ValueError, match="at least 2 evaluations of each branch, 1 is what"):
-        search(pipe, PROMPTS, **SETTINGS | {"num_inference_steps": 1}, **options)
+        search(single, **options)
 
 
 def test_a_floor_out_of_reach_is_said():
@@ -161,9 +161,8 @@ def test_a_search_of_version_01_goes_on(tmp_path):
 
 
 def test_relaxed_search_reaches_any_floor(pipe):
-    found = relaxed_search(
-        pipe, PROMPTS[:1], quality_floor=0.9999, iterations=1, quality=equal, **SETTINGS
-    )
+    trials = Trials(pipe, PROMPTS[:1], quality=equal, **SETTINGS)
+    found = relaxed_search(trials, quality_floor=0.9999, iterations=1)
     assert found.best.nfe == 8 and set(found.best.schedule.choices) == {"both"}
 
 
@@ -180,14 +179,14 @@ def test_a_relaxation_is_drawn_to_its_rule(pipe):
 @pytest.fixture(scope="module")
 def coefficients(pipe):
     """Of a run that estimates its second step and skips its last."""
-    fitter = ScheduleFitter(pipe, PROMPTS, num_inference_steps=4)
+    fitter = ScheduleFitter(Runs(pipe, PROMPTS, num_inference_steps=4))
     return fitter.fit(hold(then="forecast").choices_for(4))[0].coefficients
 
 
 def test_a_search_asks_of_every_step_what_its_fill_can(pipe, coefficients, tmp_path):
     path = tmp_path / "tried.json"
     options = {"fill": coefficients, "quality_floor": 0.8, "rounds": 8, "checkpoint": path}
-    found = search(pipe, PROMPTS, **options, **SETTINGS)
+    found = search(Trials(pipe, PROMPTS, **SETTINGS), **options)
     assert found.best.quality >= 0.8
     for candidate in found.front:
         choices = candidate.schedule.choices
@@ -206,7 +205,7 @@ def test_a_search_with_coefficients_of_another_run_is_refused_at_once(pipe, coef
             ({"num_inference_steps": 5}, "num_inference_steps was 4, here it is 5"),
         ):
             with pytest.raises(ValueError, match=message):
-                search(pipe, PROMPTS, fill=coefficients, **SETTINGS | changed)
+                search(Trials(pipe, PROMPTS, **SETTINGS | changed), fill=coefficients)
     finally:
         handle.remove()
     assert not calls
@@ -214,13 +213,14 @@ def test_a_search_with_coefficients_of_another_run_is_refused_at_once(pipe, coef
 
 def test_calibration_leaves_out_a_space_that_cannot_reach_the_quality(pipe, monkeypatch):
     """In one of two spaces all stop at once; the other is as it is."""
-    gammas = agreement(Trials(pipe, PROMPTS, num_inference_steps=4))
+    trials = Trials(pipe, PROMPTS, **SETTINGS)
+    gammas = agreement(trials)
     faked = {"x0": torch.full_like(gammas["native"], -1), "native": gammas["native"]}
     monkeypatch.setattr(calibration, "agreement", lambda trials: faked)
-    highest = calibrate(pipe, PROMPTS, target_nfe=8, **SETTINGS).proofs["native"][2]
-    found = calibrate(pipe, PROMPTS, target_ssim=highest - 1e-4, **SETTINGS)
-    assert found.space == "native" and found.quality >= highest - 1e-4
+    highest = calibrate(trials, target_nfe=8).proofs["native"][2]
+    found = calibrate(trials, target_ssim=highest - 1e-4)
+    assert found.space == "native" and found.best.quality >= highest - 1e-4
     assert found.proofs["x0"][2] < highest - 1e-4
     faked["native"] = faked["x0"]
     with pytest.raises(ValueError, match="no threshold reaches a quality of .*: the highest"):
-        calibrate(pipe, PROMPTS, target_ssim=highest - 1e-4, **SETTINGS)
+        calibrate(trials, target_ssim=highest - 1e-4)

@@ -11,7 +11,7 @@ import torch
 from pilotage.eval.cli import main
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.tuning.calibration import SLACK, agreement, calibrate, cost_curve
-from pilotage.eval.tuning.options import name_it
+from pilotage.eval.tuning.commands import name_it
 from pilotage.eval.tuning.policy_search import search
 from pilotage.eval.tuning.relaxed_search import ScaledSteps, relaxed_search, schedules
 from pilotage.eval.tuning.store import Candidate, pareto
@@ -90,22 +90,22 @@ def test_costs_do_not_hang_on_the_last_digits_of_a_cosine(off):
 
 
 def test_calibration_to_a_cost_and_to_a_quality(embedded, tmp_path):
-    found = calibrate(embedded, PROMPTS[:2], target_nfe=6, **SETTINGS)
-    trials = Trials(embedded, PROMPTS[:2], num_inference_steps=STEPS)
+    trials = Trials(embedded, PROMPTS[:2], **SETTINGS)
+    found = calibrate(trials, target_nfe=6)
     for space, gamma in agreement(trials).items():
         nearest = min(abs(cost - 6) for _, cost in cost_curve(gamma))
         assert abs(found.proofs[space][1] - 6) == pytest.approx(nearest)
-    assert found.quality == max(quality for _, _, quality in found.proofs.values())
+    assert found.best.quality == max(quality for _, _, quality in found.proofs.values())
     path = tmp_path / "ag.json"
     found.save(path)
     assert load_guidance(path) == found.guidance
     images, nfe = trials.run(load_guidance(path))
-    assert sum(nfe) / len(nfe) == pytest.approx(found.nfe)
+    assert sum(nfe) / len(nfe) == pytest.approx(found.best.nfe)
 
-    aim = found.quality
-    again = calibrate(embedded, PROMPTS[:2], target_ssim=aim - 1e-6, **SETTINGS)
-    assert again.quality >= aim - 1e-6
-    assert again.nfe <= found.nfe + 1e-9
+    aim = found.best.quality
+    again = calibrate(trials, target_ssim=aim - 1e-6)
+    assert again.best.quality >= aim - 1e-6
+    assert again.best.nfe <= found.best.nfe + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_calibration_to_a_cost_and_to_a_quality(embedded, tmp_path):
 )
 def test_impossible_targets(pipe, targets, message):
     with pytest.raises(ValueError, match=message):
-        calibrate(pipe, PROMPTS[:1], **targets, **SETTINGS)
+        calibrate(Trials(pipe, PROMPTS[:1], **SETTINGS), **targets)
 
 
 def test_the_front_is_what_nothing_beats():
@@ -138,8 +138,8 @@ def test_the_front_is_what_nothing_beats():
 
 
 def test_search_reaches_its_floor_at_the_cost_it_says(embedded, tmp_path):
-    trials = Trials(embedded, PROMPTS[:2], num_inference_steps=STEPS)
-    found = search(embedded, PROMPTS[:2], quality_floor=0.8, rounds=4, **SETTINGS)
+    trials = Trials(embedded, PROMPTS[:2], **SETTINGS)
+    found = search(trials, quality_floor=0.8, rounds=4)
     quality, nfe = trials.judge(found.guidance)
     assert quality == pytest.approx(found.best.quality) and quality >= 0.8
     assert nfe == found.best.nfe < 2 * STEPS
@@ -182,7 +182,7 @@ def test_a_relaxed_run_is_guidance_at_its_mean_scales_and_differentiable(pipe):
 
 
 def test_relaxed_search_ranks_steps_and_tries_them(pipe):
-    found = relaxed_search(pipe, PROMPTS[:2], quality_floor=0.7, iterations=3, **SETTINGS)
+    found = relaxed_search(Trials(pipe, PROMPTS[:2], **SETTINGS), quality_floor=0.7, iterations=3)
     assert found.tried == STEPS + 1, "and the full run"
     assert {c.nfe for c in found.front} <= set(range(STEPS + 1, 2 * STEPS + 1))
     assert found.best.quality >= 0.7
@@ -203,10 +203,9 @@ def test_schedules_of_a_relaxation():
 def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     """What it says of its best is what that does; interrupted, it does not fit again."""
     path = tmp_path / "tried.json"
-    options = {"quality_floor": 0.95, "num_inference_steps": 6, "progress": False}
-    options["between"] = between
-    found = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
-    trials = Trials(pipe, PROMPTS, num_inference_steps=6)
+    options = {"quality_floor": 0.95, "fitted": True, "between": between}
+    trials = Trials(pipe, PROMPTS, num_inference_steps=6, progress=False)
+    found = search(trials, rounds=2, checkpoint=path, **options)
     for candidate in (found.front[0], found.best):
         quality, nfe = trials.judge(candidate.schedule)
         assert quality == pytest.approx(candidate.quality, abs=2e-3)
@@ -216,18 +215,18 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        again = search(pipe, PROMPTS, fitted=True, rounds=2, checkpoint=path, **options)
+        again = search(trials, rounds=2, checkpoint=path, **options)
     finally:
         handle.remove()
     assert len(calls) == 6, "to find the number of evaluations"
     assert again == found
     other = options | {"between": "estimate" if between == "forecast" else "forecast"}
     with pytest.raises(ValueError, match="its between differs"):
-        search(pipe, PROMPTS, fitted=True, checkpoint=path, **other)
+        search(trials, checkpoint=path, **other)
     with pytest.raises(ValueError, match="makes estimates of its own"):
-        search(pipe, PROMPTS, fitted=True, fill=HoldDifference(), **options)
+        search(trials, fill=HoldDifference(), **options)
     with pytest.raises(ValueError, match="between is forecast or estimate"):
-        search(pipe, PROMPTS, fitted=True, **options | {"between": "cond"})
+        search(trials, **options | {"between": "cond"})
 
 
 def run(monkeypatch, *arguments):
@@ -266,7 +265,8 @@ def test_the_command_fits_on_policy(monkeypatch, tmp_path, capsys, common, then)
     path = tmp_path / "fitted.json"
     options = ["--steps", 4, "--on-policy", "--then", then, "-o", path]
     assert run(monkeypatch, "fit", *common, *options) == 0
-    assert "distance held out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "distance" in shown and "held out" in shown
     policy = load_guidance(path).policy
     assert policy.choices.then == then and policy.nfe(4) == 5
 
@@ -368,14 +368,15 @@ def test_the_trace_plots_what_was_measured(pipe, tmp_path):
 def test_an_interrupted_search_goes_on(pipe, tmp_path):
     """What was tried is not tried again; a file of another search is refused."""
     path = tmp_path / "tried.json"
-    options = {"quality_floor": 0.8, "num_inference_steps": 3, "progress": False}
+    settings = {"num_inference_steps": 3, "progress": False}
+    options = {"quality_floor": 0.8, "checkpoint": path}
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        first = search(pipe, PROMPTS[:1], rounds=0, checkpoint=path, **options)
+        first = search(Trials(pipe, PROMPTS[:1], **settings), rounds=0, **options)
         tried, before = len(json.loads(path.read_text())["tried"]), len(calls)
         assert tried == first.tried
-        again = search(pipe, PROMPTS[:1], rounds=2, checkpoint=path, **options)
+        again = search(Trials(pipe, PROMPTS[:1], **settings), rounds=2, **options)
         # To find the number of evaluations, the reference, and at most two new schedules.
         assert len(calls) - before <= 3 * (1 + 1 + 2) and again.tried <= first.tried + 2
         assert {c.schedule.choices for c in first.front} <= {
@@ -384,7 +385,7 @@ def test_an_interrupted_search_goes_on(pipe, tmp_path):
     finally:
         handle.remove()
     with pytest.raises(ValueError, match="its prompts differs"):
-        search(pipe, PROMPTS[1:2], checkpoint=path, **options)
+        search(Trials(pipe, PROMPTS[1:2], **settings), **options)
     path.write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match="is damaged"):
-        search(pipe, PROMPTS[:1], checkpoint=path, **options)
+        search(Trials(pipe, PROMPTS[:1], **settings), **options)

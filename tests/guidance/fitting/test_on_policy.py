@@ -48,7 +48,9 @@ def fitted(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
     def aim(t):
         return (reference[t] - own[t]) / PACE
 
-    policy = FitOnPolicy(choices, W, aim, found.append, rows=rows, ridge=ridge)
+    policy = FitOnPolicy(
+        choices, W, aim, found.append, rows=range(N) if rows is None else rows, ridge=ridge
+    )
     states = sample(policy, uncond, seed, own)
     (coefficients,) = found
     return states, coefficients
@@ -122,8 +124,6 @@ def test_a_skipped_step_reuses_the_last_few():
     reference = sample(Schedule(("both",) * T), uncond_of)
     _, found = fitted(reference, uncond_of, choices)
     assert found.guided[5][0] == 0 and all(found.guided[5][1:])
-    with pytest.raises(ValueError, match="recent must be at least 1"):
-        FitOnPolicy(choices, W, lambda t: None, print, recent=0)
 
 
 MIXED = ("both", "both", "forecast", "estimate", "forecast", "both", "estimate")
@@ -173,7 +173,7 @@ def test_ridge_regression_of_given_vectors():
 
 def test_choices_that_cannot_be_followed():
     with pytest.raises(ValueError, match="no step before it evaluates"):
-        FitOnPolicy(("estimate", "both"), W, lambda t: None, print)
+        FitOnPolicy(("estimate", "both"), W, lambda t: None, print, range(N))
 
 
 def test_nothing_to_fit_and_steps_without_guidance():
@@ -181,7 +181,7 @@ def test_nothing_to_fit_and_steps_without_guidance():
     states, found = fitted(reference, uncond_of, ("both",) * (T - 1) + ("cond",))
     torch.testing.assert_close(states[:-1], reference[:-1], rtol=0, atol=0)
     assert found.cond[2] == (0.0, 0.0, 1.0) and not any(found.uncond[2])
-    policy = FitOnPolicy(("both", "both", "estimate"), W, lambda t: reference[t], print)
+    policy = FitOnPolicy(("both", "both", "estimate"), W, lambda t: reference[t], print, range(N))
     run = Run(Guidance(CFG(), policy), N, 3, on_cpu=True)
     x = reference[0]
     run.plan(x)

@@ -28,6 +28,7 @@ from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.fit import fit
 from pilotage.pipelines.fitting.fitted import run_identity
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 from ...families import FAMILIES
 
@@ -46,7 +47,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def found(pipe):
-    return fit(pipe, PROMPTS, **OPTIONS)
+    return fit(Runs(pipe, PROMPTS, **OPTIONS))
 
 
 def test_the_fit_is_least_squares_of_whole_trajectories(pipe, found):
@@ -62,7 +63,8 @@ def test_the_fit_is_least_squares_of_whole_trajectories(pipe, found):
     for ours, theirs in zip(found.coefficients.uncond, oracle.uncond, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert (found.trajectories, found.held_out) == (5, 1)
-    assert all(value <= 1 for value in (*found.r2, *found.r2_held_out, *found.r2_difference))
+    assert found.figures.keys() == {"r2", "r2_held_out", "r2_difference"}
+    assert all(value <= 1 for values in found.figures.values() for value in values)
 
 
 def test_a_repeated_fit_is_the_same_and_an_interrupted_one_goes_on(pipe, found, tmp_path):
@@ -79,18 +81,18 @@ def test_a_repeated_fit_is_the_same_and_an_interrupted_one_goes_on(pipe, found, 
     handle = pipe.unet.register_forward_pre_hook(count)
     try:
         with pytest.raises(Killed):
-            fit(pipe, PROMPTS, checkpoint=tmp_path, **OPTIONS)
+            fit(Runs(pipe, PROMPTS, **OPTIONS), checkpoint=tmp_path)
         assert len(list(tmp_path.iterdir())) == 1
-        assert fit(pipe, PROMPTS, checkpoint=tmp_path, **OPTIONS) == found
+        assert fit(Runs(pipe, PROMPTS, **OPTIONS), checkpoint=tmp_path) == found
     finally:
         handle.remove()
     assert len(calls) == STEPS + 2 + 3 * STEPS, "the finished batch is not made again"
-    with pytest.raises(ValueError, match="holds another fit"):
-        fit(pipe, PROMPTS[::-1], checkpoint=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="its prompts differs"):
+        fit(Runs(pipe, PROMPTS[::-1], **OPTIONS), checkpoint=tmp_path)
     file = sorted(tmp_path.iterdir())[0]
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):
-        fit(pipe, PROMPTS, checkpoint=tmp_path, **OPTIONS)
+        fit(Runs(pipe, PROMPTS, **OPTIONS), checkpoint=tmp_path)
 
 
 WORKER = """
@@ -98,12 +100,14 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from pilotage.eval.embedded import load_embedded
+from pilotage.guidance import linear_ag
 from pilotage.pipelines.fitting.fit import fit
+from pilotage.pipelines.fitting.runs import Runs
 from pilotage.pipelines.processes import processes
-found = fit(load_embedded(), json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
+found = fit(Runs(load_embedded(), json.loads(sys.argv[1]), **json.loads(sys.argv[2])))
 if processes().is_main_process:
     assert processes().num_processes == 2
-    found.save(sys.argv[3])
+    found.save(sys.argv[3], linear_ag(found.coefficients))
 """
 
 
@@ -180,8 +184,8 @@ def test_no_negative_prompt_is_not_an_empty_one_where_zeros_take_its_place(how):
 
     def made(**negative):
         if how == "regressed":
-            return fit(pipe, PROMPTS[:2], **OPTIONS, **negative).coefficients
-        fitter = ScheduleFitter(pipe, PROMPTS[:2], num_inference_steps=STEPS, **negative)
+            return fit(Runs(pipe, PROMPTS[:2], **OPTIONS, **negative)).coefficients
+        fitter = ScheduleFitter(Runs(pipe, PROMPTS[:2], num_inference_steps=STEPS, **negative))
         return fitter.fit(("both", "both", "estimate", "estimate"))[0].coefficients
 
     def run(guidance, **negative):
@@ -217,7 +221,7 @@ def test_trials_run_what_a_call_without_a_negative_prompt_does(pipe):
     for name, negative in (("none", {}), ("empty", {"negative_prompt": [""] * 2})):
         call = Trials(sdxl, PROMPTS[:2], num_inference_steps=2).calls()[0]
         latents[name] = sdxl(guidance="cfg", output_type="latent", **call | negative).images
-    fitter = ScheduleFitter(sdxl, PROMPTS[:2], num_inference_steps=2)
+    fitter = ScheduleFitter(Runs(sdxl, PROMPTS[:2], num_inference_steps=2))
     torch.testing.assert_close(fitter.pictures, latents["none"])
     assert not torch.allclose(latents["none"], latents["empty"])
     assert Trials(pipe, PROMPTS[:2]).calls()[0]["negative_prompt"] == ["", ""]
@@ -239,19 +243,21 @@ def test_w_is_the_same_where_a_pipeline_counts_from_0(monkeypatch):
         raise Called(arguments["guidance_scale"])
 
     monkeypatch.setattr(type(pipe), "__call__", call)
-    for run in (fit, ScheduleFitter):
-        with pytest.raises(Called, match="^4.0$"):
-            run(pipe, PROMPTS[:2], **options)
+    with pytest.raises(Called, match="^4.0$"):
+        fit(Runs(pipe, PROMPTS[:2], **options))
+    with pytest.raises(Called, match="^4.0$"):
+        ScheduleFitter(Runs(pipe, PROMPTS[:2], **options))
 
 
 def test_a_model_folder_may_hold_named_settings(found, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(embedded_folder(), folder)
-    found.save(folder / "guidance" / "quick.json")
+    policy = linear_ag(found.coefficients, then="estimate")
+    found.save(folder / "guidance" / "quick.json", policy)
     pipe = load_pipeline(folder)
     pipe(PROMPTS[0], guidance="quick", num_inference_steps=STEPS)
     assert pipe.guidance_trace.nfe == [STEPS + 1]
-    assert str(pipe.resolve_guidance("quick")) == str(found.guidance)
+    assert str(pipe.resolve_guidance("quick")) == str(Guidance(CFG(), policy))
     with pytest.raises(ValueError, match="unknown guidance 'slow'"):
         pipe(PROMPTS[0], guidance="slow", num_inference_steps=STEPS)
 
@@ -259,10 +265,10 @@ def test_a_model_folder_may_hold_named_settings(found, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompts": "a fox"}, "a list of at least 2 prompts"),
+        ({"prompts": "a fox"}, "a list of prompts"),
         ({"prompts": ["a fox"]}, "a list of at least 2 prompts"),
         ({"guidance_scale": 1.0}, "finite and > 1"),
-        ({"guidance_scale": [7.5, float("nan")]}, "finite and > 1"),
+        ({"scales": [7.5, float("nan")]}, "finite and > 1"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"target": "guided"}, "target is uncond or difference"),
@@ -270,4 +276,7 @@ def test_a_model_folder_may_hold_named_settings(found, tmp_path):
 )
 def test_bad_settings_fail_before_anything_runs(pipe, changed, message):
     with pytest.raises(ValueError, match=message):
-        fit(pipe, **({"prompts": PROMPTS} | OPTIONS | changed))
+        fitted = {
+            name: changed.pop(name) for name in ("scales", "ridge", "target") if name in changed
+        }
+        fit(Runs(pipe, **({"prompts": PROMPTS} | OPTIONS | changed)), **fitted)

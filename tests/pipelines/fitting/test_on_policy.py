@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import CFG, Guidance, Schedule, hold, linear_ag
 from pilotage.pipelines.fitting.fit import fit
-from pilotage.pipelines.fitting.on_policy import ScheduleFitter, fit_schedule
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
+from pilotage.pipelines.fitting.runs import Runs
 
 PROMPTS = ["noto style fox", "twemoji style red apple", "fluent style cactus"]
 STEPS = 5
@@ -23,7 +24,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def fitter(pipe):
-    return ScheduleFitter(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1)
+    return ScheduleFitter(Runs(pipe, PROMPTS, num_inference_steps=STEPS, batch_size=1))
 
 
 def run(pipe, guidance):
@@ -44,29 +45,30 @@ def test_a_schedule_does_what_it_was_fitted_to(pipe, fitter):
         handle.remove()
     assert pipe.unet is network
     assert max(sizes) <= 2 and sum(sizes) == len(PROMPTS) * (STEPS + 2), "the denoiser's rows"
-    again, nfe = run(pipe, found.schedule)
+    schedule = Schedule(CHOICES, fill=found.coefficients)
+    again, nfe = run(pipe, schedule)
     assert nfe == [STEPS + 2] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     plain, _ = run(pipe, "cfg")
     torch.testing.assert_close(fitter.states[-1], plain, rtol=1e-3, atol=1e-3)
     assert (found.trajectories, found.held_out) == (2, 1)
     apart = (again[:2] - plain[:2]).square().sum() / plain[:2].square().sum()
-    assert found.distance[-1] == pytest.approx(apart.item(), rel=1e-2)
-    assert found.distance[:2] == (0.0, 0.0)
+    assert found.figures["distance"][-1] == pytest.approx(apart.item(), rel=1e-2)
+    assert found.figures["distance"][:2] == (0.0, 0.0)
     with pytest.raises(ValueError, match="num_inference_steps was 5, here it is 4"):
-        pipe(PROMPTS[0], guidance=found.schedule, num_inference_steps=4)
+        pipe(PROMPTS[0], guidance=schedule, num_inference_steps=4)
 
 
 def test_nothing_estimated_is_plain_guidance(fitter):
     found, latents = fitter.fit(("both",) * STEPS)
-    assert found.distance == (0.0,) * STEPS
+    assert found.figures["distance"] == (0.0,) * STEPS
     assert torch.equal(latents, fitter.states[-1])
 
 
 def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, fitter):
     choices = ("both", "both", "estimate", "both", "estimate")
     found, latents = fitter.fit(choices)
-    regressed = fit(pipe, PROMPTS, num_inference_steps=STEPS, progress=False).coefficients
+    regressed = fit(Runs(pipe, PROMPTS, num_inference_steps=STEPS, progress=False)).coefficients
     other, _ = run(pipe, Schedule(choices, fill=regressed))
     far, near = ((x - fitter.states[-1]).square().mean() for x in (other, latents))
     assert near < 0.9 * far
@@ -75,7 +77,7 @@ def test_runs_end_nearer_than_with_the_regression_along_plain_guidance(pipe, fit
 def test_fitted_forecasts_end_nearer_than_held_predictions_and_fewer_steps(pipe, fitter):
     choices = ("both", "both", "forecast", "both", "forecast")
     found, latents = fitter.fit(choices)
-    again, nfe = run(pipe, found.schedule)
+    again, nfe = run(pipe, Schedule(choices, fill=found.coefficients))
     assert nfe == [6] * len(PROMPTS)
     torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-3)
     held, _ = run(pipe, Schedule(choices))
@@ -114,19 +116,19 @@ def test_steps_that_were_not_fitted_are_not_estimated(fitter):
 
 def test_other_schedulers(pipe):
     """A first-order one works alike; one that clips or adds noise is refused."""
-    stock = pipe.scheduler
+    stock, runs = pipe.scheduler, Runs(pipe, PROMPTS[:2], num_inference_steps=STEPS)
     try:
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=True)
         with pytest.raises(ValueError, match="the steps of DDIMScheduler are random or clipped"):
-            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
+            ScheduleFitter(runs).fit(CHOICES)
         pipe.scheduler = DDIMScheduler.from_config(stock.config, clip_sample=False)
-        found = fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
-        assert 0 < found.distance[2] < 0.2
+        found = ScheduleFitter(runs).fit(CHOICES)
+        assert 0 < found[0].figures["distance"][2] < 0.2
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
             stock.config, rescale_betas_zero_snr=False
         )
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler are random or"):
-            fit_schedule(pipe, PROMPTS[:2], CHOICES, num_inference_steps=STEPS)
+            ScheduleFitter(runs).fit(CHOICES)
     finally:
         pipe.scheduler = stock
 
@@ -141,9 +143,10 @@ def test_other_schedulers(pipe):
     ],
 )
 def test_bad_settings_fail_before_anything_runs(pipe, changes, message):
-    arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS} | changes
+    ridge = changes.get("ridge", 1e-4)
+    settings = {"prompts": PROMPTS} | {k: v for k, v in changes.items() if k != "ridge"}
     with pytest.raises(ValueError, match=message):
-        ScheduleFitter(pipe, **arguments)
+        ScheduleFitter(Runs(pipe, **settings), ridge=ridge)
 
 
 def test_choices_of_another_length(fitter):

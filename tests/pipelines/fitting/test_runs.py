@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pilotage.pipelines import StableDiffusionPipeline
-from pilotage.pipelines.fitting.runs import RunSettings, check_fit, held_out
+from pilotage.pipelines.fitting.runs import Runs, check_fit, held_out
 
 
 @pytest.fixture
@@ -25,22 +25,23 @@ def pipe():
         ({"guidance_scale": math.nan}, "finite and > 1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"prompts": "a"}, "expected a list of prompts, got 'a'"),
     ],
 )
-def test_settings_out_of_their_range(changed, message):
+def test_settings_out_of_their_range(pipe, changed, message):
     with pytest.raises(ValueError, match=message):
-        RunSettings(**changed)
+        Runs(**{"pipe": pipe, "prompts": ["a"]} | changed)
 
 
 def test_every_prompt_has_its_own_noise_whatever_the_batches(pipe):
     prompts = ["a", "b", "c", "d", "e"]
-    calls = RunSettings(5.0, 7, "ugly", seed=3, batch_size=2).calls(pipe, prompts)
+    calls = Runs(pipe, prompts, 5.0, 7, "ugly", seed=3, batch_size=2).calls()
     assert [call["prompt"] for call in calls] == [["a", "b"], ["c", "d"], ["e"]]
     seeds = [generator.initial_seed() for call in calls for generator in call["generator"]]
     assert seeds == [3, 4, 5, 6, 7]
     assert calls[2]["negative_prompt"] == ["ugly"] and calls[0]["guidance_scale"] == 5.0
     assert calls[0]["num_inference_steps"] == 7
-    some = RunSettings(seed=3).call(pipe, prompts, [4, 0])
+    some = Runs(pipe, prompts, seed=3).call([4, 0])
     assert some["prompt"] == ["e", "a"] and some["negative_prompt"] == ["", ""]
     own = torch.randn(2, generator=some["generator"][0])
     assert torch.equal(own, torch.randn(2, generator=calls[2]["generator"][0]))

@@ -1,0 +1,255 @@
+"""The commands that find settings for a model: `pilotage fit`, `calibrate` and `search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import typer
+
+from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps, check_target
+from ..prompts import read_prompts
+
+Known = TypeVar("Known", bound=str)
+
+Prompts = Annotated[Path, typer.Argument(help="Text file, one prompt a line.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="NAME.json to write; in MODEL/guidance, NAME is then a guidance."
+    ),
+]
+SCALES = [7.5]
+
+
+def fit(
+    prompts: Prompts,
+    output: Output = Path("outputs/linear-ag.json"),
+    scale: Annotated[
+        list[float], typer.Option("--scale", "-w", help="Guidance scale; repeat for a range.")
+    ] = SCALES,
+    then: Annotated[
+        str,
+        typer.Option(help="Second half: 'estimate', 'cond' or (with --on-policy) 'forecast'."),
+    ] = "estimate",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Regress 'difference' (default) or 'uncond'; not with --on-policy."),
+    ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="Relative to the regressors' square; default: 1e-3, --on-policy 1e-4."),
+    ] = None,
+    on_policy: Annotated[
+        bool,
+        typer.Option("--on-policy", help="Fit on runs of LinearAG itself, back to plain guidance."),
+    ] = False,
+    steps: Steps = 20,
+    negative: Negative = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for finished batches; default: OUTPUT.batches. Not with --on-policy."
+        ),
+    ] = None,
+    model: Model = None,
+    device: Device = "auto",
+) -> None:
+    """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
+
+    With --on-policy, on runs of LinearAG itself: each estimate then makes up for earlier ones.
+    These are made all at once, so that memory grows with the prompts and nothing is resumed, and
+    hold for this pattern and --then only.
+    """
+    from ...guidance import hold, linear_ag
+    from ...guidance.fitting.regression import Target
+    from ...guidance.policies.schedule import Choice
+    from ...pipelines.fitting.fit import fit
+    from ...pipelines.fitting.on_policy import ScheduleFitter
+    from ...pipelines.fitting.runs import Runs
+    from ...pipelines.processes import processes
+
+    second: Choice = one_of("--then", then, ("estimate", "cond", "forecast"))
+    regressed: Target = one_of("--target", target or "difference", get_args(Target))
+    if second == "forecast" and not on_policy:
+        raise ValueError("--then forecast is fitted with --on-policy")
+    if on_policy and len(scale) > 1:
+        raise ValueError("--on-policy fits one guidance scale")
+    if on_policy and (target is not None or checkpoint is not None):
+        raise ValueError("--on-policy regresses no target and is not resumed: leave both out")
+    texts, pipe = load(prompts, output, model, device)
+    own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
+    runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
+    if on_policy:
+        fitter = ScheduleFitter(runs, **own)
+        found, _ = fitter.fit(hold(then=second).choices_for(fitter.total))
+        shown = {"distance": "distance", "distance_held_out": "held out"}
+    else:
+        folder = checkpoint or output.with_name(f"{output.name}.batches")
+        found = fit(runs, scales=scale, target=regressed, checkpoint=folder, **own)
+        shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
+    if processes().is_main_process:
+        found.save(output, linear_ag(found.coefficients, then=second))
+        typer.echo("step" + "".join(f"{title:>19}" for title in shown.values()))
+        for step, values in enumerate(zip(*(found.figures[n] for n in shown), strict=True)):
+            typer.echo(f"{step:4}" + "".join(f"{value:19.4f}" for value in values))
+        typer.echo(name_it(output, pipe))
+
+
+def calibrate(
+    prompts: Prompts,
+    nfe: Annotated[float | None, typer.Option(help="Wanted evaluations a picture.")] = None,
+    ssim: Annotated[float | None, typer.Option(help="Wanted SSIM to plain guidance.")] = None,
+    rule: Annotated[str, typer.Option(help="How predictions combine: cfg, apg, ...")] = "cfg",
+    then: Annotated[
+        str,
+        typer.Option(
+            help="After the threshold: 'cond' (as in the paper), or 'forecast': skip every other "
+            "step."
+        ),
+    ] = "cond",
+    output: Output = Path("outputs/ag.json"),
+    scale: Scale = 7.5,
+    steps: Steps = 20,
+    negative: Negative = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    model: Model = None,
+    device: Device = "auto",
+) -> None:
+    """Find Adaptive Guidance's threshold for a wanted cost (--nfe) or quality (--ssim)."""
+    from ...guidance import Always, resolve
+    from ...guidance.policies.adaptive import Then
+    from .calibration import calibrate, check_targets
+    from .trials import Trials
+
+    check_targets(nfe, ssim)
+    follows: Then = one_of("--then", then, get_args(Then))
+    if not isinstance(resolve(rule).policy, Always):
+        raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
+    texts, pipe = load(prompts, output, model, device)
+    own = pipe.resolve_guidance(rule).rule
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, rule=own)
+    found = calibrate(trials, target_nfe=nfe, target_ssim=ssim, then=follows)
+    found.save(output)
+    for space, (threshold, cost, quality) in found.proofs.items():
+        typer.echo(f"{space}: threshold {threshold:.6g}, NFE {cost:.2f}, SSIM {quality:.4f}")
+    typer.echo(f"{found.guidance}")
+    typer.echo(name_it(output, pipe))
+
+
+def search(
+    prompts: Prompts,
+    floor: Annotated[float, typer.Option(help="SSIM to plain guidance to be kept.")] = 0.9,
+    coefficients: Annotated[
+        Path | None,
+        typer.Option(help="File of 'pilotage fit' for the estimates; default: hold differences."),
+    ] = None,
+    fitted: Annotated[
+        bool,
+        typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
+    ] = False,
+    between: Annotated[
+        str,
+        typer.Option(
+            help="With --fitted, steps between full evaluations: 'forecast' evaluates nothing, "
+            "'estimate' the conditional branch."
+        ),
+    ] = "forecast",
+    relaxed: Annotated[
+        bool, typer.Option("--relaxed", help="Gradient descent instead of greedy and evolution.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="Tries of evolution, or gradient steps.")] = 60,
+    output: Output = Path("outputs/schedule.json"),
+    scale: Scale = 7.5,
+    steps: Steps = 20,
+    negative: Negative = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    model: Model = None,
+    device: Device = "auto",
+) -> None:
+    """Find the cheapest schedule of evaluated, estimated and skipped steps above a quality.
+
+    In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
+    conditional one stand alone, and a dot skips the step.
+    """
+    from ...guidance import Coefficients, Schedule, load_guidance
+    from .policy_search import search
+    from .relaxed_search import relaxed_search
+    from .store import Between
+    from .trials import Trials
+
+    if fitted and (relaxed or coefficients is not None):
+        raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
+    other: Between = one_of("--between", between, get_args(Between))
+    if relaxed and coefficients is not None:
+        raise ValueError("--relaxed makes no estimates: leave --coefficients out")
+    fill = None
+    if coefficients is not None:
+        policy = load_guidance(coefficients).policy
+        if not isinstance(policy, Schedule) or not isinstance(policy.fill, Coefficients):
+            raise ValueError(f"{coefficients} holds no coefficients: make them with 'pilotage fit'")
+        fill = policy.fill
+    texts, pipe = load(prompts, output, model, device)
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
+    if relaxed:
+        found = relaxed_search(trials, quality_floor=floor, iterations=max(rounds, 1))
+    else:
+        found = search(
+            trials,
+            quality_floor=floor,
+            fill=fill,
+            fitted=fitted,
+            between=other,
+            rounds=rounds,
+            checkpoint=output.with_name(f"{output.name}.tried"),
+        )
+    found.save(output)
+    typer.echo("  NFE    SSIM")
+    for candidate in found.front:
+        mark = "*" if candidate is found.best else " "
+        typer.echo(f"{mark}{candidate.nfe:4g}  {candidate.quality:.4f}  {candidate.schedule}")
+    typer.echo(name_it(output, pipe))
+
+
+def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[list[str], Any]:
+    """The prompts of a file and the guided pipeline of a folder or hub name, on its device.
+
+    Raises:
+        ValueError: no prompts, an unknown device, or settings cannot be written to `output`.
+    """
+    import torch
+
+    from ..embedded import load_on
+
+    texts = read_prompts(prompts)
+    if output.suffix != ".json":
+        raise ValueError(f"--output is a file NAME.json, got {output}")
+    check_target(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return texts, load_on(torch.device(device), model)
+
+
+def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:
+    """The value of an option that takes a few words.
+
+    Raises:
+        ValueError: it is none of those known.
+    """
+    for word in known:
+        if word == value:
+            return word
+    raise ValueError(f"{option} is {' or '.join(map(repr, known))}, got {value!r}")
+
+
+def name_it(path: Path, pipe: Any) -> str:
+    """How the settings just written to `path` are used."""
+    from ...pipelines.guided import guidance_folder
+
+    named = guidance_folder(pipe)
+    if named is not None and path.resolve().parent == named.resolve():
+        return f'{path}: use it as guidance="{path.stem}"'
+    return f'{path}: use it as guidance=load_guidance("{path}")'
