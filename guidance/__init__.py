@@ -98,25 +98,28 @@ __all__ = [
 ]
 
 
-def _first(make: Callable[..., Schedule]) -> Callable[..., Schedule]:
-    """A setting of `Schedule` with the arguments that its class had in version 0.1."""
+def _first(make: Callable[..., Schedule], *order: str) -> Callable[..., Schedule]:
+    """A setting of `Schedule` with the arguments that its class had in version 0.1, in order."""
 
     @functools.wraps(make)
-    def call(*args: Any, head: float | None = None, tail: str | None = None, **rest: Any) -> Any:
-        rest |= {} if head is None else {"first": head}
-        estimated = ("hold", "extrapolate", "linear")
-        rest |= {} if tail is None else {"then": "estimate" if tail in estimated else tail}
-        return make(*args, **rest)
+    def call(*args: Any, **settings: Any) -> Schedule:
+        settings |= dict(zip(order, args, strict=False))
+        for old, new in (("head", "first"), ("tail", "then")):
+            if old in settings:
+                settings[new] = settings.pop(old)
+        if settings.get("then") in ("hold", "extrapolate", "linear"):
+            settings["then"] = "estimate"
+        return make(**settings)
 
     return call
 
 
 # Names of version 0.1, to go with version 0.3 -> what they are called now, and what they give.
 _RENAMED: dict[str, tuple[str, Any]] = {
-    "Extrapolate": ("extrapolate", _first(extrapolate)),
-    "Forecast": ("forecast", _first(forecast)),
-    "Hold": ("hold", _first(hold)),
-    "LinearAG": ("linear_ag", _first(linear_ag)),
+    "Extrapolate": ("extrapolate", _first(extrapolate, "period", "head", "tail", "space")),
+    "Forecast": ("forecast", _first(forecast, "head", "period", "space")),
+    "Hold": ("hold", _first(hold, "period", "head", "tail", "space")),
+    "LinearAG": ("linear_ag", _first(linear_ag, "period", "head", "tail", "coefficients")),
     "StandIn": ("Fill", Fill),
 }
 

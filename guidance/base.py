@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .prediction import NoiseLevel, Space
+from .prediction import NoiseLevel, Space, check_space
 
 Kind = Literal["cond", "uncond", "guided"]
 """What can be kept of a step: the prediction of a branch, or the guided one."""
@@ -29,7 +29,7 @@ class Step:
         level: Noise level of the network's input, with what the network predicts; None where
             neither rule nor policy asked for it.
         next_level: Noise level that the solver goes to; None likewise.
-        x_t: The network's input, with shape (B, \\*), as far as its channels are guided.
+        x_t: The network's input, with shape (B, \\*): for rules, as far as its channels are guided.
     """
 
     index: int
@@ -129,8 +129,9 @@ class Rule:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "combine" in vars(cls) and "is_pipelines_own" not in vars(cls):
-            cls.is_pipelines_own = False  # a rule derived from CFG combines in its own way
+        own = next((base for base in cls.__mro__ if vars(base).get("is_pipelines_own")), cls)
+        if cls.combine is not own.combine:  # a rule derived from CFG combines in its own way
+            cls.is_pipelines_own = False
 
     @property
     def needs_flow(self) -> bool:
@@ -150,7 +151,7 @@ class Rule:
                 gradients are to flow through it, or a tensor of shape (B, 1, ...) where samples
                 have different ones.
             state: What the last guided step returned for these samples, with shape (B, \\*); None
-                at the first.
+                at the first one, 0 for a sample that is guided later than its batch mates.
 
         Returns:
             The guided prediction, with shape (B, \\*), in the rule's space, float32 or the
@@ -207,6 +208,18 @@ class Decision:
     evaluate: tuple[str, ...] = ("cond", "uncond")
     factor: float | Tensor = 1.0
     reuse: Weights | Callable[[Kept], Weights] | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluate not in (("cond", "uncond"), ("cond",), ()):
+            raise ValueError(
+                f"a sample evaluates ('cond', 'uncond'), ('cond',) or (), got {self.evaluate!r}"
+            )
+        if not (self.reuse is None or isinstance(self.reuse, Weights) or callable(self.reuse)):
+            raise TypeError(f"reuse is Weights, a function or None, got {self.reuse!r}")
+        if self.reuse is None if self.skips else self.reuse and "uncond" in self.evaluate:
+            raise ValueError(
+                "a skipped step reuses past predictions, one that evaluates both branches does not"
+            )
 
     @property
     def skips(self) -> bool:
@@ -395,6 +408,7 @@ class Guidance:
 
     Raises:
         TypeError: a part is not what it should be.
+        ValueError: a space is unknown, or the policy wants cosines and has no space for them.
     """
 
     rule: Rule
@@ -405,6 +419,9 @@ class Guidance:
             raise TypeError(f"not a guidance rule: {self.rule!r}")
         if not isinstance(self.policy, Policy):
             raise TypeError(f"not an evaluation policy: {self.policy!r}")
+        check_space(type(self.rule).__name__, self.rule.space)
+        if self.policy.space is not None or self.policy.needs_gamma:
+            check_space(type(self.policy).__name__, str(self.policy.space))
 
     def __or__(self, policy: Policy) -> Guidance:
         if not isinstance(self.policy, Always):
@@ -439,6 +456,19 @@ class Guidance:
         """Whether a run of `total` steps may skip one."""
         decisions = self.policy.decisions(total)
         return decisions is None or any(d.skips for d in decisions)
+
+    def check_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Refuse decisions that the rule has no meaning for.
+
+        Raises:
+            ValueError: the rule sets the scale of a step by its noise levels, and the policy
+                changes that scale or reuses what belongs to another step's.
+        """
+        if self.rule.needs_next_level and any(d.changes_combination for d in decisions):
+            raise ValueError(
+                f"'{self.rule}' sets its own scale at every step: it goes with policies that leave "
+                "branches out, not with scaled or skipped steps"
+            )
 
     def __str__(self) -> str:
         return str(self.rule) if isinstance(self.policy, Always) else f"{self.rule} | {self.policy}"

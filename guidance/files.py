@@ -25,8 +25,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(f".partial{path.suffix}", f".{path.stem}-", path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(f".partial{path.suffix}", f".{path.stem}-", path.parent)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot be written ({error.strerror})", str(path)
+        ) from error
     os.close(handle)
     partial = Path(name)
     try:

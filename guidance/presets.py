@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .base import Always, Guidance, Policy, Rule
 from .policies.adaptive import AdaptiveGuidance
 from .policies.interval import Interval
@@ -37,6 +39,8 @@ LITERATURE: dict[str, Policy] = {
     f"ag-{threshold}": AdaptiveGuidance(threshold, space="native")
     for threshold in (0.991, 0.994, 0.996)
 }
+for _name in LITERATURE:
+    register(functools.partial(LITERATURE.__getitem__, _name), name=_name)
 
 
 def available() -> list[str]:
@@ -45,7 +49,7 @@ def available() -> list[str]:
     rules = [
         name for name, make in NAMES.items() if isinstance(make, type) and issubclass(make, Rule)
     ]
-    return [*rules, *(name for name in NAMES if name not in rules), *LITERATURE]
+    return [*rules, *(name for name in NAMES if name not in rules)]
 
 
 def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None) -> Guidance:
@@ -92,9 +96,14 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
 
 def _part(name: str, family: str | None) -> Rule | Policy | None:
     """What one name stands for; None: nothing."""
-    preset = LITERATURE.get(name) or PRESETS.get(family or "", {}).get(name)
+    preset = PRESETS.get(family or "", {}).get(name)
     if preset is not None:
         return preset
     if name not in NAMES:
         load_installed()
-    return NAMES[name]() if name in NAMES else None
+    if name not in NAMES:
+        return None
+    part = NAMES[name]()
+    if not isinstance(part, (Rule, Policy)):
+        raise TypeError(f"{name!r} stands for {part!r}, expected a rule or a policy")
+    return part

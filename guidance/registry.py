@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import MISSING, fields
+from typing import Any, cast
 
 from .base import Fill, Policy, Rule
 
 Part = Rule | Policy | Fill
-T = TypeVar("T")
 
 KINDS: dict[str, type] = {"rule": Rule, "policy": Policy, "fill": Fill}
 """What settings are made of."""
@@ -30,7 +31,7 @@ KINDS: dict[str, type] = {"rule": Rule, "policy": Policy, "fill": Fill}
 TYPES: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 """Kind -> name -> class, for saved settings."""
 
-NAMES: dict[str, Callable[[], Rule | Policy]] = {}
+NAMES: dict[str, Callable[[], Any]] = {}
 """Name -> what makes the rule or policy that ``guidance=`` takes it for."""
 
 ALIASES: dict[str, str] = {}
@@ -39,13 +40,13 @@ ALIASES: dict[str, str] = {}
 _NAME = re.compile(r"[a-z0-9][a-z0-9.*_-]*")
 
 
-def register(thing: T, *, name: str | None = None, alias: str | None = None) -> T:
+def register(thing: Any = None, *, name: str | None = None, alias: str | None = None) -> Any:
     """Make a rule, policy or fill known by its name; also as a decorator.
 
     Args:
-        thing: A class of frozen dataclass type derived from `Rule`, `Policy` or `Fill`, known by
-            its ``name``; or, with `name`, a function without required arguments that makes a
-            configured rule or policy (settings with a name).
+        thing: A frozen dataclass derived from `Rule`, `Policy` or `Fill`, known by its ``name``;
+            or, with `name`, a function without required arguments that makes a configured rule or
+            policy (settings with a name).
         name: Name of such a function.
         alias: A second name.
 
@@ -54,32 +55,49 @@ def register(thing: T, *, name: str | None = None, alias: str | None = None) -> 
 
     Raises:
         TypeError: it is none of these, or settings of it could not be saved.
-        ValueError: the name is taken, or has other characters than a-z, 0-9 and ``. * _ -``.
+        ValueError: a name is taken, or has other characters than a-z, 0-9 and ``. * _ -``.
     """
+    if thing is None:
+        return functools.partial(register, name=name, alias=alias)
     if isinstance(thing, type):
-        kind = next((k for k, base in KINDS.items() if issubclass(thing, base)), None)
-        params = getattr(thing, "__dataclass_params__", None)
-        if kind is None or params is None or not params.frozen:
-            raise TypeError(
-                f"{thing.__name__} cannot be registered: expected a frozen dataclass derived from "
-                "Rule, Policy or Fill"
-            )
-        if "name" not in vars(thing):
-            raise TypeError(f"{thing.__name__} has no name of its own: give it `name = ...`")
-        name = cast(Any, thing).name
-        known = TYPES[kind].get(_checked(name))
-        if known is not None and _place(known) != _place(thing):
-            raise ValueError(f"the {kind} {name!r} is {known.__module__}.{known.__name__} already")
-        if kind != "fill":
-            _add(name, cast("Callable[[], Rule | Policy]", thing), replaces=known)
-        TYPES[kind][name] = thing
+        if name is not None:
+            raise TypeError(f"{thing.__name__} is known by its attribute `name`, not by name=")
+        name = _register_class(thing)
     elif callable(thing) and name is not None:
-        _add(_checked(name), cast("Callable[[], Rule | Policy]", thing), replaces=None)
+        _check_free(_checked(name), thing)
+        NAMES[name] = thing
     else:
         raise TypeError(f"register takes a class, or a function with name=..., got {thing!r}")
     if alias is not None:
-        ALIASES[_checked(alias)] = name
+        if ALIASES.get(alias) != name:
+            _check_free(_checked(alias), None)
+        ALIASES[alias] = name
     return thing
+
+
+def _register_class(thing: type) -> str:
+    kind = next((kind for kind, base in KINDS.items() if issubclass(thing, base)), None)
+    params = getattr(thing, "__dataclass_params__", None)
+    if kind is None or params is None or not params.frozen:
+        raise TypeError(
+            f"{thing.__name__} cannot be registered: expected a frozen dataclass derived from "
+            "Rule, Policy or Fill"
+        )
+    settings = fields(cast(Any, thing))
+    if "name" not in vars(thing) or any(field.name == "name" for field in settings):
+        raise TypeError(f"{thing.__name__} has no name of its own: name: ClassVar[str] = ...")
+    required = [f.name for f in settings if f.default is f.default_factory is MISSING]
+    if kind != "fill" and required:
+        raise TypeError(f"{thing.__name__}: give {', '.join(required)} a default, for its name")
+    name = _checked(vars(thing)["name"])
+    known = TYPES[kind].get(name)
+    if known is not None and _place(known) != _place(thing):
+        raise ValueError(f"the {kind} {name!r} is {known.__module__}.{known.__name__} already")
+    if kind != "fill":
+        _check_free(name, thing)
+        NAMES[name] = thing
+    TYPES[kind][name] = thing
+    return name
 
 
 def part_name(part: Part) -> tuple[str, str]:
@@ -98,16 +116,16 @@ def part_name(part: Part) -> tuple[str, str]:
     )
 
 
-def _add(name: str, make: Callable[[], Rule | Policy], replaces: type | None) -> None:
+def _check_free(name: str, thing: Any) -> None:
+    """Raise if a name means something else than `thing` already."""
     taken = NAMES.get(name)
-    if taken is not None and taken is not replaces and _place(taken) != _place(make):
+    if name in ALIASES or (taken is not None and (thing is None or _place(taken) != _place(thing))):
         raise ValueError(f"the guidance {name!r} exists already: choose another name")
-    NAMES[name] = make
 
 
-def _place(thing: Any) -> tuple[str, str]:
+def _place(thing: Any) -> Any:
     """Where something is defined: a module that is run again may register its classes again."""
-    return thing.__module__, thing.__qualname__
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
 
 
 def _checked(name: Any) -> str:
@@ -128,4 +146,11 @@ def load_installed() -> None:
         mine = "my_package.rules"
     """
     for entry in importlib.metadata.entry_points(group="pilotage.guidance"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever is wrong there, the other names hold
+            package = entry.dist.name if entry.dist else "a package"
+            warnings.warn(
+                f"{package} announces guidance ({entry.value}) that cannot be imported: {error}",
+                stacklevel=2,
+            )

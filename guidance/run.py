@@ -18,7 +18,7 @@ KINDS: dict[Kind, str] = {"cond": "conditional", "uncond": "unconditional", "gui
 
 
 class NonFinitePredictionError(FloatingPointError):
-    """The network returned NaN or infinity."""
+    """The network returned NaN or infinity, or a rule made it."""
 
 
 class Run:
@@ -44,9 +44,11 @@ class Run:
         self, guidance: Guidance, batch: int, total: int, on_cpu: bool, detailed: bool = False
     ) -> None:
         self.guidance, self.batch, self.total, self.detailed = guidance, batch, total, detailed
+        guidance.check_decisions(guidance.policy.decisions(total) or ())
         self.policy_state = guidance.policy.start(batch, total, on_cpu)
         self.rule_state: Tensor | None = None
         self.kept: dict[tuple[Kind, int], Tensor] = {}
+        self.kept_rows: dict[tuple[Kind, int], set[int]] = {}  # samples that it is really of
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total)
@@ -69,6 +71,13 @@ class Run:
         """
         self.begin(x_t, level, next_level)
         self.decisions = self.policy_state.decide(self.step)
+        whole = len(self.decisions) == self.batch
+        if not whole or not all(isinstance(d, Decision) for d in self.decisions):
+            raise ValueError(
+                f"'{self.guidance.policy}' has to decide for {self.batch} samples at step "
+                f"{self.step.index}, got {self.decisions!r}"
+            )
+        self.guidance.check_decisions(self.decisions)
         evaluated = [decision.evaluate for decision in self.decisions]
         self.rows = [row for row in range(self.batch) if "uncond" in evaluated[row]]
         self.skipped = [row for row in range(self.batch) if not evaluated[row]]
@@ -116,12 +125,13 @@ class Run:
         self.step = replace(self.step, x_t=x_t)
         estimated = [row for row, d in enumerate(self.decisions) if d.estimates]
         record = self._record(estimated)
-        self._keep("cond", pred_cond, x_t)
+        every_row, skipped = set(range(self.batch)), set(self.skipped)
+        self._keep("cond", pred_cond, x_t, every_row - skipped)
         guided_rows = record.guided
         if len(guided_rows) < self.batch or estimated:
             self._check_finite(pred_cond)
         if not guided_rows:
-            self._keep("guided", pred_cond, x_t)
+            self._keep("guided", pred_cond, x_t, every_row)
             self._forget()
             return pred_cond, pred_cond
         every = len(guided_rows) == self.batch
@@ -129,6 +139,8 @@ class Run:
         cond = pred_cond if index is None else pred_cond[index]
         uncond = self._with_estimates(pred_uncond, estimated, guided_rows, pred_cond)
         factor, untouched = self._factor(guided_rows, cond)
+        if index is not None and isinstance(w, Tensor) and w.ndim:
+            w = w[index]  # a scale for every sample
         if not untouched:
             w = w if isinstance(factor, float) and factor == 1 else 1 + factor * (w - 1)
         step = replace(self.step, x_t=x_t if index is None else x_t[index])
@@ -152,13 +164,13 @@ class Run:
             _measure(record, predictions, self.guidance.rule.space, result.update, w)
         if index is not None and (untouched or self._keeps("uncond")):
             uncond = pred_cond.index_copy(0, index, uncond)
-        self._keep("uncond", uncond, x_t)
+        self._keep("uncond", uncond, x_t, set(guided_rows))
         guided = pred_cond
         if result.prediction is not None:
             guided = result.prediction
             if index is not None:
                 guided = pred_cond.index_copy(0, index, guided)
-            self._keep("guided", guided, x_t)
+            self._keep("guided", guided, x_t, every_row)
         self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
         self._forget()
         return (pred_cond, uncond) if untouched else (guided, guided)
@@ -172,12 +184,13 @@ class Run:
         Returns:
             Predictions with shape (B, \\*), of which only those of skipped samples mean anything.
         """
-        if self.all_skipped:
-            self._record([])
         guided = self._sum_for(self.skipped)
         if self.guidance.policy.space == "x0":
             guided = self._level().from_x0(guided, x_t)
         if self.all_skipped:
+            self._record([])
+            self._check_finite(guided)
+            self._keep("guided", guided, x_t, set(range(self.batch)))
             self._forget()
         return guided
 
@@ -192,7 +205,7 @@ class Run:
         self.rows, self.skipped = [], []
         self._record([])
         self._check_finite(prediction)
-        self._keep("guided", prediction, x_t)
+        self._keep("guided", prediction, x_t, set(range(self.batch)))
         self._forget()
 
     def finish(self) -> None:
@@ -227,19 +240,26 @@ class Run:
     def _sum_for(self, rows: Sequence[int]) -> Tensor:
         """Weighted sums of what was kept, with shape (B, \\*); those of `rows` mean something."""
         result: Tensor | None = None
-        weights: dict[int, Weights] = {}
+        done: set[int] = set()
         for row in rows:
             reuse = self.decisions[row].reuse
-            if reuse is None:
-                raise ValueError(f"step {self.step.index} is skipped without anything to reuse")
-            key = id(reuse)
-            if key not in weights:
-                weights[key] = reuse if isinstance(reuse, Weights) else reuse(self.kept)
-                sum_ = weighted_sum(weights[key], self.kept, self.step.index)
-                if result is None:
-                    result = sum_
-                    continue
-                same = [r for r in rows if self.decisions[r].reuse is reuse]
+            if row in done:
+                continue
+            same = [r for r in rows if self.decisions[r].reuse is reuse]
+            done.update(same)
+            weights = reuse(self.kept) if callable(reuse) else reuse
+            if not isinstance(weights, Weights):
+                raise TypeError(f"what a sample reuses is given as Weights, got {weights!r}")
+            sum_ = weighted_sum(weights, self.kept, self.step.index)
+            for kind, made, _ in weights.terms():
+                if not self.kept_rows[kind, made].issuperset(same):
+                    raise ValueError(
+                        f"step {self.step.index} needs the {KINDS[kind]} prediction of step {made} "
+                        "of a sample that did not evaluate it"
+                    )
+            if result is None:
+                result = sum_
+            else:
                 index = row_index(same, sum_.device)
                 result = result.index_copy(0, index, sum_[index])
         if result is None:
@@ -250,10 +270,12 @@ class Run:
         """What w - 1 is multiplied with, and whether that is 1 for every one of `rows`."""
         factors = [self.decisions[row].factor for row in rows]
         first = factors[0]
-        if isinstance(first, Tensor) or all(factor == first for factor in factors):
+        if all(factor is first for factor in factors) or not any(
+            isinstance(factor, Tensor) or factor != first for factor in factors
+        ):
             return first, not isinstance(first, Tensor) and first == 1
-        values = torch.tensor(factors, dtype=torch.float32, device=like.device)
-        return values.view(-1, *(1,) * (like.ndim - 1)), False
+        values = torch.stack([torch.as_tensor(f, dtype=torch.float32) for f in factors])
+        return values.to(like.device).view(-1, *(1,) * (like.ndim - 1)), False
 
     @property
     def _gamma_space(self) -> Space | None:
@@ -273,8 +295,15 @@ class Run:
         last = self.policy_state.keep_until(kind, self.step.index)
         return last >= self.step.index + (kind != "cond")
 
-    def _keep(self, kind: Kind, prediction: Tensor, x_t: Tensor) -> None:
-        """Keep a prediction, with shape (B, \\*), in the policy's space if anything reuses it."""
+    def _keep(self, kind: Kind, prediction: Tensor, x_t: Tensor, rows: set[int]) -> None:
+        """Keep a prediction, with shape (B, \\*), in the policy's space if anything reuses it.
+
+        Args:
+            kind: What it is.
+            prediction: Network output.
+            x_t: Network input.
+            rows: The samples whose it is; those of others stand in its place only.
+        """
         if not self._keeps(kind):
             return
         if self.guidance.policy.space == "x0":
@@ -282,13 +311,14 @@ class Run:
         else:
             kept = prediction.clone()  # the pipeline may go on using the tensor itself
         self.kept[kind, self.step.index] = kept
+        self.kept_rows[kind, self.step.index] = rows
 
     def _forget(self) -> None:
         """Drop what no later step reuses."""
         index = self.step.index
         for kind, made in list(self.kept):
             if self.policy_state.keep_until(kind, made) <= index:
-                del self.kept[kind, made]
+                del self.kept[kind, made], self.kept_rows[kind, made]
 
     def _state_of(self, index: Tensor | None) -> Tensor | None:
         if index is None or self.rule_state is None:
@@ -314,8 +344,9 @@ class Run:
         for step, finite in values:
             if not finite:
                 raise NonFinitePredictionError(
-                    f"the network's prediction is not finite (NaN or infinity) at step {step} of "
-                    f"{self.total}, counted from 0; in fp16, try bfloat16 or float32"
+                    f"a prediction is not finite (NaN or infinity) at step {step} of {self.total}, "
+                    "counted from 0: the network's (in fp16, try bfloat16 or float32), or what "
+                    f"'{self.guidance}' made of it"
                 )
 
 
@@ -334,8 +365,8 @@ def weighted_sum(weights: Weights, kept: Kept, step: int) -> Tensor:
     for kind, made, weight in weights.terms():
         if (kind, made) not in kept:
             raise ValueError(
-                f"step {step} needs the {KINDS[kind]} prediction of step {made}, at which the "
-                "pipeline did not guide"
+                f"step {step} needs the {KINDS[kind]} prediction of step {made}, which was not "
+                "kept: the pipeline did not guide, or the policy's keep_until did not ask for it"
             )
         term = kept[kind, made]
         total = accumulate(term) * weight if total is None else total.add_(term, alpha=weight)

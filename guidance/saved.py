@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .base import Fill, Guidance, Policy, Rule
 from .files import write_json
 from .policies.adaptive import AdaptiveGuidance
 from .policies.schedule import Pattern, extrapolate, forecast, hold, linear_ag
-from .registry import TYPES, Part, load_installed, part_name
+from .registry import TYPES, load_installed, part_name
 
 FORMAT = "pilotage-guidance-2"
 FIRST_FORMAT = "pilotage-guidance-1"  # of version 0.1
@@ -26,11 +26,13 @@ def to_dict(guidance: Guidance) -> dict[str, Any]:
         ValueError: a part is not registered, or has settings that could not be loaded again.
     """
     plain = {"rule": _plain(guidance.rule), "policy": _plain(guidance.policy)}
-    if from_dict(json.loads(json.dumps(plain))) != guidance:
-        raise ValueError(
-            f"'{guidance}' has settings that JSON does not keep: use numbers, texts, lists and "
-            "registered parts"
-        )
+    try:
+        loaded = from_dict(json.loads(json.dumps(plain, allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(f"'{guidance}' has settings that JSON does not know: {error}") from error
+    again = {"rule": _plain(loaded.rule), "policy": _plain(loaded.policy)}
+    if again != plain:
+        raise ValueError(f"'{guidance}' has settings that would not be the same when loaded")
     return plain
 
 
@@ -41,7 +43,7 @@ def from_dict(config: Mapping[str, Any]) -> Guidance:
         ValueError: unknown names or settings.
         TypeError: settings that a part does not have.
     """
-    if "name" in config["rule"]:
+    if "name" in config["rule"] and "rule" not in config["rule"]:
         return _from_first(config)
     return Guidance(_part("rule", config["rule"]), _part("policy", config["policy"]))
 
@@ -85,8 +87,10 @@ def _plain(value: Any) -> Any:
         return {"pattern": {f.name: getattr(value, f.name) for f in fields(value)}}
     if isinstance(value, (Rule, Policy, Fill)):
         kind, name = part_name(value)
-        settings = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
-        return {kind: name, **settings}
+        settings = fields(cast(Any, value))
+        return {kind: name, "settings": {f.name: _plain(getattr(value, f.name)) for f in settings}}
+    if getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"number": str(value)}
     if isinstance(value, (tuple, list)):
@@ -96,30 +100,31 @@ def _plain(value: Any) -> Any:
 
 def _value(value: Any) -> Any:
     """Inverse of `_plain`."""
+    if isinstance(value, list):
+        return [_value(item) for item in value]
     if isinstance(value, dict):
-        if "pattern" in value:
+        if value.keys() == {"pattern"}:
             return Pattern(**value["pattern"])
-        if "number" in value:
+        if value.keys() == {"number"}:
             return float(value["number"])
         for kind in TYPES:
-            if kind in value:
+            if value.keys() == {kind, "settings"}:
                 return _part(kind, value)
     return value
 
 
 def _part(kind: str, config: Mapping[str, Any]) -> Any:
-    settings, known = dict(config), TYPES[kind]
-    name = settings.pop(kind)
+    name, known = config[kind], TYPES[kind]
     if name not in known:
         load_installed()
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
-    return known[name](**{key: _value(value) for key, value in settings.items()})
+    return known[name](**{key: _value(value) for key, value in config["settings"].items()})
 
 
 def _from_first(config: Mapping[str, Any]) -> Guidance:
     """Settings as version 0.1 wrote them: parts by their "name", with other words."""
-    rule = {"rule" if key == "name" else key: v for key, v in config["rule"].items()}
+    rule = _first_part("rule", config["rule"])
     settings = dict(config["policy"])
     name = settings.pop("name")
     for old, new in (("stand_in", "fill"), ("head", "first"), ("tail", "then")):
@@ -127,7 +132,7 @@ def _from_first(config: Mapping[str, Any]) -> Guidance:
             settings[new] = settings.pop(old)
     for key in ("fill", "coefficients"):
         if key in settings:
-            settings[key] = _first_fill(settings[key])
+            settings[key] = _part("fill", _first_part("fill", settings[key]))
     if settings.get("then") in ("hold", "extrapolate", "linear"):
         settings["then"] = "estimate"
     make: Any = {
@@ -142,8 +147,8 @@ def _from_first(config: Mapping[str, Any]) -> Guidance:
     return Guidance(_part("rule", rule), make(**settings))
 
 
-def _first_fill(config: Mapping[str, Any]) -> Part:
-    settings = {"fill" if key == "name" else key: value for key, value in config.items()}
+def _first_part(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(config)
     if any(settings.pop("intercept", ())):
         raise ValueError("its coefficients have an intercept, which is no more: fit them again")
-    return _part("fill", settings)
+    return {kind: settings.pop("name"), "settings": settings}

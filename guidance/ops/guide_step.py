@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class GuideStep(NamedTuple):
     """The result of `guide_step`; what was not asked for is None, but for the state.
 
     Args:
-        finite: Whether all predictions are finite, a 0-d tensor.
+        finite: Whether all predictions are finite, a 0-d tensor; eagerly also the guided one.
         prediction: The guided prediction, with shape (B, \\*) and the network's dtype.
         state: The rule's new state; without a prediction, the one given.
         gamma: Cosine of the two predictions, with shape (B,), at least float32.
@@ -80,12 +80,29 @@ def guide_step(
     gamma = None if gamma_space is None else cosine(*predictions.pair(gamma_space))
     prediction = update = None
     if want_prediction or want_update:
-        guided, state = rule.combine(predictions, step, w, state)
+        guided, state = _checked(rule, rule.combine(predictions, step, w, state), cond)
         if want_prediction:
             prediction = predictions.to_native(guided, rule.space)
+            finite = finite & all_finite(prediction)
         if want_update:
             update = accumulate(guided) - accumulate(predictions.get("cond", rule.space))
     return GuideStep(finite, prediction, state, gamma, update)
+
+
+def _checked(rule: Rule, made: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a rule's `combine` returned, if it is what it should be."""
+    name = f"{type(rule).__name__}.combine"
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
+        raise TypeError(f"{name} returns the guided prediction and a state, got {type(made)}")
+    guided, state = made
+    if guided.shape != like.shape:
+        shapes = tuple(guided.shape), tuple(like.shape)
+        raise ValueError(f"{name} returned a prediction of shape {shapes[0]}, expected {shapes[1]}")
+    if state is not None and not (
+        isinstance(state, Tensor) and state.ndim > 0 and len(state) == len(like)
+    ):
+        raise ValueError(f"{name} returned a state that is no tensor of shape ({len(like)}, *)")
+    return guided, state
 
 
 def _prefers_kernel(cond: Tensor, uncond: Tensor, w: float | Tensor, want_update: bool) -> bool:

@@ -63,8 +63,8 @@ class AdaptiveGuidance(Policy):
         if math.isnan(self.threshold):
             raise ValueError("AdaptiveGuidance: threshold is NaN")
         check_space("AdaptiveGuidance", self.space)
-        if self.lag is not None and self.lag < 0:
-            raise ValueError(f"AdaptiveGuidance: lag must be >= 0, got {self.lag}")
+        if self.lag is not None and not (isinstance(self.lag, int) and self.lag >= 0):
+            raise ValueError(f"AdaptiveGuidance: lag must be a whole number >= 0, got {self.lag!r}")
         if self.then not in get_args(Then):
             raise ValueError(f"AdaptiveGuidance: then is 'cond' or 'forecast', got {self.then!r}")
 

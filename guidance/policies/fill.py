@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -146,6 +147,13 @@ class Coefficients(Fill):
             )
         if self.guided and [len(row) for row in self.guided] != list(range(steps)):
             raise ValueError("Coefficients: row t must hold t weights of guided predictions")
+        if not all(
+            math.isfinite(w)
+            for of in (self.cond, self.uncond, self.guided)
+            for row in of
+            for w in row
+        ):
+            raise ValueError("Coefficients: a weight is NaN or infinite")
         check_space("Coefficients", self.space)
 
     def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:

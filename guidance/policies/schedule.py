@@ -61,10 +61,9 @@ class Pattern:
     def __post_init__(self) -> None:
         if not 0 <= self.first <= 1:
             raise ValueError(f"the first part is a share of 0 to 1 of the steps, got {self.first}")
-        if self.period < 1 or self.then_period < 0:
-            raise ValueError(
-                f"periods are whole numbers from 1 on, got {self.period} and {self.then_period}"
-            )
+        periods = self.period, self.then_period
+        if not all(isinstance(n, int) for n in periods) or self.period < 1 or self.then_period < 0:
+            raise ValueError(f"periods are whole numbers from 1 on, got {periods}")
         for choice in (self.between, self.then):
             if choice not in CHOICES:
                 raise ValueError(f"a choice is one of {', '.join(CHOICES)}, got {choice!r}")

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..base import Predictions, Rule, Step
+from ..prediction import accumulate
 from ..registry import register
 
 
@@ -43,4 +44,5 @@ class CFG(Rule):
         self, predictions: Predictions, step: Step, w: float | Tensor, state: Tensor | None
     ) -> tuple[Tensor, None]:
         """See `cfg`."""
-        return cfg(*predictions.pair("native"), w), None
+        cond, uncond = predictions.pair("native")
+        return cfg(accumulate(cond), accumulate(uncond), w), None

@@ -28,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..base import Predictions, Rule, Step
-from ..prediction import NoiseLevel
+from ..prediction import NoiseLevel, accumulate
 from ..registry import register
 from .cfg import cfg
 
@@ -79,4 +79,5 @@ class CFGPlusPlus(Rule):
     ) -> tuple[Tensor, None]:
         """`cfg` at `cfg_plus_plus_scale`; w is not read."""
         scale = cfg_plus_plus_scale(self.strength, *step.levels())
-        return cfg(*predictions.pair("native"), scale), None
+        cond, uncond = predictions.pair("native")
+        return cfg(accumulate(cond), accumulate(uncond), scale), None

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,8 +117,44 @@ def test_names_that_are_refused(names):
     ):
         with pytest.raises(error, match=message):
             register(thing)
-    with pytest.raises(ValueError, match="'forecast' exists already"):
-        register(len, name="forecast")
+    for name in ("forecast", "cfg-zero-star", "ag-0.991"):
+        with pytest.raises(ValueError, match=f"'{name}' exists already"):
+            register(len, name=name)
+        with pytest.raises(ValueError, match=f"'{name}' exists already"):
+            register(alias=name)(Half)
+    with pytest.raises(TypeError, match="not by name="):
+        register(Half, name="other")
+    register(lambda: 5, name="five")
+    with pytest.raises(TypeError, match="'five' stands for 5"):
+        resolve("five")
+
+
+@pytest.mark.parametrize("annotation", [ClassVar[str], str])
+def test_settings_of_the_wrong_kind(names, annotation):
+    @dataclass(frozen=True)
+    class Unnamed(Rule):
+        strength: float
+
+        name: annotation = "unnamed"
+
+    message = "strength a default" if annotation is not str else "no name of its own"
+    with pytest.raises(TypeError, match=message):
+        register(Unnamed)
+
+
+def test_a_package_that_cannot_be_imported_is_named(names, tmp_path, monkeypatch):
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[pilotage.guidance]\nany = no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load_installed.cache_clear()
+    with (
+        pytest.warns(UserWarning, match="broken announces guidance .*no_such_module"),
+        pytest.raises(ValueError, match="unknown guidance 'apgg'"),
+    ):
+        resolve("apgg")
+    registry.load_installed.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +166,8 @@ def test_names_that_are_refused(names):
         CFG() | Schedule(("both", "estimate"), fill=COEFFICIENTS),
         CFG() | Schedule(Pattern(0.3, 3, then="estimate"), fill=ExtrapolateDifference("x0")),
         CFG() | Schedule(("both", "cond"), factors=(1.0, 0.5), identity={"a": [1, None]}),
+        Guidance(APG(eta=np.float32(0.25))),
+        CFG() | Schedule(("both", "cond"), factors=np.ones(2, np.float32)),
     ],
 )
 def test_settings_survive_a_file(guidance, tmp_path):
@@ -213,3 +252,6 @@ def test_names_of_version_0_1_warn():
     assert old(head=0.3, period=3) == forecast(0.3, 3)
     with pytest.warns(FutureWarning, match="hold"):
         assert guidance.Hold(tail="hold") == guidance.hold(then="estimate")
+    with pytest.warns(FutureWarning, match="linear_ag"):
+        old = guidance.LinearAG(2, 1.0, "linear", COEFFICIENTS)
+    assert old == guidance.linear_ag(COEFFICIENTS, 2, 1.0, "estimate")

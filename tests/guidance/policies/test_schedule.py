@@ -215,7 +215,7 @@ def test_a_step_without_guidance_leaves_a_hole_that_is_named():
     run.plan(cond[0], LEVEL)
     run.unguided(cond[0], cond[0])
     assert run.plan(cond[1], LEVEL) == []
-    with pytest.raises(ValueError, match="step 0, at which the pipeline did not guide"):
+    with pytest.raises(ValueError, match="step 0, which was not kept: the pipeline did not guide"):
         run.combine(cond[1], None, W, cond[1])
 
 
