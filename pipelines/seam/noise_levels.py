@@ -9,39 +9,27 @@ from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, PredictionType
 
-# Schedulers whose network input at timestep t has alpha^2 = alphas_cumprod[t].
-BY_TIMESTEP = {
-    "CogVideoXDDIMScheduler",
-    "CogVideoXDPMScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMWuerstchenScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
+# The schedulers that are known, by what their tables hold.
+TABLES: dict[str, str] = {
+    # alphas_cumprod; the network's input at timestep t has alpha^2 = alphas_cumprod[t].
+    "timestep": """
+        CogVideoXDDIMScheduler CogVideoXDPMScheduler DDIMParallelScheduler DDIMScheduler
+        DDPMParallelScheduler DDPMScheduler DDPMWuerstchenScheduler LCMScheduler PNDMScheduler
+        TCDScheduler""",
+    # sigma / alpha by step; the network's input has unit variance, and so have samples ...
+    "unit": """
+        DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler
+        SASolverScheduler UniPCMultistepScheduler""",
+    # ... or they are data plus sigma times noise, scaled for the network only.
+    "exploding": """
+        EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler
+        KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler""",
+    # sigma of flow matching: x_t = (1 - sigma) x_0 + sigma eps.
+    "flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler",
 }
-# Schedulers with a table of sigma / alpha by step; the network's input has unit variance.
-BY_SIGMA = {
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-}
-# Flow matching: x_t = (1 - sigma) x_0 + sigma eps.
-BY_FLOW_SIGMA = {
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-}
+BY_TIMESTEP, UNIT, EXPLODING, BY_FLOW_SIGMA = (set(names.split()) for names in TABLES.values())
+BY_SIGMA = UNIT | EXPLODING
+KNOWN = BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA
 # Solvers whose step is one of `check_first_order`, the fused ones included (they have these names).
 FIRST_ORDER = {"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
 PREDICTIONS: dict[str, PredictionType] = {
@@ -88,11 +76,10 @@ def check_scheduler(scheduler: Any) -> None:
         UnknownSchedulerError: the scheduler, or what its network predicts, is not known.
     """
     name = type(scheduler).__name__
-    known = BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA
-    if name not in known:
+    if name not in KNOWN:
         raise UnknownSchedulerError(
             f"the noise levels of {name} are not known, and this guidance needs denoised images: "
-            f"use one of {', '.join(sorted(known))}, or a rule in native space"
+            f"use one of {', '.join(sorted(KNOWN))}, or a rule in native space"
         )
     prediction_type_of(scheduler)
 
