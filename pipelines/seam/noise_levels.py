@@ -49,8 +49,6 @@ def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: floa
     """Raise if a rule or policy does not fit a scheduler and what its network predicts.
 
     Args:
-        guidance: Rule and policy.
-        scheduler: A diffusers scheduler.
         detailed: Whether cosines and norms are recorded at every step.
         eta: DDIM's share of added noise in this call.
 
@@ -70,11 +68,7 @@ def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: floa
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise if the noise levels of `scheduler` cannot be read.
-
-    Raises:
-        UnknownSchedulerError: the scheduler, or what its network predicts, is not known.
-    """
+    """Raise UnknownSchedulerError if the scheduler, or what its network predicts, is not known."""
     name = type(scheduler).__name__
     if name not in KNOWN:
         raise UnknownSchedulerError(
@@ -119,15 +113,7 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
 
 
 def check_first_order(scheduler: Any, eta: float) -> None:
-    """Raise unless every step leads from one noise level to the next without added noise.
-
-    Args:
-        scheduler: A diffusers scheduler.
-        eta: DDIM's share of added noise in this call.
-
-    Raises:
-        UnknownSchedulerError: it is another solver than Euler and DDIM, or changes the step.
-    """
+    """Raise UnknownSchedulerError unless it is Euler or DDIM, without clipping or added noise."""
     name, config = type(scheduler).__name__, scheduler.config
     changed = [o for o in ("clip_sample", "thresholding", "stochastic_sampling") if config.get(o)]
     if name not in FIRST_ORDER or changed or (name == "DDIMScheduler" and eta):
@@ -139,12 +125,7 @@ def check_first_order(scheduler: Any, eta: float) -> None:
 
 
 def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
-    """The noise level that the scheduler's current step leads to; see `check_first_order`.
-
-    Args:
-        scheduler: As of `noise_level`.
-        timestep: As of `noise_level`.
-    """
+    """The noise level that the scheduler's current step leads to; see `check_first_order`."""
     if type(scheduler).__name__ != "DDIMScheduler":
         return of_sigma(scheduler, float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1]))
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
