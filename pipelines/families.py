@@ -29,11 +29,7 @@ def model_family(pipe: Any) -> str | None:
 
 
 def resolve_for(pipe: Any, guidance: str | Rule | Policy | Guidance) -> Guidance:
-    """What `guidance` stands for on a pipeline; see `resolve`.
-
-    Raises:
-        ValueError: a name has no meaning for the pipeline's family.
-    """
+    """What `guidance` means on a pipeline, see `resolve`; ValueError for one without meaning."""
     found = resolve(guidance, model_family(pipe))
     if isinstance(guidance, str) and found.policy == Interval():
         raise ValueError(

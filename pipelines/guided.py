@@ -75,9 +75,7 @@ class GuidedMixin(_Stock):
 
         Stock ``from_pipe`` casts them to float32, in place and so for the first pipeline as well.
         """
-        if "dtype" in kwargs or "torch_dtype" in kwargs:
-            return super().from_pipe(pipeline, **kwargs)
-        token = _KEEP_DTYPE.set(True)
+        token = _KEEP_DTYPE.set("dtype" not in kwargs and "torch_dtype" not in kwargs)
         try:
             return super().from_pipe(pipeline, **kwargs)
         finally:
@@ -99,21 +97,6 @@ class GuidedMixin(_Stock):
                 return load_guidance(own / f"{guidance}.json")
         return resolve_for(self, guidance)
 
-    def __call__(
-        self,
-        *args: Any,
-        guidance: GuidanceLike | None = None,
-        detailed_trace: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """See the stock pipeline."""
-        stock_call = type(self).stock_class.__call__
-        if guidance is None:
-            return stock_call(self, *args, **kwargs)
-        return self.call_guided(
-            stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs
-        )
-
     def call_guided(
         self,
         stock_call: Callable[..., Any],
@@ -128,11 +111,11 @@ class GuidedMixin(_Stock):
             stock_call: ``__call__`` of the stock class, or what it wraps (without ``no_grad``, to
                 differentiate through a run).
             args, kwargs: Its arguments.
-            guidance: How to guide.
-            detailed_trace: Record cosines and norms of the predictions at every step.
+            guidance, detailed_trace: As of the guided pipeline's call.
         """
         settings = self.resolve_guidance(guidance)
-        layout = _guidable_layout(type(self))
+        scale_argument(type(self))  # refuses pipelines without guidance
+        layout = layout_of(type(self))
         signature = inspect.signature(type(self).stock_class.__call__)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
@@ -151,8 +134,8 @@ class GuidedMixin(_Stock):
                 output = stock_call(self, *args, **kwargs)
             driver.finish()
         finally:
-            if driver.begun is not None:
-                self._guidance_trace = driver.begun.trace
+            if driver.begun:
+                self._guidance_trace = driver.run.trace
         return output
 
 
@@ -163,11 +146,7 @@ def guidance_folder(pipe: Any) -> Path | None:
 
 
 def scale_argument(pipeline_class: type) -> str:
-    """Name of the argument of a pipeline's call that holds the guidance scale.
-
-    Raises:
-        LayoutError: there is none.
-    """
+    """Name of the argument of a pipeline's call for the guidance scale, else LayoutError."""
     call: Any = pipeline_class.__call__
     parameters = inspect.signature(call).parameters
     found = [name for name in SCALE_ARGUMENTS if name in parameters]
@@ -186,28 +165,20 @@ def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, fl
     return {scale_argument(pipeline_class): guidance_scale - offset}
 
 
-def _guidable_layout(pipeline_class: type) -> Layout:
-    scale_argument(pipeline_class)
-    return layout_of(pipeline_class)
-
-
 def _checked_scales(
     pipeline_class: type, guidance: Guidance, layout: Layout, arguments: dict[str, Any]
 ) -> dict[str, float]:
-    """The scale of every denoiser, and under its own name if the pipeline may change it.
-
-    Raises:
-        ValueError: it is not a finite positive number, leaves nothing to guide, or an option of
-            the call conflicts with the guidance.
-    """
+    """The checked scale of every denoiser, and under its own name if the pipeline may change it."""
     name = scale_argument(pipeline_class)
-    scale = _positive(name, arguments[name], layout.scale_offset)
+    scale = positive_scale(name, arguments[name], layout.scale_offset)
     nothing = f"so that '{guidance}' has nothing to act on: use"
     if not guidance.is_plain and scale + layout.scale_offset <= 1:
         raise ValueError(
             f"{name}={scale} switches guidance off, {nothing} {name} > 1, or guidance=None"
         )
-    if not guidance.is_plain and name == "true_cfg_scale" and not _has_negative(arguments):
+    negatives = [arguments.get(key) for key in ("negative_prompt", "negative_prompt_embeds")]
+    one_branch = name == "true_cfg_scale" and all(value is None for value in negatives)
+    if one_branch and not guidance.is_plain:
         raise ValueError(
             f"without a negative prompt {pipeline_class.__name__} evaluates one branch, {nothing} "
             "negative_prompt='', or guidance=None"
@@ -217,12 +188,13 @@ def _checked_scales(
     scales = dict.fromkeys(layout.denoisers, scale)
     second = arguments.get("guidance_scale_2")
     if second is not None:
-        second = _positive("guidance_scale_2", second, layout.scale_offset)
+        second = positive_scale("guidance_scale_2", second, layout.scale_offset)
         return scales | {layout.denoisers[-1]: second}
     return scales | {name: scale}
 
 
-def _positive(name: str, scale: Any, offset: float) -> float:
+def positive_scale(name: str, scale: Any, offset: float = 0.0) -> float:
+    """A guidance scale as a number; ValueError unless it is finite and w = scale + offset > 0."""
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise ValueError(f"{name} must be a number, got {scale!r}")
     if not (math.isfinite(scale) and float(scale) + offset > 0):
@@ -233,11 +205,6 @@ def _positive(name: str, scale: Any, offset: float) -> float:
     return float(scale)
 
 
-def _has_negative(arguments: dict[str, Any]) -> bool:
-    names = ("negative_prompt", "negative_prompt_embeds")
-    return any(arguments.get(name) is not None for name in names)
-
-
 @functools.cache
 def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     """The guided subclass of a diffusers pipeline class, of the same name."""
@@ -246,19 +213,27 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
     stock_call: Any = pipeline_class.__call__
 
     @functools.wraps(stock_call)
-    def call(self: GuidedMixin, *args: Any, **kwargs: Any) -> Any:
-        return GuidedMixin.__call__(self, *args, **kwargs)
+    def call(
+        self: GuidedMixin,
+        *args: Any,
+        guidance: GuidanceLike | None = None,
+        detailed_trace: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if guidance is None:
+            return stock_call(self, *args, **kwargs)
+        return self.call_guided(
+            stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs
+        )
 
     signature = inspect.signature(stock_call)
     extra = [
         inspect.Parameter("guidance", inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("detailed_trace", inspect.Parameter.KEYWORD_ONLY, default=False),
     ]
-    parameters = list(signature.parameters.values())
-    variadic = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    plain = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = sorted([*signature.parameters.values(), *extra], key=lambda p: p.kind)
     # mypy does not know that functions may have a signature of their own.
-    vars(call)["__signature__"] = signature.replace(parameters=[*plain, *extra, *variadic])
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
     call.__doc__ = f"{stock_call.__doc__ or ''}\n{CALL_DOCUMENTATION}"
     return type(
         pipeline_class.__name__,
@@ -293,6 +268,7 @@ def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
             'pipe.update_components(guider=Guider("apg", guidance_scale=7.5).bind(pipe))'
         )
     cls: Any = type(pipe)
-    _guidable_layout(cls)
+    scale_argument(cls)
+    layout_of(cls)
     pipe.__class__ = guided_class(cls)
     return pipe

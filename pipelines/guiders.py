@@ -9,7 +9,6 @@ is read where the denoiser is called, the noise level from the scheduler of the 
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from ..guidance.device import row_index
 from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
+from .guided import positive_scale
 from .seam.layouts import LayoutError
 from .seam.noise_levels import check_guidance, noise_level
 
@@ -64,10 +64,8 @@ class Guider(BaseGuidance):
         detailed_trace: Record cosines and norms of the predictions at every step.
 
     Everything but plain "cfg" has to know its pipeline: see `bind`. A modular pipeline evaluates
-    whole batches, so the unconditional pass is left out once no sample wants it; a sample that has
-    stopped on its own gets its conditional prediction meanwhile. Guidance lasts for every network
-    evaluation; diffusers' guiders end it after `num_inference_steps` of them, which is about half
-    way with a second-order scheduler.
+    whole batches, so the unconditional pass is left out once no sample wants it. Guidance lasts for
+    every network evaluation, also of second-order schedulers.
 
     Raises:
         ValueError: unknown name or setting, or a scale at which there is nothing to guide.
@@ -104,10 +102,7 @@ class Guider(BaseGuidance):
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise ValueError(f"guidance_scale must be a number, got {scale!r}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"guidance_scale must be finite and > 0 (1: no guidance), got {scale}")
+        scale = positive_scale("guidance_scale", scale)
         if scale <= 1 and not self.guidance.is_plain:
             raise ValueError(
                 f"guidance_scale={scale} switches guidance off, so that '{self.guidance}' has "
@@ -184,11 +179,7 @@ class Guider(BaseGuidance):
         return copy if pipe is None else copy.bind(pipe)
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
-        """See `ConfigMixin`.
-
-        Raises:
-            ValueError: the rule or policy is not registered and could not be loaded again.
-        """
+        """See `ConfigMixin`; ValueError if the rule or policy could not be loaded again."""
         to_dict(self.guidance)
         super().save_config(*args, **kwargs)
 
@@ -394,10 +385,9 @@ def _evaluations(scheduler: Any, timestep: Tensor) -> int | None:
 def _batch_of(batch: BlockState) -> tuple[int, bool]:
     """Number of samples in the conditions of a pass, and whether they are on the CPU."""
     for value in batch.as_dict().values():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return len(value), value.device.type == "cpu"
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            return len(value), value[0].device.type == "cpu"
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, Tensor) and (first is not value or first.ndim > 0):
+            return len(value), first.device.type == "cpu"
     raise LayoutError("a guider got no conditions to make batches of")
 
 

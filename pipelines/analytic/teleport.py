@@ -23,29 +23,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ...guidance.analytic import DatasetStatistics, Level
-from ..seam.noise_levels import BY_FLOW_SIGMA, BY_SIGMA, BY_TIMESTEP, of_sigma
+from ..seam.noise_levels import BY_TIMESTEP, EXPLODING, KNOWN, of_sigma
 
 EXPLAINED = 0.999  # share of the score that the Gaussian explains at sigma_skip="auto"
 
-# Of the schedulers with a table of sigmas, those whose samples are data plus sigma times noise
-# (scaled for the network only); samples of the others have unit variance.
-EXPLODING = {
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-}
-FROM_THE_START = {  # cannot begin in the middle of their grid
-    "CogVideoXDPMScheduler",
-    "DDPMWuerstchenScheduler",
-    "FlowMatchLCMScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-}
-SCHEDULERS = sorted((BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA) - FROM_THE_START)
+# Those that cannot begin in the middle of their grid are left out.
+SCHEDULERS = sorted(
+    KNOWN
+    - {"CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "FlowMatchLCMScheduler"}
+    - {"LCMScheduler", "PNDMScheduler", "TCDScheduler"}
+)
 TABLES = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
 
 
@@ -119,7 +106,7 @@ class GaussianTeleport:
         if name not in SCHEDULERS:
             raise ValueError(
                 f"{name} cannot start in the middle of its grid, or its noise levels are not "
-                f"known: use one of {', '.join(sorted(SCHEDULERS))}"
+                f"known: use one of {', '.join(SCHEDULERS)}"
             )
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")

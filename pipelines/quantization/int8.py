@@ -24,11 +24,7 @@ LEVELS = 127
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds a weight (out, \\*) to int8 with one float32 scale per output channel, shape (out,).
-
-    Raises:
-        ValueError: the weight has NaN or infinite entries.
-    """
+    """A weight (out, \\*) as int8 with float32 scales (out,); ValueError if it is not finite."""
     flat = weight.detach().float()
     if not flat.isfinite().all():
         raise ValueError("cannot quantize a weight with NaN or infinite entries")

@@ -77,11 +77,7 @@ def quantize(
 
 
 def networks(target: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline by component name, or ``{"": module}``.
-
-    Raises:
-        ValueError: neither a module nor a pipeline with such networks.
-    """
+    """The networks of a pipeline by component name, or ``{"": module}``; else ValueError."""
     if isinstance(target, nn.Module):
         if isinstance(target, (*WEIGHTY, Int8Layer)):
             raise ValueError(f"expected a network, got a single layer: {type(target).__name__}")
@@ -99,11 +95,7 @@ def networks(target: Any) -> dict[str, nn.Module]:
 def _sorted_layers(
     component: str, module: nn.Module, skip: Sequence[str]
 ) -> tuple[list[nn.Linear | nn.Conv2d], list[str]]:
-    """Layers to quantize, and names of those that stay.
-
-    Raises:
-        ValueError: layers that are not covered and not in `skip`, or that carry hooks.
-    """
+    """Layers to quantize, and names of those that stay; ValueError for what is not covered."""
     plain: list[nn.Linear | nn.Conv2d] = []
     kept, foreign, hooked = [], [], []
     for name, layer in module.named_modules():

@@ -18,7 +18,7 @@ class BatchedDriver(Driver):
 
     def evaluate(self, call: Call) -> Any:
         """Evaluate both branches of the wanted samples, else the conditional one alone."""
-        if self.begun is None:
+        if not self.begun:
             self.start(self._batch_of(call) if self.guided else call.rows, call)
         batch = self.run.batch
         if call.rows == batch:  # the pipeline itself has switched guidance off

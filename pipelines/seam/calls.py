@@ -16,13 +16,9 @@ SHARED_INPUTS = {"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks", "
 
 
 class Call:
-    """A call of a denoiser.
+    """A call ``network(*args, **kwargs)`` of a denoiser.
 
-    Args:
-        network: The denoiser.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        listed: Whether samples come as items of lists, not as rows of tensors.
+    If `listed`, samples come as items of lists, not as rows of tensors.
     """
 
     def __init__(
@@ -56,36 +52,30 @@ class Call:
         """Call the network, on the rows `keep` of every per-sample input (None: on all)."""
         if keep is None:
             return self.network(*self.args, **self.kwargs)
-        select = _Selection(self.rows, keep, self.listed)
+        rows, listed = self.rows, self.listed
+        indices: dict[torch.device, Tensor] = {}  # one for all inputs of the call
+
+        def select(value: Any, name: str = "") -> Any:
+            if name in SHARED_INPUTS:
+                return value
+            if isinstance(value, Tensor):
+                if value.ndim == 0 or value.shape[0] != rows:
+                    return value
+                if value.device not in indices:
+                    indices[value.device] = row_index(keep, value.device)
+                return value.index_select(0, indices[value.device])
+            if isinstance(value, dict):
+                return {key: select(item, key) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                tensors = any(isinstance(item, Tensor) for item in value)
+                if len(value) == rows and (listed or not tensors):
+                    return type(value)(value[row] for row in keep)
+                return type(value)(select(item) for item in value)
+            return value
+
         args = [select(value, name) for name, value in zip(self.names, self.args, strict=False)]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
         return self.network(*args, **kwargs)
-
-
-class _Selection:
-    """Takes some rows of every input that holds one row a sample."""
-
-    def __init__(self, batch: int, keep: list[int], listed: bool) -> None:
-        self.batch, self.keep, self.listed = batch, keep, listed
-        self.indices: dict[torch.device, Tensor] = {}
-
-    def __call__(self, value: Any, name: str = "") -> Any:
-        if name in SHARED_INPUTS:
-            return value
-        if isinstance(value, Tensor):
-            if value.ndim == 0 or value.shape[0] != self.batch:
-                return value
-            if value.device not in self.indices:  # one for all inputs of the call
-                self.indices[value.device] = row_index(self.keep, value.device)
-            return value.index_select(0, self.indices[value.device])
-        if isinstance(value, dict):
-            return {key: self(item, key) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            tensors = any(isinstance(item, Tensor) for item in value)
-            if len(value) == self.batch and (self.listed or not tensors):
-                return type(value)(value[row] for row in self.keep)
-            return type(value)(self(item) for item in value)
-        return value
 
 
 def _parameter_names(network: Any) -> list[str]:

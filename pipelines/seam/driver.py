@@ -11,17 +11,12 @@ from torch import Tensor
 from ...guidance import Always, Guidance, NoiseLevel, Run
 from ...guidance.device import row_index
 from .calls import Call, prediction_of, with_prediction
-from .layouts import Layout, LayoutError
+from .layouts import Batched, Layout, LayoutError
 from .noise_levels import next_noise_level, noise_level
-
-NORM_OF_SKIPPED = (
-    "{} gives its guided prediction the norm of the conditional one, which a skipped step does not "
-    "evaluate: {} cannot guide it"
-)
 
 
 class Driver:
-    """One call of one pipeline under one guidance; it owns the run.
+    """One call of one pipeline under one guidance; it owns the run, made at the first call.
 
     Subclasses say how the pipeline calls its denoiser. They evaluate the rows that the policy wants
     and return outputs for which the pipeline's own guidance line, whichever affine form it has,
@@ -29,9 +24,7 @@ class Driver:
     combination.
 
     Args:
-        pipe: The pipeline being called.
-        guidance: Rule and policy.
-        layout: Where the pipeline keeps its branches.
+        pipe, guidance, layout: The pipeline, the rule and policy, where the branches are.
         scales: Denoiser -> the pipeline's own guidance scale as given to the call. A pipeline that
             exposes its current scale (and may change it on the way) is asked at every step.
         options: All arguments of the call, by name.
@@ -50,7 +43,7 @@ class Driver:
         self.pipe, self.guidance, self.layout = pipe, guidance, layout
         self.scales, self.options, self.detailed = scales, options, detailed
         self.denoiser = layout.denoisers[0]
-        self.begun: Run | None = None
+        self.begun = False
         self.may_skip = False
         self.example: Any = None  # an output of the network, one row; where steps may be skipped
         self.channels: int | None = None  # how many are guided
@@ -85,7 +78,7 @@ class Driver:
         self.may_skip = self.guidance.may_skip(total)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.guidance)
-        drops_rows = self.layout.joins_branches or (batch > 1 and policy.needs_gamma)
+        drops_rows = isinstance(self.layout, Batched) or (batch > 1 and policy.needs_gamma)
         if (
             getattr(call.network, "is_cache_enabled", False)
             and drops_rows
@@ -95,10 +88,10 @@ class Driver:
                 f"a cache is enabled in the denoiser of {type(self.pipe).__name__}, which needs "
                 f"every row at every step: disable it, or leave out '{policy}'"
             )
-        skips = any(d.skips for d in policy.decisions(total) or ())
-        if skips and self.layout.norm_matched(self.options):
-            raise LayoutError(NORM_OF_SKIPPED.format(type(self.pipe).__name__, self.guidance))
-        self.begun = Run(self.guidance, batch, total, on_cpu, self.detailed)
+        if any(d.skips for d in policy.decisions(total) or ()):
+            self.check_skipping()
+        self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
+        self.begun = True
 
     def unguided(self, call: Call, prediction: Tensor) -> None:
         """End a step that the pipeline does not guide."""
@@ -108,20 +101,9 @@ class Driver:
 
     def finish(self) -> None:
         """Close the last step and raise what was still on its way from the device."""
-        if self.begun is not None:
+        if self.begun:
             self.close_step()
-            self.begun.finish()
-
-    @property
-    def run(self) -> Run:
-        """The run, once it has begun.
-
-        Raises:
-            LayoutError: the pipeline has not called its denoiser yet.
-        """
-        if self.begun is None:
-            raise LayoutError(f"{type(self.pipe).__name__} has not called its denoiser yet")
-        return self.begun
+            self.run.finish()
 
     @property
     def guided(self) -> bool:
@@ -150,23 +132,20 @@ class Driver:
     def plan(self, call: Call, x_t: Tensor) -> list[int]:
         """The samples whose unconditional branch is to be evaluated at this step."""
         rows = self.run.plan(x_t, *self.levels(call))
+        # Most is refused before the first step, but not every policy tells its decisions then.
         if self.run.skipped:
-            self.check_combination()
-            if self.layout.norm_matched(self.options):
-                name = type(self.pipe).__name__
-                raise LayoutError(NORM_OF_SKIPPED.format(name, self.guidance))
+            self.layout.check_options(self.options, self.guidance)
+            self.check_skipping()
         return rows
 
-    def check_combination(self) -> None:
-        """Raise where a prediction of ours takes the place of the pipeline's own combination.
-
-        Most of it is refused before the first step; policies that do not tell their decisions
-        beforehand are refused here.
-
-        Raises:
-            ValueError: an option of the call changes the pipeline's combination afterwards.
-        """
-        self.layout.check_options(self.options, self.guidance)
+    def check_skipping(self) -> None:
+        """Raise LayoutError if the pipeline needs the conditional prediction of every step."""
+        if self.layout.norm_matched(self.options):
+            raise LayoutError(
+                f"{type(self.pipe).__name__} gives its guided prediction the norm of the "
+                f"conditional one, which a skipped step does not evaluate: {self.guidance} cannot "
+                "guide it"
+            )
 
     def combine(
         self, rows: list[int], cond: Tensor, uncond: Tensor | None, x_t: Tensor
@@ -185,7 +164,7 @@ class Driver:
             first, first_uncond = cond, uncond
         pair = self.run.combine(first, first_uncond, self.scale, x_t)
         if pair[0] is not first:
-            self.check_combination()
+            self.layout.check_options(self.options, self.guidance)
         if cond.shape[1] == channels:
             return pair
         self.rest = rest if self.may_skip else None

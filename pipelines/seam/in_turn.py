@@ -30,28 +30,19 @@ class Pending:
     cond: Tensor
     returned: weakref.ref[Tensor] | None
 
-    @property
-    def sample(self) -> Tensor:
-        """The network's input, with shape (B, \\*)."""
-        return self.call.sample
-
 
 class InTurnDriver(Driver):
-    """The conditional branch in one call, the unconditional in the next, on the same input.
-
-    The conditional prediction is handed out before the guided one is known. Where that differs, it
-    is written into the tensor the pipeline holds, so that both branches equal the guided one.
-    """
+    """The branches in two calls, as `TwoCalls` describes."""
 
     layout: TwoCalls
     pending: Pending | None = None
 
     def evaluate(self, call: Call) -> Any:
         """Evaluate the conditional call; of the unconditional one only the wanted samples."""
-        if self.begun is None:
+        if not self.begun:
             self.start(call.rows, call)
         pending = self.pending
-        if pending is not None and _same(call.sample, pending.sample):
+        if pending is not None and _same(call.sample, pending.call.sample):
             self.pending = None
             return self._unconditional(call, pending)
         self.close_step()
@@ -79,7 +70,7 @@ class InTurnDriver(Driver):
         uncond = None
         if rows:
             uncond = prediction_of(call(None if len(rows) == self.run.batch else rows))
-        pair = self.combine(rows, cond, uncond, pending.sample)
+        pair = self.combine(rows, cond, uncond, pending.call.sample)
         if pair[0] is not cond:
             if returned is None:
                 raise LayoutError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ...guidance import Guidance
 
@@ -24,9 +24,11 @@ class Layout:
         scale_offset: What the pipeline's scale lacks to w (1 for ``c + s * (c - u)``).
         conflicts: Options of the call by which the pipeline goes on from its own combination; they
             are refused where guided predictions take its place.
+        matches_norm: The pipeline gives every token (last dimension) of its combination the norm
+            of the conditional prediction. With both branches equal that would be lost, so it is
+            done here (in layouts of two calls).
+        norm_option: Option of the call that switches this on; empty: always on.
     """
-
-    joins_branches: ClassVar[bool] = False  # in one call of the denoiser
 
     denoisers: tuple[str, ...] = ("unet", "transformer")
     listed: bool = False
@@ -34,17 +36,15 @@ class Layout:
     channels: int | None = None
     scale_offset: float = 0.0
     conflicts: tuple[str, ...] = ("guidance_rescale",)
+    matches_norm: bool = False
+    norm_option: str = ""
 
     def norm_matched(self, options: dict[str, Any]) -> bool:
         """Whether a call gives its guided prediction the norm of the conditional one."""
-        return False
+        return self.matches_norm and (not self.norm_option or bool(options[self.norm_option]))
 
     def check_options(self, options: dict[str, Any], guidance: Guidance) -> None:
-        """Raise if the pipeline goes on from a combination that `guidance` takes the place of.
-
-        Raises:
-            ValueError: an option among `conflicts` is set.
-        """
+        """Raise ValueError if one of `conflicts` is set where `guidance` combines the branches."""
         for option in self.conflicts:
             if options.get(option):
                 raise ValueError(f"{option} cannot be combined with '{guidance}': leave it out")
@@ -58,8 +58,6 @@ class Batched(Layout):
         cond_first: [cond, uncond] rather than [uncond, cond].
     """
 
-    joins_branches: ClassVar[bool] = True
-
     cond_first: bool = False
 
 
@@ -69,17 +67,4 @@ class TwoCalls(Layout):
 
     The conditional prediction is handed out before the guided one is known. Where that differs, it
     is written into the tensor the pipeline holds, so that both branches equal the guided one.
-
-    Args:
-        matches_norm: The pipeline gives every token (last dimension) of its combination the norm
-            of the conditional prediction. With both branches equal that would be lost, so it is
-            done here.
-        norm_option: Option of the call that switches this on; empty: always on.
     """
-
-    matches_norm: bool = False
-    norm_option: str = ""
-
-    def norm_matched(self, options: dict[str, Any]) -> bool:
-        """See `Layout`."""
-        return self.matches_norm and (not self.norm_option or bool(options[self.norm_option]))

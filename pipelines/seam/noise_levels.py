@@ -9,39 +9,27 @@ from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, PredictionType
 
-# Schedulers whose network input at timestep t has alpha^2 = alphas_cumprod[t].
-BY_TIMESTEP = {
-    "CogVideoXDDIMScheduler",
-    "CogVideoXDPMScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMWuerstchenScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
+# The schedulers that are known, by what their tables hold.
+TABLES: dict[str, str] = {
+    # alphas_cumprod; the network's input at timestep t has alpha^2 = alphas_cumprod[t].
+    "timestep": """
+        CogVideoXDDIMScheduler CogVideoXDPMScheduler DDIMParallelScheduler DDIMScheduler
+        DDPMParallelScheduler DDPMScheduler DDPMWuerstchenScheduler LCMScheduler PNDMScheduler
+        TCDScheduler""",
+    # sigma / alpha by step; the network's input has unit variance, and so have samples ...
+    "unit": """
+        DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler
+        SASolverScheduler UniPCMultistepScheduler""",
+    # ... or they are data plus sigma times noise, scaled for the network only.
+    "exploding": """
+        EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler
+        KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler""",
+    # sigma of flow matching: x_t = (1 - sigma) x_0 + sigma eps.
+    "flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler",
 }
-# Schedulers with a table of sigma / alpha by step; the network's input has unit variance.
-BY_SIGMA = {
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-}
-# Flow matching: x_t = (1 - sigma) x_0 + sigma eps.
-BY_FLOW_SIGMA = {
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-}
+BY_TIMESTEP, UNIT, EXPLODING, BY_FLOW_SIGMA = (set(names.split()) for names in TABLES.values())
+BY_SIGMA = UNIT | EXPLODING
+KNOWN = BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA
 # Solvers whose step is one of `check_first_order`, the fused ones included (they have these names).
 FIRST_ORDER = {"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
 PREDICTIONS: dict[str, PredictionType] = {
@@ -61,8 +49,6 @@ def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: floa
     """Raise if a rule or policy does not fit a scheduler and what its network predicts.
 
     Args:
-        guidance: Rule and policy.
-        scheduler: A diffusers scheduler.
         detailed: Whether cosines and norms are recorded at every step.
         eta: DDIM's share of added noise in this call.
 
@@ -82,17 +68,12 @@ def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: floa
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise if the noise levels of `scheduler` cannot be read.
-
-    Raises:
-        UnknownSchedulerError: the scheduler, or what its network predicts, is not known.
-    """
+    """Raise UnknownSchedulerError if the scheduler, or what its network predicts, is not known."""
     name = type(scheduler).__name__
-    known = BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA
-    if name not in known:
+    if name not in KNOWN:
         raise UnknownSchedulerError(
             f"the noise levels of {name} are not known, and this guidance needs denoised images: "
-            f"use one of {', '.join(sorted(known))}, or a rule in native space"
+            f"use one of {', '.join(sorted(KNOWN))}, or a rule in native space"
         )
     prediction_type_of(scheduler)
 
@@ -132,15 +113,7 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
 
 
 def check_first_order(scheduler: Any, eta: float) -> None:
-    """Raise unless every step leads from one noise level to the next without added noise.
-
-    Args:
-        scheduler: A diffusers scheduler.
-        eta: DDIM's share of added noise in this call.
-
-    Raises:
-        UnknownSchedulerError: it is another solver than Euler and DDIM, or changes the step.
-    """
+    """Raise UnknownSchedulerError unless it is Euler or DDIM, without clipping or added noise."""
     name, config = type(scheduler).__name__, scheduler.config
     changed = [o for o in ("clip_sample", "thresholding", "stochastic_sampling") if config.get(o)]
     if name not in FIRST_ORDER or changed or (name == "DDIMScheduler" and eta):
@@ -152,12 +125,7 @@ def check_first_order(scheduler: Any, eta: float) -> None:
 
 
 def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
-    """The noise level that the scheduler's current step leads to; see `check_first_order`.
-
-    Args:
-        scheduler: As of `noise_level`.
-        timestep: As of `noise_level`.
-    """
+    """The noise level that the scheduler's current step leads to; see `check_first_order`."""
     if type(scheduler).__name__ != "DDIMScheduler":
         return of_sigma(scheduler, float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1]))
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-
-class Evaluator(Protocol):
-    """What can be put in front of a pipeline's denoisers."""
-
-    def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+# (name, network, args, kwargs), in the place of ``network(*args, **kwargs)``: the denoiser `name`.
+Evaluator = Callable[[str, Any, tuple, dict[str, Any]], Any]
 
 
 class GuidedDenoiser:
@@ -52,12 +48,7 @@ def attached(pipe: Any, denoisers: Sequence[str], evaluate: Evaluator) -> Iterat
 
     Only the pipeline's own reference is exchanged, past ``DiffusionPipeline.__setattr__`` (which
     would record it in the configuration): the network, and every other pipeline that shares it,
-    never notices.
-
-    Args:
-        pipe: The pipeline.
-        denoisers: Attributes that hold its networks; those it does not have are passed over.
-        evaluate: Called in the place of each of them.
+    never notices. Those of `denoisers` that the pipeline does not have are passed over.
     """
     names = [name for name in denoisers if pipe.__dict__.get(name) is not None]
     networks = {name: pipe.__dict__[name] for name in names}
