@@ -130,7 +130,9 @@ class Rule:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = next((base for base in cls.__mro__ if vars(base).get("is_pipelines_own")), None)
-        if own is not None and cls.combine is not vars(own)["combine"]:  # a rule derived from CFG combines in its own way
+        if (
+            own is not None and cls.combine is not vars(own)["combine"]
+        ):  # a rule derived from CFG combines in its own way
             cls.is_pipelines_own = False
 
     @property

@@ -12,7 +12,7 @@ from ...guidance import Always, Guidance, NoiseLevel, Run
 from ...guidance.device import row_index
 from .calls import Call, prediction_of, with_prediction
 from .layouts import Batched, Layout, LayoutError
-from .noise_levels import next_noise_level, noise_level
+from .noise_levels import check_falling_noise, next_noise_level, noise_level
 
 
 class Driver:
@@ -75,6 +75,8 @@ class Driver:
         total = total or run_length(self.pipe.scheduler, call.timestep, self.options)
         on_cpu = call.sample.device.type == "cpu"
         policy = self.guidance.policy
+        if self.guidance.rule.needs_next_level:
+            check_falling_noise(self.pipe.scheduler)
         self.may_skip = self.guidance.may_skip(total)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.guidance)

@@ -124,6 +124,26 @@ def check_first_order(scheduler: Any, eta: float) -> None:
         )
 
 
+def check_falling_noise(scheduler: Any) -> None:
+    """Raise UnknownSchedulerError if a step of this run stays at its noise level.
+
+    For a scheduler of `check_first_order` whose timesteps are set: a rule that divides by the
+    difference of the two levels has no scale there.
+    """
+    if type(scheduler).__name__ != "DDIMScheduler":
+        levels = scheduler.sigmas.tolist()
+    else:
+        levels = [noise_level(scheduler, t).ratio for t in scheduler.timesteps]
+        levels.append(next_noise_level(scheduler, scheduler.timesteps[-1]).ratio)
+    for step, (now, later) in enumerate(zip(levels, levels[1:], strict=False)):
+        if now == later:
+            raise UnknownSchedulerError(
+                f"this rule needs every step to change the noise level, but step {step} of "
+                f"{type(scheduler).__name__} stays at its own: look at set_alpha_to_one, "
+                "steps_offset, timestep_spacing or final_sigmas_type"
+            )
+
+
 def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     """The noise level that the scheduler's current step leads to; see `check_first_order`."""
     if type(scheduler).__name__ != "DDIMScheduler":

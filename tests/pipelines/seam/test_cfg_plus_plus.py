@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from pilotage.guidance import CFGPlusPlus, NoiseLevel, cfg_plus_plus_scale
-from pilotage.pipelines import UnknownSchedulerError, guided
+from pilotage.pipelines import (
+    FusedDDIMScheduler,
+    FusedEulerScheduler,
+    UnknownSchedulerError,
+    guided,
+)
 
 from ...families import FAMILIES
 from ..checks import latents
@@ -117,6 +122,24 @@ def test_other_solvers_are_refused_before_any_step(scheduler, extra, message):
     with pytest.raises(UnknownSchedulerError, match=message):
         latents(pipe, "sd", guidance="cfg-pp", **extra)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        (df.DDIMScheduler, {"set_alpha_to_one": False, "steps_offset": 0}),
+        (FusedDDIMScheduler, {"set_alpha_to_one": False, "steps_offset": 0}),
+        (df.EulerDiscreteScheduler, {"final_sigmas_type": "sigma_min"}),
+        (FusedEulerScheduler, {"final_sigmas_type": "sigma_min"}),
+    ],
+)
+def test_a_step_that_stays_at_its_noise_level_is_refused(scheduler, settings):
+    """There w_t is infinite, and the picture would be NaN without a word."""
+    pipe = guided(FAMILIES["sd"].build())
+    settings = settings | {"clip_sample": False, "skip_prk_steps": False}
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
+    with pytest.raises(UnknownSchedulerError, match="every step to change the noise level"):
+        latents(pipe, "sd", guidance="cfg-pp")
 
 
 def test_on_flow_models():
