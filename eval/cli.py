@@ -55,7 +55,7 @@ def top(
         bool, typer.Option("--version", help="Tell the version.", callback=_show_version)
     ] = False,
 ) -> None:
-    """Guidance for diffusion sampling, on every diffusers pipeline."""
+    """Guidance for diffusion sampling, for diffusers pipelines."""
 
 
 def generate(
@@ -125,11 +125,16 @@ def denoise(
     count: Count = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps (DDIM).")] = 10,
     seed: Seed = 0,
-    tau: Annotated[float | None, typer.Option(help="local: threshold of the mask.")] = None,
-    label: Annotated[
-        int | None, typer.Option(help="Class: number of the subfolder in alphabetical order.")
+    tau: Annotated[
+        float | None, typer.Option(help="local, soft: threshold of the mask, 0 to 1.")
     ] = None,
-    guidance: Annotated[str, typer.Option("--guidance", "-g", help="With --scale above 1.")] = "",
+    label: Annotated[
+        int | None,
+        typer.Option(help="Class to draw: its subfolder's place in the alphabet, from 0."),
+    ] = None,
+    guidance: Annotated[
+        str, typer.Option("--guidance", "-g", help="How to guide; needs --scale above 1.")
+    ] = "",
     scale: Scale = 1.0,
 ) -> None:
     """Sample from a folder of pictures, without a network (analytic denoisers)."""

@@ -105,10 +105,15 @@ Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]
 Real = Annotated[Path, typer.Argument(help="Folder of real pictures, or a .npz of theirs.")]
 Fake = Annotated[Path, typer.Argument(help="Folder of generated pictures, or a .npz of theirs.")]
 Extractor = Annotated[
-    str, typer.Option("--extractor", "-e", help="Network; inception, clip:MODEL, dinov2:MODEL.")
+    str,
+    typer.Option(
+        "--extractor", "-e", help="Network for features; or inception, clip:MODEL, dinov2:MODEL."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
-Resize = Annotated[int | None, typer.Option(min=1, help="Bring pictures to this side first.")]
+Resize = Annotated[
+    int | None, typer.Option(min=1, help="Resize pictures to this side, in pixels, first.")
+]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="File to write the values to; - prints them.", callback=_target),

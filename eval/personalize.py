@@ -17,9 +17,9 @@ def personalize(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for token, checkpoint and previews.")
     ] = Path("outputs/personalized"),
-    preset: Annotated[str, typer.Option(help="ours or zoodip.")] = "ours",
+    preset: Annotated[str, typer.Option(help="ours, or zoodip (the paper's settings).")] = "ours",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; default: the preset's.")] = None,
-    vectors: Annotated[int, typer.Option(min=1, help="Embeddings of the word.")] = 1,
+    vectors: Annotated[int, typer.Option(min=1, help="Embeddings that make up the word.")] = 1,
     template: Annotated[
         list[str] | None, typer.Option(help="Prompt with {}; may be given several times.")
     ] = None,

@@ -3,7 +3,7 @@
     python -m tests.seam_report
 
 makes ``eval/results/seam.json`` and the table of ``pipelines/SUPPORT.md`` from the tests' own list
-(tests/families.py) and the layouts (pipelines/support.py).
+(tests/families.py) and the layouts (pipelines/seam/support.py).
 """
 
 from pathlib import Path
@@ -74,15 +74,21 @@ def table(families):
     lines = [
         "# Pipelines that take `guidance=`",
         "",
-        "Made by `python -m tests.seam_report` from `pipelines/support.py` and the tests' own list",
-        'of families; do not edit. *CFG*: `guidance="cfg"` equals the stock pipeline bit for bit',
-        "(batch 1 and 3, with and without negative prompts). *APG*: relative error against the",
-        "paper's Algorithm 1 in float64 within the stock loop. *AG*: rows counted at the network",
-        "are those promised. *Forecast*: error of a run in which every other step evaluates",
-        "nothing and takes the last guided prediction, against the stock loop with a scheduler",
-        "that takes it, in units of what that changes; rows counted likewise. Where the pipeline",
-        "matches norms such runs are refused. Classes without figures have the loop of a tested",
+        "Made by `python -m tests.seam_report` from `pipelines/seam/support.py` and the tests'",
+        "own list of families; do not edit. Classes without figures have the loop of a tested",
         "class and are checked at run time only.",
+        "",
+        "- *layout*: how a pipeline evaluates its branches: in one batch, in the order given, or",
+        "  in two calls; *norm matched*: its guided prediction gets the norm of the conditional",
+        "  one.",
+        '- *CFG*: `guidance="cfg"` equals the stock pipeline bit for bit (batch 1 and 3, with and',
+        "  without negative prompts).",
+        "- *APG*: relative error against the paper's Algorithm 1 in float64 in the stock loop.",
+        "- *AG*: the rows counted at the network are those that Adaptive Guidance promises.",
+        "- *forecast*: error of a run in which every other step is skipped and reuses the last",
+        "  guided prediction, against the stock loop with a scheduler that does so, in units of",
+        "  what that changes; rows counted likewise. *refused*: where norms are matched no step",
+        "  can be skipped.",
         "",
         "| pipeline | layout | tested as | CFG | APG | AG | forecast |",
         "|---|---|---|---|---|---|---|",

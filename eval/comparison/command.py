@@ -41,11 +41,13 @@ def compare(
         str | None, typer.Option(help="CLIP folder or hub name, for the alignment.")
     ] = None,
     ridge: Annotated[
-        Path | None, typer.Option(help="A ridge map of `alignment --fit`, for the alignment.")
+        Path | None, typer.Option(help="A map made by `alignment --fit`, for the alignment.")
     ] = None,
     negative: Negative = None,
     batch_size: BatchSize = 8,
-    equal_nfe: Annotated[bool, typer.Option(help="Add CFG with fewer steps.")] = True,
+    equal_nfe: Annotated[
+        bool, typer.Option(help="Add CFG with fewer steps at the cost of cheaper settings.")
+    ] = True,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
     model: Model = None,
     device: Device = "auto",

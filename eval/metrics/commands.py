@@ -41,7 +41,9 @@ def fid(
     real: Real,
     fake: Fake,
     extractor: Extractor = DEFAULT_EXTRACTOR,
-    resamples: Annotated[int, typer.Option(min=0, help="For a bootstrap interval; slow.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Draws for a bootstrap interval; 0: none. Slow.")
+    ] = 0,
     batch_size: BatchSize = 32,
     resize: Resize = None,
     device: Device = "cpu",
@@ -69,7 +71,9 @@ def kid(
     real: Real,
     fake: Fake,
     extractor: Extractor = DEFAULT_EXTRACTOR,
-    subsets: Annotated[int, typer.Option(min=0, help="Random subsets; 0: all at once.")] = 0,
+    subsets: Annotated[
+        int, typer.Option(min=0, help="Random subsets to average over; 0: all pictures at once.")
+    ] = 0,
     subset_size: Annotated[int, typer.Option(min=2, help="Pictures in a subset.")] = 1000,
     batch_size: BatchSize = 32,
     resize: Resize = None,
@@ -109,8 +113,10 @@ def precision_recall(
     real: Real,
     fake: Fake,
     extractor: Extractor = DEFAULT_EXTRACTOR,
-    k: Annotated[int, typer.Option(min=1, help="Neighbour for precision and recall.")] = 3,
-    k_coverage: Annotated[int, typer.Option(min=1, help="For density and coverage.")] = 5,
+    k: Annotated[int, typer.Option(min=1, help="Nearest neighbour for precision and recall.")] = 3,
+    k_coverage: Annotated[
+        int, typer.Option(min=1, help="Nearest neighbour for density and coverage.")
+    ] = 5,
     batch_size: BatchSize = 32,
     resize: Resize = None,
     device: Device = "cpu",
@@ -158,7 +164,9 @@ def alignment(
     folder: Folder,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text, a line a picture in the order of names; default: in the PNGs."),
+        typer.Option(
+            help="Text file, a line a picture in the order of names; default: from the PNGs."
+        ),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP folder or hub name.")] = None,
     ridge: Annotated[Path | None, typer.Option(help="A map made with --fit.")] = None,

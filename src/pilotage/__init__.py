@@ -1,4 +1,4 @@
-"""Pilotage: guidance for diffusion sampling, on every diffusers pipeline.
+"""Pilotage: guidance for diffusion sampling, for diffusers pipelines.
 
     from pilotage import guided
 
