@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .hub import describe, from_pretrained, pixel_values
+from .extractors import HubFeatures, from_pretrained
 from .ridge import RidgeAlignment
 
 __all__ = ["Alignment", "CLIPAlignment", "RidgeAlignment", "load_scorer"]
@@ -38,25 +38,21 @@ class Alignment(Protocol):
         """A value a picture, shape (N,), of pictures (N, 3, H, W) in [0, 1] and N texts."""
 
 
-class CLIPAlignment(nn.Module):
+class CLIPAlignment(HubFeatures):
     """CLIP score.
 
     Args:
         model: Folder or hub name.
 
     Raises:
-        FileNotFoundError, ValueError: see `hub.from_pretrained`.
+        FileNotFoundError, ValueError: see `extractors.from_pretrained`.
     """
 
     def __init__(self, model: str) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        super().__init__("clip", model)
+        from transformers import AutoTokenizer
 
-        self.name = f"clip:{model}"
-        self.network = from_pretrained(CLIPModel, model).eval().requires_grad_(False)
-        self.processor = from_pretrained(AutoImageProcessor, model)
         self.tokenizer = from_pretrained(AutoTokenizer, model)
-        self.preprocessing = describe(self.processor)
 
     @torch.inference_mode()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -68,18 +64,15 @@ class CLIPAlignment(nn.Module):
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures, but {len(prompts)} prompts")
-        weights = self.network.logit_scale
         text = self.tokenizer(
             list(prompts),
             padding=True,
             truncation=True,
             max_length=self.network.config.text_config.max_position_embeddings,
             return_tensors="pt",
-        ).to(weights.device)
-        pixels = pixel_values(self.processor, images).to(weights.device, weights.dtype)
-        out = self.network(**text, pixel_values=pixels)
-        cosine = torch.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
-        return 100 * cosine.clamp(min=0)
+        ).to(self.network.device)
+        vectors = self.network.text_projection(self.network.text_model(**text).pooler_output)
+        return 100 * torch.cosine_similarity(self(images), vectors.float()).clamp(min=0)
 
 
 def load_scorer(

@@ -22,8 +22,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from pilotage.eval.metrics.extractors import fidelity_modules, torchmetrics
 from pilotage.eval.metrics.frechet import frechet_distance
-from pilotage.eval.metrics.inception import fidelity_modules, torchmetrics
 from pilotage.eval.options import Json, report
 
 
