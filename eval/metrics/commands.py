@@ -55,7 +55,7 @@ def fid(
     if resamples:
         check_resampling(resamples)
     settings = real, fake, extractor, device, batch_size, resize
-    pair = load_pair(*settings, keep=resamples > 0, least=(2, 2), real_statistics=True)
+    pair = load_pair(*settings, rows=(False, resamples > 0), least=(2, 2))
     # Kept features spare small sets the eigenvectors of a D x D matrix.
     one, two = (x.statistics if x.values is None else x.values for x in pair)
     name = "fid" if extractor.partition(":")[0] == "inception" else "fd"

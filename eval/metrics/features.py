@@ -154,12 +154,20 @@ class Features:
             np.savez(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path) -> Features:
+    def load(
+        cls, path: str | Path, extractor: Extractor | None = None, resize: int | None = None
+    ) -> Features:
         """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            extractor: What it must have been made with; None: anything.
+            resize: Side to which pictures must have been brought before the extractor.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, of another kind, or its parts disagree.
+            ValueError: damaged, of another kind, its parts disagree, or made with another extractor
+                or preprocessing (names the field).
         """
         path = Path(path)
         if not path.is_file():
@@ -167,9 +175,9 @@ class Features:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            tags = json.loads(str(arrays["tags"]))
-            kept = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-            mean, scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
+            tags = json.loads(str(arrays.pop("tags")))
+            parts = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            mean, scatter, kept = parts["mean"], parts["scatter"], parts.get("features")
             statistics = FeatureStatistics(int(tags["n"]), mean, scatter)
             known = Tags(**{name: tags[name] for name in Tags.__dataclass_fields__})
         except KeyError as error:
@@ -183,10 +191,13 @@ class Features:
         shapes = scatter.shape == (*mean.shape, *mean.shape) and mean.ndim == 1
         if not shapes or (kept is not None and kept.shape != (statistics.count, *mean.shape)):
             raise ValueError(f"{path}: the shapes of its parts disagree")
-        if not (mean.isfinite().all() and scatter.isfinite().all()):
-            raise ValueError(f"{path}: its statistics contain NaN or infinity")
-        if kept is not None and not kept.isfinite().all():
-            raise ValueError(f"{path}: its features contain NaN or infinity")
+        if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
+            raise ValueError(f"{path}: NaN or infinity in its {' and '.join(bad)}")
+        if extractor is not None:
+            try:
+                require_same(known, _tags(extractor, resize, known.data))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         return cls(known, statistics, kept)
 
 
@@ -239,21 +250,6 @@ def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
     return Tags(extractor.name, first + extractor.preprocessing, data)
 
 
-def load_features(path: Path, extractor: Extractor, resize: int | None = None) -> Features:
-    """Features of a ``.npz``, made with the same extractor.
-
-    Raises:
-        FileNotFoundError, ValueError: see `Features.load`; or the file was made with another
-            extractor or preprocessing (names the field).
-    """
-    found = Features.load(path)
-    try:
-        require_same(found.tags, _tags(extractor, resize, found.tags.data))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return found
-
-
 def load_pair(
     real: Path,
     fake: Path,
@@ -262,9 +258,8 @@ def load_pair(
     batch_size: int = 32,
     resize: int | None = None,
     *,
-    keep: bool = True,
+    rows: tuple[bool, bool] = (True, True),
     least: tuple[int, int] = (1, 1),
-    real_statistics: bool = False,
 ) -> tuple[Features, Features]:
     """Features of two folders or ``.npz`` files; what can be refused early is.
 
@@ -273,14 +268,13 @@ def load_pair(
         extractor: Its name, see `load_extractor`.
         device: Where it computes.
         batch_size, resize: See `folder_features`.
-        keep: The features themselves are needed.
+        rows: Whether of `real` and of `fake` the features themselves are needed.
         least: Pictures needed of `real` and of `fake`.
-        real_statistics: Of `real`, statistics do even if `keep`.
 
     Raises:
         FileNotFoundError: a source is not there.
         ValueError: too few pictures, features that were not kept, or as for `folder_features` and
-            `load_features`.
+            `Features.load`.
     """
     sources = (real, fake)
     counts: dict[Path, int] = {}
@@ -290,16 +284,14 @@ def load_pair(
         if source.suffix != ".npz":
             counts[source] = len(picture_files(source))
     network = load_extractor(extractor, device=device)
-    found = {s: load_features(s, network, resize=resize) for s in sources if s not in counts}
+    found = {s: Features.load(s, network, resize) for s in sources if s not in counts}
     counts |= {source: features.statistics.count for source, features in found.items()}
-    for source, needed in zip(sources, least, strict=True):
-        if counts[source] < needed:
-            raise ValueError(
-                f"at least {needed} pictures are needed, {source} has {counts[source]}"
-            )
-        if keep and source in found and not (source == real and real_statistics):
+    for source, needed, itself in zip(sources, least, rows, strict=True):
+        if (count := counts[source]) < needed:
+            raise ValueError(f"at least {needed} pictures are needed, {source} has {count}")
+        if itself and source in found:
             found[source].rows()
     for source in sources:
         if source not in found:
-            found[source] = folder_features(source, network, batch_size, resize, keep)
+            found[source] = folder_features(source, network, batch_size, resize, any(rows))
     return found[real], found[fake]

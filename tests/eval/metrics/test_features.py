@@ -14,7 +14,6 @@ from pilotage.eval.metrics.features import (
     FeatureStatistics,
     Tags,
     folder_features,
-    load_features,
     require_same,
 )
 from pilotage.eval.pictures import batches, load_pictures, picture_files, prompt_of
@@ -142,7 +141,7 @@ def test_files(tmp_path, keep):
     made = folder_features(tmp_path / "a", Means(), keep=keep, progress=False)
     path = tmp_path / "new" / "stats.npz"
     made.save(path)
-    read = load_features(path, Means())
+    read = Features.load(path, Means())
     assert read.tags == made.tags and read.statistics.count == 5
     assert torch.equal(read.statistics.mean, made.statistics.mean)
     assert torch.equal(read.statistics.covariance, made.statistics.covariance)
@@ -198,9 +197,9 @@ def test_other_tags_are_refused(tmp_path, field):
     other = Means()
     setattr(other, {"extractor": "name"}.get(field, field), "other")
     with pytest.raises(ValueError, match=f"stats.npz.*{field} is .*'other'"):
-        load_features(path, other)
+        Features.load(path, other)
     with pytest.raises(ValueError, match="preprocessing is 'none' in one and 'bicubic"):
-        load_features(path, Means(), resize=4)
+        Features.load(path, Means(), resize=4)
     tags = Features.load(path).tags
     with pytest.raises(ValueError, match=field):
         require_same(tags, replace(tags, **{field: "x"}))
