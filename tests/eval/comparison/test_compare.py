@@ -16,7 +16,7 @@ from PIL import Image
 from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.evaluation import Cell, evaluate
+from pilotage.eval.comparison.evaluation import evaluate
 from pilotage.eval.comparison.plan import Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
@@ -153,7 +153,7 @@ def evaluated(tmp_path, prompts):
     """Row of a cell of made-up pictures, the first of which is that of its baseline."""
     _, _, (plain, other, *_) = made_up(tmp_path)
     shutil.copy(plain.paths[0], other.paths[0])
-    return evaluate(Cell(replace(other, prompts=prompts), "", "grid", plain), tmp_path)
+    return evaluate(replace(other, prompts=prompts), plain, tmp_path)
 
 
 def test_equal_pictures_do_not_hide_the_psnr_of_others(tmp_path):
