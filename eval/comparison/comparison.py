@@ -30,10 +30,9 @@ from .cost import steps_for_nfe
 from .evaluation import evaluate, rounded
 from .plan import Plan, Samples, Setting
 from .report import render
-from .sampling import PLAN, generate, prepare
+from .sampling import generate
 
 BASELINE = "cfg"
-EQUAL_NFE = "equal-nfe"
 
 
 def grid(
@@ -80,8 +79,8 @@ def compare(
         prompts: Texts.
         settings: What to compare, e.g. from `grid`.
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
-            (``pictures/``, ``equal-nfe/``); an interrupted comparison goes on where it stopped, and
-            one of other settings shares its pictures.
+            (``pictures/``); an interrupted comparison goes on where it stopped, and one of other
+            settings shares its pictures.
         seeds: One sample of every prompt each.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
             compare distributions are left out.
@@ -110,15 +109,13 @@ def compare(
     wanted = dict.fromkeys((s.scale, s.steps) for s in settings)
     added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
     plan = Plan(prompts, [*settings, *added], seeds, batch_size, options or {})
-    if equal_nfe and (output / EQUAL_NFE / PLAN).is_file():
-        prepare(pipe, plan, output / EQUAL_NFE)  # what it refuses, before anything is made
     made = generate(pipe, plan, output / "pictures", progress)
     plain = [samples for samples in made if samples.setting.method == BASELINE]
     baselines = {(one.setting.scale, one.setting.steps): one for one in plain}
     matches = _equal_cost(pipe.scheduler, made, baselines) if equal_nfe else {}
     fewer = []
     if matches:
-        fewer = generate(pipe, replace(plan, settings=[*matches]), output / EQUAL_NFE, progress)
+        fewer = generate(pipe, replace(plan, settings=[*matches]), output / "pictures", progress)
     if not processes().is_main_process:
         return []
 

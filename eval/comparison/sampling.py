@@ -59,11 +59,13 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
         The samples of every setting, in the plan's order.
 
     Raises:
-        ValueError: see `prepare`.
+        ValueError: the pipeline takes no prompt, an option is not an argument of its call, a
+            setting leaves nothing to guide, or the folder holds another plan (the message names
+            what differs). Nothing is written then.
     """
     state = processes()
     folder = Path(folder)
-    plan, guidances, identity = prepare(pipe, plan, folder)
+    plan, guidances, identity = _prepared(pipe, plan, folder)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(folder / PLAN, identity)
@@ -89,20 +91,8 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
     return [_samples(plan, setting, folder) for setting in plan.settings]
 
 
-def prepare(
-    pipe: Any, plan: Plan, folder: Path | str
-) -> tuple[Plan, list[Guidance], dict[str, Any]]:
-    """What `generate` begins with, and all it may refuse; writes nothing.
-
-    Returns:
-        The plan, its options saying what the unconditional branch is made of; the resolved
-        guidance of every setting; and the content of the folder's ``plan.json``.
-
-    Raises:
-        ValueError: the pipeline takes no prompt, an option is not an argument of its call, a
-            setting leaves nothing to guide, or the folder holds another plan (the message names
-            what differs).
-    """
+def _prepared(pipe: Any, plan: Plan, folder: Path) -> tuple[Plan, list[Guidance], dict[str, Any]]:
+    """The plan, its options saying what is unconditional; guidances; content of ``plan.json``."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in parameters or "guidance" not in parameters:
         raise ValueError(
@@ -140,7 +130,7 @@ def prepare(
             for s, g in zip(plan.settings, guidances, strict=True)
         ],
     }
-    return plan, guidances, _joined(Path(folder) / PLAN, identity)
+    return plan, guidances, _joined(folder / PLAN, identity)
 
 
 def _samples(plan: Plan, setting: Setting, folder: Path) -> Samples:

@@ -4,10 +4,6 @@
 the form 100 max(cos, 0); figures compare for the same CLIP model only). `RidgeAlignment` needs no
 hub: a linear map from image features to sentence vectors, fitted on captioned pictures. It is much
 weaker than CLIP, knows only what it was fitted on, and its values compare with its own only.
-
-    pilotage alignment FOLDER --clip openai/clip-vit-base-patch16
-    pilotage alignment TRAINING --fit map.safetensors
-    pilotage alignment FOLDER --ridge map.safetensors
 """
 
 from __future__ import annotations

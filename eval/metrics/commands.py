@@ -34,7 +34,7 @@ CMMD_EXTRACTOR = "clip:openai/clip-vit-large-patch14-336"
 
 def _sources(real: Features, fake: Features) -> dict[str, Any]:
     counts = {"n_real": real.statistics.count, "n_fake": fake.statistics.count}
-    return {"extractor": real.tags.extractor, **counts}
+    return {"extractor": real.extractor, **counts}
 
 
 def fid(
@@ -213,4 +213,4 @@ def statistics(
     network = load_extractor(extractor, device=device)
     found = folder_features(folder, network, batch_size, resize, features)
     found.save(output)
-    typer.echo(f"{output}: {found.statistics.count} pictures, {found.tags.extractor}")
+    typer.echo(f"{output}: {found.statistics.count} pictures, {found.extractor}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,6 @@ from ..pictures import batches, picture_files
 from .extractors import Extractor, load_extractor
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Tags:
-    """What features are of.
-
-    Args:
-        extractor: Name of the network.
-        preprocessing: What is done to pictures before it.
-        data: SHA-256 of the pictures' names and contents.
-    """
-
-    extractor: str
-    preprocessing: str
-    data: str
-
-
-def require_same(a: Tags, b: Tags) -> None:
-    """Refuse tags of different extractors or preprocessings.
-
-    Raises:
-        ValueError: names the first field that differs, and both values.
-    """
-    for field in ("extractor", "preprocessing"):
-        one, two = getattr(a, field), getattr(b, field)
-        if one != two:
-            raise ValueError(f"not comparable: {field} is {one!r} in one and {two!r} in the other")
 
 
 def checked_features(features: Tensor, least: int = 1) -> Tensor:
@@ -115,17 +88,34 @@ class FeatureStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Tagged statistics, with or without the features themselves.
+    """Statistics of pictures' features, what made them, and the features where they are kept.
 
     Args:
-        tags: What they are of.
-        statistics: Their count, mean and scatter.
+        extractor: Name of the network.
+        preprocessing: What is done to pictures before it.
+        data: SHA-256 of the pictures' names and contents.
+        statistics: Count, mean and scatter of the features.
         values: Features, with shape (N, D); None if they were not kept.
     """
 
-    tags: Tags
+    extractor: str
+    preprocessing: str
+    data: str
     statistics: FeatureStatistics
     values: Tensor | None = None
+
+    def require(self, extractor: str, preprocessing: str) -> None:
+        """Refuse features of another extractor or preprocessing.
+
+        Raises:
+            ValueError: names what differs first, and both values.
+        """
+        wanted = {"extractor": extractor, "preprocessing": preprocessing}
+        for name, value in wanted.items():
+            if (own := getattr(self, name)) != value:
+                raise ValueError(
+                    f"not comparable: {name} is {own!r} in one and {value!r} in the other"
+                )
 
     def rows(self) -> Tensor:
         """The features.
@@ -142,7 +132,8 @@ class Features:
 
     def save(self, path: str | Path) -> None:
         """Write a ``.npz``, whole or not at all."""
-        tags = {"format": FORMAT, "n": self.statistics.count, **asdict(self.tags)}
+        tags = {"format": FORMAT, "n": self.statistics.count}
+        tags |= {name: getattr(self, name) for name in ("extractor", "preprocessing", "data")}
         arrays: dict[str, Any] = {
             "tags": np.array(json.dumps(tags)),
             "mean": self.statistics.mean.cpu().numpy(),
@@ -179,7 +170,7 @@ class Features:
             parts = {name: torch.from_numpy(array) for name, array in arrays.items()}
             mean, scatter, kept = parts["mean"], parts["scatter"], parts.get("features")
             statistics = FeatureStatistics(int(tags["n"]), mean, scatter)
-            known = Tags(**{name: tags[name] for name in Tags.__dataclass_fields__})
+            made_by = tags["extractor"], tags["preprocessing"], tags["data"]
         except KeyError as error:
             raise ValueError(f"{path} is not a statistics file: it has no {error}") from error
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
@@ -193,12 +184,13 @@ class Features:
             raise ValueError(f"{path}: the shapes of its parts disagree")
         if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
             raise ValueError(f"{path}: NaN or infinity in its {' and '.join(bad)}")
+        found = cls(*made_by, statistics, kept)
         if extractor is not None:
             try:
-                require_same(known, _tags(extractor, resize, known.data))
+                found.require(extractor.name, _preprocessing(extractor, resize))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-        return cls(known, statistics, kept)
+        return found
 
 
 def folder_features(
@@ -240,14 +232,19 @@ def folder_features(
             done += len(part)
             bar.update(len(part))
     assert statistics is not None  # `picture_files` gives at least one
-    tags = _tags(extractor, resize, digest.hexdigest())
-    return Features(tags, statistics, torch.cat(kept) if keep else None)
+    return Features(
+        extractor.name,
+        _preprocessing(extractor, resize),
+        digest.hexdigest(),
+        statistics,
+        torch.cat(kept) if keep else None,
+    )
 
 
-def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
+def _preprocessing(extractor: Extractor, resize: int | None) -> str:
     # With `resize` the pictures were changed before the extractor; that is preprocessing too.
     first = "" if resize is None else f"bicubic to {resize}x{resize}, then "
-    return Tags(extractor.name, first + extractor.preprocessing, data)
+    return first + extractor.preprocessing
 
 
 def load_pair(

@@ -7,8 +7,6 @@ with: the Inception weights of torch-fidelity (``--extractor inception``, conver
 original), their own TensorFlow-1 bilinear resizing, pictures rounded to 8 bits (lossless files),
 and 50,000 generated pictures (30,000 for COCO; the paper's table says which) against the same real
 pictures. The distance is biased upwards for small N: compare equal N only.
-
-    pilotage fid REAL FAKE --extractor inception
 """
 
 from __future__ import annotations
