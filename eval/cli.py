@@ -95,7 +95,6 @@ def generate(
         **strength,
         **negative_argument(pipe, unwanted, 1),
     )
-    evaluations = pipe.guidance_trace.nfe
     made = {
         "prompt": prompt,
         "negative_prompt": unwanted,
@@ -105,9 +104,8 @@ def generate(
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(model or "embedded"),
     }
-    each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(evaluations)]
-    for path, nfe in zip(_write(output, result.images, made, each), evaluations, strict=True):
-        typer.echo(f"{path}  ({nfe} network evaluations)")
+    each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(pipe.guidance_trace.nfe)]
+    _write(output, result.images, made, each)
 
 
 def denoise(
@@ -139,12 +137,9 @@ def denoise(
 ) -> None:
     """Sample from a folder of pictures, without a network (analytic denoisers)."""
     from ..guidance import resolve
-    from ..guidance.analytic import DENOISERS
 
     if guidance:
         resolve(guidance)
-    if method not in DENOISERS:
-        raise ValueError(f"unknown method {method!r}: expected one of {sorted(DENOISERS)}")
     if tau is not None and method not in ("local", "soft"):
         raise ValueError(f"--tau belongs to the local denoisers, not to {method!r}")
     if not images.is_dir():
@@ -177,8 +172,7 @@ def denoise(
         "guidance": guidance,
         "guidance_scale": scale,
     }
-    for path in _write(output, result.images, made, [{"seed": seed + i} for i in range(count)]):
-        typer.echo(str(path))
+    _write(output, result.images, made, [{"seed": seed + i} for i in range(count)])
 
 
 def _write(
@@ -186,8 +180,8 @@ def _write(
     images: Sequence[Image.Image],
     made: dict[str, Any],
     each: Sequence[dict[str, Any]],
-) -> list[Path]:
-    """Write PNGs; several are numbered. `each` is what is to be kept of one beside `made`."""
+) -> None:
+    """Write PNGs, several numbered, and name them. `each`: what to keep of one beside `made`."""
     from .pictures import save_picture
 
     paths = [output]
@@ -195,7 +189,7 @@ def _write(
         paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(images))]
     for path, image, own in zip(paths, images, each, strict=True):
         save_picture(path, image, made | own)
-    return paths
+        typer.echo(f"{path}  ({own['nfe']} network evaluations)" if "nfe" in own else str(path))
 
 
 def info(json: Json = None) -> None:

@@ -70,10 +70,6 @@ def batches(
         ValueError: a file is damaged, deeper than 8 bits a channel, or of another size than the
             first.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    if resize is not None and resize < 1:
-        raise ValueError(f"resize must be >= 1 pixel, got {resize}")
     size = None
     for start in range(0, len(files), batch_size):
         pictures = []

@@ -27,13 +27,12 @@ from ..metrics.extractors import EfficientNetLite0, Extractor
 from ..metrics.images import PER_PICTURE
 from ..record import figures_context
 from .cost import steps_for_nfe
-from .evaluation import Cell, evaluate, rounded
+from .evaluation import evaluate, rounded
 from .plan import Plan, Samples, Setting
 from .report import render
-from .sampling import PLAN, generate, prepare
+from .sampling import generate
 
 BASELINE = "cfg"
-EQUAL_NFE = "equal-nfe"
 
 
 def grid(
@@ -80,8 +79,8 @@ def compare(
         prompts: Texts.
         settings: What to compare, e.g. from `grid`.
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
-            (``pictures/``, ``equal-nfe/``); an interrupted comparison goes on where it stopped, and
-            one of other settings shares its pictures.
+            (``pictures/``); an interrupted comparison goes on where it stopped, and one of other
+            settings shares its pictures.
         seeds: One sample of every prompt each.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
             compare distributions are left out.
@@ -110,29 +109,15 @@ def compare(
     wanted = dict.fromkeys((s.scale, s.steps) for s in settings)
     added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
     plan = Plan(prompts, [*settings, *added], seeds, batch_size, options or {})
-    if equal_nfe and (output / EQUAL_NFE / PLAN).is_file():
-        prepare(pipe, plan, output / EQUAL_NFE)  # what it refuses, before anything is made
     made = generate(pipe, plan, output / "pictures", progress)
-    matches = _equal_cost(pipe, made) if equal_nfe else {}
-    fewer: list[Samples] = []
+    plain = [samples for samples in made if samples.setting.method == BASELINE]
+    baselines = {(one.setting.scale, one.setting.steps): one for one in plain}
+    matches = _equal_cost(pipe.scheduler, made, baselines) if equal_nfe else {}
+    fewer = []
     if matches:
-        second = replace(plan, settings=list(matches))
-        fewer = generate(pipe, second, output / EQUAL_NFE, progress)
+        fewer = generate(pipe, replace(plan, settings=[*matches]), output / "pictures", progress)
     if not processes().is_main_process:
         return []
-    baselines = _baselines(made)
-    full = {s.label: (s.scale, s.steps) for s in plan.settings}
-    cells = []
-    for i, samples in enumerate(made):
-        base = baselines[samples.setting.scale, samples.setting.steps]
-        kind = "grid" if i < len(settings) else "baseline"
-        text = str(pipe.resolve_guidance(samples.setting.guidance))
-        cells.append(Cell(samples, text, kind, None if base is samples else base))
-    for samples in fewer:
-        labels = matches[samples.setting]
-        base = baselines[full[labels[0]]]
-        text = str(pipe.resolve_guidance(BASELINE))
-        cells.append(Cell(samples, text, "equal nfe", base, tuple(labels)))
 
     gallery, real = None, None
     if reference is not None:
@@ -140,8 +125,25 @@ def compare(
         gallery = extractor(reference).cpu()
         real = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
         real["n"] = len(reference)
-    bar = tqdm(cells, unit="setting", desc="metrics", disable=not progress)
-    rows = [evaluate(cell, output, extractor, gallery, alignment) for cell in bar]
+    rows = []
+    everything = [*made, *fewer]
+    for i, samples in enumerate(tqdm(everything, "metrics", unit="setting", disable=not progress)):
+        same = matches.get(samples.setting, []) if i >= len(made) else []
+        like = same[0] if same else samples.setting
+        baseline = baselines[like.scale, like.steps]
+        rows.append(
+            evaluate(
+                samples,
+                None if baseline is samples else baseline,
+                output,
+                "equal nfe" if same else "grid" if i < len(settings) else "baseline",
+                [setting.label for setting in same],
+                str(pipe.resolve_guidance(samples.setting.guidance)),
+                extractor,
+                gallery,
+                alignment,
+            )
+        )
     facts = {
         "prompts": list(plan.prompts),
         "seeds": list(plan.seeds),
@@ -155,50 +157,37 @@ def compare(
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
     if report:
-        write_text(output / "report.html", render(rows, facts, [*made, *fewer]))
+        write_text(output / "report.html", render(rows, facts, everything))
     return rows
 
 
-def _baselines(made: Sequence[Samples]) -> dict[tuple[float, int], Samples]:
-    """Classifier-free guidance at each (scale, steps)."""
-    found = (samples for samples in made if samples.setting.method == BASELINE)
-    return {(samples.setting.scale, samples.setting.steps): samples for samples in found}
-
-
-def _equal_cost(pipe: Any, made: Sequence[Samples]) -> dict[Setting, list[str]]:
-    """CFG with the steps that cost what a cheaper method costs -> the labels it matches."""
-    baselines = _baselines(made)
-    matches: dict[Setting, list[str]] = {}
+def _equal_cost(
+    scheduler: Any, made: Sequence[Samples], baselines: dict[tuple[float, int], Samples]
+) -> dict[Setting, list[Setting]]:
+    """CFG with the steps that cost what a cheaper method costs -> the settings it matches."""
+    matches: dict[Setting, list[Setting]] = {}
     for samples in made:
         setting = samples.setting
         if samples.mean_nfe < baselines[setting.scale, setting.steps].mean_nfe:
-            steps = steps_for_nfe(pipe.scheduler, samples.mean_nfe, setting.steps)
+            steps = steps_for_nfe(scheduler, samples.mean_nfe, setting.steps)
             if (setting.scale, steps) not in baselines:
                 fewer = Setting(BASELINE, setting.scale, steps)
-                matches.setdefault(fewer, []).append(setting.label)
+                matches.setdefault(fewer, []).append(setting)
     return matches
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The cells as a table: intervals as two columns, lists joined by semicolons."""
-    flat = [flatten(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
+    """The cells as a table: intervals and ranges in two columns, lists joined by semicolons."""
+    table: list[dict[str, Any]] = [{} for _ in rows]
+    for row, flat in zip(rows, table, strict=True):
+        for name, value in row.items():
+            if name.endswith(("_interval", "_range")):
+                stem = name.rpartition("_")[0]
+                flat[f"{stem}_low"], flat[f"{stem}_high"] = value or (None, None)
+            else:
+                flat[name] = "; ".join(value) if isinstance(value, list) else value
+    names = dict.fromkeys(name for flat in table for name in flat)
     with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, names, restval="")
+        writer = csv.DictWriter(out, names)  # None is written as nothing
         writer.writeheader()
-        writer.writerows(flat)
-
-
-def flatten(row: dict[str, Any]) -> dict[str, Any]:
-    """A cell with intervals and ranges as ``_low`` and ``_high``."""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if name.endswith(("_interval", "_range")):
-            low, high = ("", "") if value is None else value
-            stem = name.removesuffix("_interval").removesuffix("_range")
-            flat |= {f"{stem}_low": low, f"{stem}_high": high}
-        elif isinstance(value, list):
-            flat[name] = "; ".join(map(str, value))
-        else:
-            flat[name] = "" if value is None else value
-    return flat
+        writer.writerows(table)

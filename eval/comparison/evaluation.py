@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +21,13 @@ from .plan import Samples
 DISTANCE_RESAMPLES = 100
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One setting of a comparison.
-
-    Args:
-        samples: Its pictures.
-        guidance: The settings its name stands for, written out.
-        kind: ``grid``: asked for; ``baseline``: added for the others; ``equal nfe``: CFG with as
-            many steps as cost what another method costs.
-        baseline: Pictures of CFG with the same scale and, but for ``equal nfe``, as many steps;
-            None for a baseline.
-        matches: For ``equal nfe``, the labels of the settings whose cost it has.
-    """
-
-    samples: Samples
-    guidance: str
-    kind: str
-    baseline: Samples | None
-    matches: tuple[str, ...] = ()
-
-    @property
-    def effective_guidance(self) -> float | None:
-        """Effective guidance (see `comparison`); None where it could not be measured."""
-        scale = self.samples.setting.scale
-        if self.baseline is None or self.kind == "equal nfe":
-            return scale
-        update, plain = self.samples.update, self.baseline.update
-        if update is None or plain is None or sum(plain) == 0:
-            return None
-        return 1 + (scale - 1) * sum(update) / sum(plain)
-
-
 def evaluate(
-    cell: Cell,
+    samples: Samples,
+    baseline: Samples | None,
     output: Path,
+    kind: str = "grid",
+    matches: Sequence[str] = (),
+    guidance: str = "",
     extractor: Extractor | None = None,
     gallery: Tensor | None = None,
     alignment: Alignment | None = None,
@@ -64,35 +35,45 @@ def evaluate(
     """All figures of a setting, ready for JSON.
 
     Args:
-        cell: What to evaluate.
+        samples: Its pictures.
+        baseline: Pictures of CFG with the same scale and, but for ``equal nfe``, as many steps;
+            None for a baseline.
         output: Folder of the comparison.
+        kind: ``grid``: asked for; ``baseline``: added for the others; ``equal nfe``: CFG with as
+            many steps as cost what another method costs.
+        matches: For ``equal nfe``, the labels of the settings whose cost it has.
+        guidance: The settings its name stands for, written out.
         extractor: Pictures to features, None without a reference.
         gallery: Features of the reference, with shape (N, D), on the CPU, or None.
         alignment: What scores pictures by their prompts, or None.
     """
-    samples, base = cell.samples, cell.baseline
     values = measure(
         samples.paths,
-        None if base is None else base.paths,
+        None if baseline is None else baseline.paths,
         samples.prompts,
         alignment,
         None if gallery is None else extractor,
     )
     features = values.pop("features", None)
     groups = independent(samples.prompts)
+    setting = samples.setting
     row: dict[str, Any] = {
-        "label": samples.setting.label,
-        "method": samples.setting.method,
-        "guidance": cell.guidance,
-        "kind": cell.kind,
-        "matches": list(cell.matches),
-        "w": samples.setting.scale,
-        "steps": samples.setting.steps,
+        "label": setting.label,
+        "method": setting.method,
+        "guidance": guidance,
+        "kind": kind,
+        "matches": list(matches),
+        "w": setting.scale,
+        "steps": setting.steps,
         "n": len(samples.paths),
         "nfe": rounded(samples.mean_nfe),
         "nfe_range": [min(samples.nfe), max(samples.nfe)],
         "seconds": rounded(samples.seconds),
-        "effective_guidance": rounded(cell.effective_guidance),
+        "effective_guidance": rounded(
+            setting.scale
+            if baseline is None or kind == "equal nfe"
+            else effective_guidance(samples, baseline)
+        ),
         "folder": os.path.relpath(samples.paths[0].parent, output),
     }
     for name, value in values.items():
@@ -104,6 +85,13 @@ def evaluate(
     if gallery is not None and features is not None:
         row |= distribution_metrics(gallery, features, groups)
     return row
+
+
+def effective_guidance(samples: Samples, baseline: Samples) -> float | None:
+    """Effective guidance (see `comparison`); None where it could not be measured."""
+    if samples.update is None or baseline.update is None or sum(baseline.update) == 0:
+        return None
+    return 1 + (samples.setting.scale - 1) * sum(samples.update) / sum(baseline.update)
 
 
 def independent(prompts: Sequence[str]) -> list[Hashable]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,43 +37,12 @@ from .cost import update_norms
 from .plan import Plan, Samples, Setting, sample_seed
 
 PLAN = "plan.json"
+# Arguments of a pipeline's call that are the comparison's own, besides the scale.
+OWN = {"prompt", "guidance", "detailed_trace", "num_inference_steps", "generator"}
+OWN |= {"num_images_per_prompt", "output_type", "return_dict"}
 
 
-def check_call(pipe: Any, plan: Plan) -> list[Guidance]:
-    """The resolved guidance of every setting; raises what a call of the pipeline would.
-
-    Raises:
-        ValueError: the pipeline takes no prompt, an option is not an argument of its call, or a
-            setting leaves nothing to guide.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if "prompt" not in parameters or "guidance" not in parameters:
-        raise ValueError(
-            f"{type(pipe).__name__} cannot be compared: its call takes no prompt or no guidance "
-            "(wrap it with pilotage.pipelines.guided)"
-        )
-    own = {"prompt", "guidance", "detailed_trace", "num_inference_steps", "generator"}
-    taken = own | {"num_images_per_prompt", "output_type", "return_dict"}
-    taken.add(scale_argument(type(pipe)) or "")
-    for name in plan.options:
-        if name not in parameters or name in taken:
-            raise ValueError(f"{name!r} cannot be an option of {type(pipe).__name__}'s call here")
-    guidances = [pipe.resolve_guidance(setting.guidance) for setting in plan.settings]
-    for setting, guidance in zip(plan.settings, guidances, strict=True):
-        if setting.scale <= 1 and not guidance.is_plain:
-            raise ValueError(f"{setting.label}: guidance needs a scale > 1")
-        if guidance.needs_level:
-            check_scheduler(pipe.scheduler)
-    return guidances
-
-
-def generate(
-    pipe: Any,
-    plan: Plan,
-    folder: Path | str,
-    progress: bool = True,
-    on_chunk: Callable[[int, int], None] | None = None,
-) -> list[Samples]:
+def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -> list[Samples]:
     """Make what is missing of a plan in `folder`.
 
     Under ``accelerate launch`` every process takes its share of the chunks and returns when all
@@ -86,17 +54,18 @@ def generate(
         folder: Where the pictures go; may hold an interrupted run of the same plan, or of one with
             other settings.
         progress: Show a bar (main process only).
-        on_chunk: Called with (finished, all) chunks of this process after each.
 
     Returns:
         The samples of every setting, in the plan's order.
 
     Raises:
-        ValueError: the folder holds another plan (the message names what differs).
+        ValueError: the pipeline takes no prompt, an option is not an argument of its call, a
+            setting leaves nothing to guide, or the folder holds another plan (the message names
+            what differs). Nothing is written then.
     """
     state = processes()
     folder = Path(folder)
-    plan, guidances, identity = prepare(pipe, plan, folder)
+    plan, guidances, identity = _prepared(pipe, plan, folder)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(folder / PLAN, identity)
@@ -107,42 +76,41 @@ def generate(
     ]
     todo = [item for item in work if not _finished(folder, plan, item[1], item[0])]
     pipe.set_progress_bar_config(disable=True)
-    hidden = not (progress and state.is_main_process)
-    before = len(work) - len(todo)
-    with tqdm(
-        total=len(work), initial=before, unit="chunk", desc="pictures", disable=hidden
-    ) as bar:
-        for made, (number, setting, guidance) in enumerate(todo):
-            record = _make(pipe, plan, folder, number, setting, guidance)
-            write_json(_record_path(folder, setting, number), record | {"first": made == 0})
-            bar.update()
-            if on_chunk is not None:
-                on_chunk(before + made + 1, len(work))
+    bar = tqdm(
+        todo,
+        "pictures",
+        total=len(work),
+        initial=len(work) - len(todo),
+        unit="chunk",
+        disable=not (progress and state.is_main_process),
+    )
+    for made, (number, setting, guidance) in enumerate(bar):
+        record = _make(pipe, plan, folder, number, setting, guidance)
+        write_json(_record_path(folder, setting, number), record | {"first": made == 0})
     state.wait_for_everyone()
-    return [read_samples(plan, setting, folder) for setting in plan.settings]
+    return [_samples(plan, setting, folder) for setting in plan.settings]
 
 
-def prepare(
-    pipe: Any, plan: Plan, folder: Path | str
-) -> tuple[Plan, list[Guidance], dict[str, Any]]:
-    """What `generate` begins with, and all it may refuse; writes nothing.
-
-    Returns:
-        The plan, its options saying what the unconditional branch is made of; the resolved
-        guidance of every setting; and the content of the folder's ``plan.json``.
-
-    Raises:
-        ValueError: see `check_call`; or the folder holds another plan.
-    """
-    guidances = check_call(pipe, plan)
+def _prepared(pipe: Any, plan: Plan, folder: Path) -> tuple[Plan, list[Guidance], dict[str, Any]]:
+    """The plan, its options saying what is unconditional; guidances; content of ``plan.json``."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in parameters or "guidance" not in parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be compared: its call takes no prompt or no guidance "
+            "(wrap it with pilotage.pipelines.guided)"
+        )
+    for name in plan.options:
+        if name not in parameters or name in {*OWN, scale_argument(type(pipe))}:
+            raise ValueError(f"{name!r} cannot be an option of {type(pipe).__name__}'s call here")
+    guidances = [pipe.resolve_guidance(setting.guidance) for setting in plan.settings]
+    for setting, guidance in zip(plan.settings, guidances, strict=True):
+        if setting.scale <= 1 and not guidance.is_plain:
+            raise ValueError(f"{setting.label}: guidance needs a scale > 1")
+        if guidance.needs_level:
+            check_scheduler(pipe.scheduler)
     negative = unconditional_text(pipe, plan.options.get("negative_prompt"))
     plan = replace(plan, options=plan.options | {"negative_prompt": negative})
-    return plan, guidances, _joined(Path(folder) / PLAN, plan_identity(pipe, plan, guidances))
-
-
-def plan_identity(pipe: Any, plan: Plan, guidances: Sequence[Guidance]) -> dict[str, Any]:
-    """Everything the pictures depend on, ready for JSON."""
-    return {
+    identity = {  # everything the pictures depend on
         **pipeline_identity(pipe),
         "torch": str(torch.__version__),
         "device": pipe.device.type,
@@ -162,25 +130,18 @@ def plan_identity(pipe: Any, plan: Plan, guidances: Sequence[Guidance]) -> dict[
             for s, g in zip(plan.settings, guidances, strict=True)
         ],
     }
+    return plan, guidances, _joined(folder / PLAN, identity)
 
 
-def read_samples(plan: Plan, setting: Setting, folder: Path | str) -> Samples:
-    """The finished samples of one setting.
-
-    Raises:
-        FileNotFoundError: a chunk is not finished.
-    """
-    records = []
-    for number in range(len(plan.chunks)):
-        path = _record_path(Path(folder), setting, number)
-        if not _finished(Path(folder), plan, setting, number):
-            raise FileNotFoundError(f"{path} is missing or incomplete: generate the plan first")
-        records.append(json.loads(path.read_text()))
+def _samples(plan: Plan, setting: Setting, folder: Path) -> Samples:
+    """The samples of one setting, all finished."""
+    paths = [_record_path(folder, setting, number) for number in range(len(plan.chunks))]
+    records = [json.loads(path.read_text()) for path in paths]
     warm = [r for r in records if not r["first"]] or records
     updates = [r["update"] for r in records]
     return Samples(
         setting,
-        [_picture_path(Path(folder), setting, *sample) for sample in plan.samples],
+        [_picture_path(folder, setting, *sample) for sample in plan.samples],
         [plan.prompts[i] for _, i in plan.samples],
         [n for r in records for n in r["nfe"]],
         None if None in updates else [u for update in updates for u in update],
@@ -238,9 +199,8 @@ def _record_path(folder: Path, setting: Setting, number: int) -> Path:
 
 
 def _finished(folder: Path, plan: Plan, setting: Setting, number: int) -> bool:
-    if not _record_path(folder, setting, number).is_file():
-        return False
-    return all(_picture_path(folder, setting, *s).is_file() for s in plan.chunks[number])
+    pictures = [_picture_path(folder, setting, *sample) for sample in plan.chunks[number]]
+    return all(path.is_file() for path in (_record_path(folder, setting, number), *pictures))
 
 
 def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -248,19 +208,23 @@ def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
     Settings are apart, each in its own folder: others than these stay as they are.
     """
+
+    def slug(setting: dict[str, Any]) -> str:
+        return Setting(setting["method"], setting["scale"], setting["steps"]).slug
+
     wanted = json.loads(json.dumps(identity))
     if not path.is_file():
         return wanted
     try:
         found = json.loads(path.read_text())
-        settings = {_slug(setting): setting for setting in found["settings"]}
+        settings = {slug(setting): setting for setting in found["settings"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove the folder or name another"
         ) from error
     for setting in wanted["settings"]:
-        settings.setdefault(_slug(setting), setting)
-    found["settings"] = [settings[_slug(setting)] for setting in wanted["settings"]]
+        settings.setdefault(slug(setting), setting)
+    found["settings"] = [settings[slug(setting)] for setting in wanted["settings"]]
     for name in wanted:
         if found.get(name) != wanted[name]:
             raise ValueError(
@@ -268,10 +232,6 @@ def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
                 f"here it is {_short(wanted[name])}; name another folder, or remove this one"
             )
     return wanted | {"settings": list(settings.values())}
-
-
-def _slug(setting: dict[str, Any]) -> str:
-    return Setting(setting["method"], setting["scale"], setting["steps"]).slug
 
 
 def _short(value: Any) -> str:

@@ -4,10 +4,6 @@
 the form 100 max(cos, 0); figures compare for the same CLIP model only). `RidgeAlignment` needs no
 hub: a linear map from image features to sentence vectors, fitted on captioned pictures. It is much
 weaker than CLIP, knows only what it was fitted on, and its values compare with its own only.
-
-    pilotage alignment FOLDER --clip openai/clip-vit-base-patch16
-    pilotage alignment TRAINING --fit map.safetensors
-    pilotage alignment FOLDER --ridge map.safetensors
 """
 
 from __future__ import annotations
@@ -17,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .hub import describe, from_pretrained, pixel_values
+from .extractors import HubFeatures, from_pretrained
 from .ridge import RidgeAlignment
 
 __all__ = ["Alignment", "CLIPAlignment", "RidgeAlignment", "load_scorer"]
@@ -38,25 +34,21 @@ class Alignment(Protocol):
         """A value a picture, shape (N,), of pictures (N, 3, H, W) in [0, 1] and N texts."""
 
 
-class CLIPAlignment(nn.Module):
+class CLIPAlignment(HubFeatures):
     """CLIP score.
 
     Args:
         model: Folder or hub name.
 
     Raises:
-        FileNotFoundError, ValueError: see `hub.from_pretrained`.
+        FileNotFoundError, ValueError: see `extractors.from_pretrained`.
     """
 
     def __init__(self, model: str) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        super().__init__("clip", model)
+        from transformers import AutoTokenizer
 
-        self.name = f"clip:{model}"
-        self.network = from_pretrained(CLIPModel, model).eval().requires_grad_(False)
-        self.processor = from_pretrained(AutoImageProcessor, model)
         self.tokenizer = from_pretrained(AutoTokenizer, model)
-        self.preprocessing = describe(self.processor)
 
     @torch.inference_mode()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -68,18 +60,15 @@ class CLIPAlignment(nn.Module):
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures, but {len(prompts)} prompts")
-        weights = self.network.logit_scale
         text = self.tokenizer(
             list(prompts),
             padding=True,
             truncation=True,
             max_length=self.network.config.text_config.max_position_embeddings,
             return_tensors="pt",
-        ).to(weights.device)
-        pixels = pixel_values(self.processor, images).to(weights.device, weights.dtype)
-        out = self.network(**text, pixel_values=pixels)
-        cosine = torch.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
-        return 100 * cosine.clamp(min=0)
+        ).to(self.network.device)
+        vectors = self.network.text_projection(self.network.text_model(**text).pooler_output)
+        return 100 * torch.cosine_similarity(self(images), vectors.float()).clamp(min=0)
 
 
 def load_scorer(

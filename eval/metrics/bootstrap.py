@@ -10,20 +10,17 @@ from torch import Tensor
 from .features import checked_features
 
 CHUNK = 2**24  # numbers drawn at once
-LEVEL = 0.95
+LEVEL = 0.95  # share of the resamples inside an interval
 
 
-def quantiles(draws: Tensor, level: float) -> tuple[float, float]:
-    """The ends of the middle `level` of `draws` (R,)."""
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=draws.dtype, device=draws.device)
-    low, high = torch.quantile(draws, ends).tolist()
+def quantiles(draws: Tensor) -> tuple[float, float]:
+    """The ends of the middle 95 % of `draws` (R,)."""
+    low, high = torch.quantile(draws, draws.new_tensor([1 - LEVEL, 1 + LEVEL]) / 2).tolist()
     return low, high
 
 
-def check_resampling(resamples: int, level: float = LEVEL) -> None:
-    """Refuse fewer than two resamples, and a level that is no share."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}")
+def check_resampling(resamples: int) -> None:
+    """Refuse fewer than two resamples."""
     if resamples < 2:
         raise ValueError(f"at least 2 resamples are needed, got {resamples}")
 
@@ -44,25 +41,23 @@ def members(groups: Sequence[Hashable]) -> list[Tensor]:
 
 def interval(
     values: Tensor,
-    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values.
+    """Percentile bootstrap interval (95 %) of the mean of values.
 
     Args:
         values: Values, with shape (N,).
-        level: Share of the resamples inside.
-        resamples: Their number.
+        resamples: Number of resamples.
         seed: Of the resampling.
         groups: The group of each value, e.g. its prompt, where values are independent from group
             to group only: whole groups are resampled. Default: each value is its own.
 
     Raises:
-        ValueError: fewer than two values or groups, NaN, or bad settings.
+        ValueError: fewer than two values, groups or resamples; or NaN.
     """
-    check_resampling(resamples, level)
+    check_resampling(resamples)
     if values.ndim != 1:
         raise ValueError(f"expected values (N,), got shape {tuple(values.shape)}")
     sums = checked_features(values[:, None].cpu(), least=2)[:, 0]
@@ -78,4 +73,4 @@ def interval(
         shape = (min(at_once, resamples - start), len(sums))
         drawn = torch.randint(len(sums), shape, generator=generator)
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    return quantiles(torch.cat(means), level)
+    return quantiles(torch.cat(means))

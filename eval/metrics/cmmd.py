@@ -8,8 +8,6 @@ reproduces its value divides by the norm), and the estimator with the diagonal, 
 upwards for small N. Both are done so here. Figures compare with published ones with the command's
 default extractor, ``clip:openai/clip-vit-large-patch14-336``, and square pictures only (of others
 the middle is cut out here; the authors squash them).
-
-    pilotage cmmd REAL FAKE
 """
 
 from __future__ import annotations

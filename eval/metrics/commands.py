@@ -34,7 +34,7 @@ CMMD_EXTRACTOR = "clip:openai/clip-vit-large-patch14-336"
 
 def _sources(real: Features, fake: Features) -> dict[str, Any]:
     counts = {"n_real": real.statistics.count, "n_fake": fake.statistics.count}
-    return {"extractor": real.tags.extractor, **counts}
+    return {"extractor": real.extractor, **counts}
 
 
 def fid(
@@ -57,7 +57,7 @@ def fid(
     if resamples:
         check_resampling(resamples)
     settings = real, fake, extractor, device, batch_size, resize
-    pair = load_pair(*settings, keep=resamples > 0, least=(2, 2), real_statistics=True)
+    pair = load_pair(*settings, rows=(False, resamples > 0), least=(2, 2))
     # Kept features spare small sets the eigenvectors of a D x D matrix.
     one, two = (x.statistics if x.values is None else x.values for x in pair)
     name = "fid" if extractor.partition(":")[0] == "inception" else "fd"
@@ -221,4 +221,4 @@ def statistics(
     network = load_extractor(extractor, device=device)
     found = folder_features(folder, network, batch_size, resize, features)
     found.save(output)
-    typer.echo(f"{output}: {found.statistics.count} pictures, {found.tags.extractor}")
+    typer.echo(f"{output}: {found.statistics.count} pictures, {found.extractor}")

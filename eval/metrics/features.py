@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,6 @@ from ..pictures import batches, picture_files
 from .extractors import Extractor, load_extractor
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Tags:
-    """What features are of.
-
-    Args:
-        extractor: Name of the network.
-        preprocessing: What is done to pictures before it.
-        data: SHA-256 of the pictures' names and contents.
-    """
-
-    extractor: str
-    preprocessing: str
-    data: str
-
-
-def require_same(a: Tags, b: Tags) -> None:
-    """Refuse tags of different extractors or preprocessings.
-
-    Raises:
-        ValueError: names the first field that differs, and both values.
-    """
-    for field in ("extractor", "preprocessing"):
-        one, two = getattr(a, field), getattr(b, field)
-        if one != two:
-            raise ValueError(f"not comparable: {field} is {one!r} in one and {two!r} in the other")
 
 
 def checked_features(features: Tensor, least: int = 1) -> Tensor:
@@ -115,17 +88,34 @@ class FeatureStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Tagged statistics, with or without the features themselves.
+    """Statistics of pictures' features, what made them, and the features where they are kept.
 
     Args:
-        tags: What they are of.
-        statistics: Their count, mean and scatter.
+        extractor: Name of the network.
+        preprocessing: What is done to pictures before it.
+        data: SHA-256 of the pictures' names and contents.
+        statistics: Count, mean and scatter of the features.
         values: Features, with shape (N, D); None if they were not kept.
     """
 
-    tags: Tags
+    extractor: str
+    preprocessing: str
+    data: str
     statistics: FeatureStatistics
     values: Tensor | None = None
+
+    def require(self, extractor: str, preprocessing: str) -> None:
+        """Refuse features of another extractor or preprocessing.
+
+        Raises:
+            ValueError: names what differs first, and both values.
+        """
+        wanted = {"extractor": extractor, "preprocessing": preprocessing}
+        for name, value in wanted.items():
+            if (own := getattr(self, name)) != value:
+                raise ValueError(
+                    f"not comparable: {name} is {own!r} in one and {value!r} in the other"
+                )
 
     def rows(self) -> Tensor:
         """The features.
@@ -142,7 +132,8 @@ class Features:
 
     def save(self, path: str | Path) -> None:
         """Write a ``.npz``, whole or not at all."""
-        tags = {"format": FORMAT, "n": self.statistics.count, **asdict(self.tags)}
+        tags = {"format": FORMAT, "n": self.statistics.count}
+        tags |= {name: getattr(self, name) for name in ("extractor", "preprocessing", "data")}
         arrays: dict[str, Any] = {
             "tags": np.array(json.dumps(tags)),
             "mean": self.statistics.mean.cpu().numpy(),
@@ -154,12 +145,20 @@ class Features:
             np.savez(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path) -> Features:
+    def load(
+        cls, path: str | Path, extractor: Extractor | None = None, resize: int | None = None
+    ) -> Features:
         """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            extractor: What it must have been made with; None: anything.
+            resize: Side to which pictures must have been brought before the extractor.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, of another kind, or its parts disagree.
+            ValueError: damaged, of another kind, its parts disagree, or made with another extractor
+                or preprocessing (names the field).
         """
         path = Path(path)
         if not path.is_file():
@@ -167,11 +166,11 @@ class Features:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            tags = json.loads(str(arrays["tags"]))
-            kept = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-            mean, scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
+            tags = json.loads(str(arrays.pop("tags")))
+            parts = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            mean, scatter, kept = parts["mean"], parts["scatter"], parts.get("features")
             statistics = FeatureStatistics(int(tags["n"]), mean, scatter)
-            known = Tags(**{name: tags[name] for name in Tags.__dataclass_fields__})
+            made_by = tags["extractor"], tags["preprocessing"], tags["data"]
         except KeyError as error:
             raise ValueError(f"{path} is not a statistics file: it has no {error}") from error
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
@@ -183,11 +182,15 @@ class Features:
         shapes = scatter.shape == (*mean.shape, *mean.shape) and mean.ndim == 1
         if not shapes or (kept is not None and kept.shape != (statistics.count, *mean.shape)):
             raise ValueError(f"{path}: the shapes of its parts disagree")
-        if not (mean.isfinite().all() and scatter.isfinite().all()):
-            raise ValueError(f"{path}: its statistics contain NaN or infinity")
-        if kept is not None and not kept.isfinite().all():
-            raise ValueError(f"{path}: its features contain NaN or infinity")
-        return cls(known, statistics, kept)
+        if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
+            raise ValueError(f"{path}: NaN or infinity in its {' and '.join(bad)}")
+        found = cls(*made_by, statistics, kept)
+        if extractor is not None:
+            try:
+                found.require(extractor.name, _preprocessing(extractor, resize))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        return found
 
 
 def folder_features(
@@ -229,29 +232,19 @@ def folder_features(
             done += len(part)
             bar.update(len(part))
     assert statistics is not None  # `picture_files` gives at least one
-    tags = _tags(extractor, resize, digest.hexdigest())
-    return Features(tags, statistics, torch.cat(kept) if keep else None)
+    return Features(
+        extractor.name,
+        _preprocessing(extractor, resize),
+        digest.hexdigest(),
+        statistics,
+        torch.cat(kept) if keep else None,
+    )
 
 
-def _tags(extractor: Extractor, resize: int | None, data: str) -> Tags:
+def _preprocessing(extractor: Extractor, resize: int | None) -> str:
     # With `resize` the pictures were changed before the extractor; that is preprocessing too.
     first = "" if resize is None else f"bicubic to {resize}x{resize}, then "
-    return Tags(extractor.name, first + extractor.preprocessing, data)
-
-
-def load_features(path: Path, extractor: Extractor, resize: int | None = None) -> Features:
-    """Features of a ``.npz``, made with the same extractor.
-
-    Raises:
-        FileNotFoundError, ValueError: see `Features.load`; or the file was made with another
-            extractor or preprocessing (names the field).
-    """
-    found = Features.load(path)
-    try:
-        require_same(found.tags, _tags(extractor, resize, found.tags.data))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return found
+    return first + extractor.preprocessing
 
 
 def load_pair(
@@ -262,9 +255,8 @@ def load_pair(
     batch_size: int = 32,
     resize: int | None = None,
     *,
-    keep: bool = True,
+    rows: tuple[bool, bool] = (True, True),
     least: tuple[int, int] = (1, 1),
-    real_statistics: bool = False,
 ) -> tuple[Features, Features]:
     """Features of two folders or ``.npz`` files; what can be refused early is.
 
@@ -273,14 +265,13 @@ def load_pair(
         extractor: Its name, see `load_extractor`.
         device: Where it computes.
         batch_size, resize: See `folder_features`.
-        keep: The features themselves are needed.
+        rows: Whether of `real` and of `fake` the features themselves are needed.
         least: Pictures needed of `real` and of `fake`.
-        real_statistics: Of `real`, statistics do even if `keep`.
 
     Raises:
         FileNotFoundError: a source is not there.
         ValueError: too few pictures, features that were not kept, or as for `folder_features` and
-            `load_features`.
+            `Features.load`.
     """
     sources = (real, fake)
     counts: dict[Path, int] = {}
@@ -290,16 +281,14 @@ def load_pair(
         if source.suffix != ".npz":
             counts[source] = len(picture_files(source))
     network = load_extractor(extractor, device=device)
-    found = {s: load_features(s, network, resize=resize) for s in sources if s not in counts}
+    found = {s: Features.load(s, network, resize) for s in sources if s not in counts}
     counts |= {source: features.statistics.count for source, features in found.items()}
-    for source, needed in zip(sources, least, strict=True):
-        if counts[source] < needed:
-            raise ValueError(
-                f"at least {needed} pictures are needed, {source} has {counts[source]}"
-            )
-        if keep and source in found and not (source == real and real_statistics):
+    for source, needed, itself in zip(sources, least, rows, strict=True):
+        if (count := counts[source]) < needed:
+            raise ValueError(f"at least {needed} pictures are needed, {source} has {count}")
+        if itself and source in found:
             found[source].rows()
     for source in sources:
         if source not in found:
-            found[source] = folder_features(source, network, batch_size, resize, keep)
+            found[source] = folder_features(source, network, batch_size, resize, any(rows))
     return found[real], found[fake]

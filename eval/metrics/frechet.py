@@ -7,8 +7,6 @@ with: the Inception weights of torch-fidelity (``--extractor inception``, conver
 original), their own TensorFlow-1 bilinear resizing, pictures rounded to 8 bits (lossless files),
 and 50,000 generated pictures (30,000 for COCO; the paper's table says which) against the same real
 pictures. The distance is biased upwards for small N: compare equal N only.
-
-    pilotage fid REAL FAKE --extractor inception
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from .bootstrap import LEVEL, check_resampling, members, quantiles
+from .bootstrap import check_resampling, members, quantiles
 from .features import FeatureStatistics, checked_features
 
 
@@ -65,12 +63,11 @@ def frechet_distance(real: FeatureStatistics | Tensor, fake: FeatureStatistics |
 def frechet_interval(
     real: FeatureStatistics | Tensor,
     fake: Tensor,
-    level: float = LEVEL,
     resamples: int = 100,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
-    """Interval of the Fréchet distance under resampling of the generated pictures.
+    """Interval (95 %) of the Fréchet distance under resampling of the generated pictures.
 
     A resample repeats pictures, which biases its distance upwards as a smaller N does. So the
     quantiles are moved by the resamples' mean: the interval shows the noise at this N, around the
@@ -83,14 +80,14 @@ def frechet_interval(
     Args:
         real: Features (N, D) or their statistics.
         fake: Features (M, D).
-        level, resamples, seed: As for `interval`.
+        resamples, seed: As for `interval`.
         groups: The group of each generated picture, e.g. its prompt: whole groups are resampled;
             default: each picture is its own.
 
     Raises:
-        ValueError: fewer than two pictures or groups, NaN, different dimensions, or bad settings.
+        ValueError: fewer than two pictures, groups or resamples; NaN; or different dimensions.
     """
-    check_resampling(resamples, level)
+    check_resampling(resamples)
     fake = checked_features(fake, least=2)
     value = frechet_distance(real, fake)
     mean, root = factor(real)
@@ -110,5 +107,5 @@ def frechet_interval(
         roots = (torch.linalg.eigvalsh(gram).clamp(min=0) / (count - 1)).sqrt().sum()
         draws.append((centre - mean).square().sum() + constant + trace - 2 * roots)
     values = torch.stack(draws)
-    low, high = quantiles(values - values.mean() + value, level)
+    low, high = quantiles(values - values.mean() + value)
     return max(low, 0.0), high

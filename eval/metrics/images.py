@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .inception import torchmetrics
+from .extractors import torchmetrics
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R Rec. 601
 

@@ -6,8 +6,6 @@ arXiv:1801.01401. Unbiased, so small N may be compared with large N; it can be b
 torchmetrics has the same for sets of equal size whose kernel matrices fit into memory; this one
 takes unequal sizes in chunks. Published figures average 100 subsets of 1,000 (torch-fidelity's
 setting), and often state KID x 1000.
-
-    pilotage kid REAL FAKE --extractor inception
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ neighbour in its own set (itself not counted):
 
 k = 3 for the first two, 5 for the others, as published. All depend on N: compare equal N only.
 Published figures of the first two use VGG-16 or Inception features and 50,000 or 10,000 pictures.
-
-    pilotage precision-recall REAL FAKE
 """
 
 from __future__ import annotations

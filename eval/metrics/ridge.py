@@ -56,9 +56,9 @@ class RidgeAlignment(nn.Module):
     what all captions share (a style, say) does not count as agreement. Make it with `fit`.
 
     Args:
-        shift, scale: Mean and deviation of the image features, with shape (D,).
-        matrix: The map, with shape (D, 384).
-        centre: Mean sentence vector, with shape (384,).
+        parts: ``shift`` and ``scale``, mean and deviation of the image features, with shape (D,);
+            ``matrix``, the map, with shape (D, 384); ``centre``, the mean sentence vector, with
+            shape (384,).
         tags: What it was fitted with.
         extractor: Pictures to features; None: made when pictures come.
         encoder: Texts to vectors; None: made when first needed.
@@ -69,22 +69,17 @@ class RidgeAlignment(nn.Module):
     matrix: Tensor
     centre: Tensor
     name = "ridge"
-    parts = ("shift", "scale", "matrix", "centre")
 
     def __init__(
         self,
-        shift: Tensor,
-        scale: Tensor,
-        matrix: Tensor,
-        centre: Tensor,
+        parts: dict[str, Tensor],
         tags: dict[str, Any],
         extractor: Extractor | None = None,
         encoder: Any = None,
     ) -> None:
         super().__init__()
-        values = (shift, scale, matrix, centre)
-        for part, value in zip(self.parts, values, strict=True):
-            self.register_buffer(part, value.float().contiguous())
+        for name in ("shift", "scale", "matrix", "centre"):
+            self.register_buffer(name, parts[name].float().contiguous())
         self.tags, self.extractor, self.encoder = tags, extractor, encoder
 
     @classmethod
@@ -128,7 +123,8 @@ class RidgeAlignment(nn.Module):
             "ridge": ridge,
             "n": len(x),
         }
-        return cls(shift, scale, matrix, centre, tags, extractor, encoder)
+        parts = {"shift": shift, "scale": scale, "matrix": matrix, "centre": centre}
+        return cls(parts, tags, extractor, encoder)
 
     @torch.inference_mode()
     def similarity(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -161,15 +157,13 @@ class RidgeAlignment(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        tensors = {part: getattr(self, part).cpu() for part in self.parts}
+        parts = {name: part.cpu() for name, part in self.named_buffers(recurse=False)}
         with atomic(path) as partial:
-            save_file(tensors, partial, metadata={"ridge_alignment": json.dumps(self.tags)})
+            save_file(parts, partial, metadata={"ridge_alignment": json.dumps(self.tags)})
 
     @classmethod
-    def load(
-        cls, path: str | Path, extractor: Extractor | None = None, encoder: Any = None
-    ) -> RidgeAlignment:
-        """Read what `save` wrote.
+    def load(cls, path: str | Path, encoder: Any = None) -> RidgeAlignment:
+        """Read what `save` wrote; `encoder` as above.
 
         Raises:
             FileNotFoundError: no such file.
@@ -180,10 +174,10 @@ class RidgeAlignment(nn.Module):
         try:
             with safe_open(str(path), "pt") as file:
                 tags = json.loads((file.metadata() or {})["ridge_alignment"])
-                parts = {part: file.get_tensor(part) for part in cls.parts}
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(parts, tags, encoder=encoder)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a ridge map ({error})") from error
-        return cls(**parts, tags=tags, extractor=extractor, encoder=encoder)
 
     def _same(self, field: str, value: str) -> None:
         if self.tags[field] != value:

@@ -22,8 +22,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from pilotage.eval.metrics.extractors import fidelity_modules, torchmetrics
 from pilotage.eval.metrics.frechet import frechet_distance
-from pilotage.eval.metrics.inception import fidelity_modules, torchmetrics
 from pilotage.eval.options import Json, report
 
 
@@ -113,10 +113,10 @@ def command(
     if real is None or fake is None:
         features = made_up(count, dimension)
     else:
-        from pilotage.eval.metrics.features import Features, require_same
+        from pilotage.eval.metrics.features import Features
 
         files = Features.load(real), Features.load(fake)
-        require_same(files[0].tags, files[1].tags)
+        files[0].require(files[1].extractor, files[1].preprocessing)
         features = files[0].rows(), files[1].rows()
     report(agreement(*features), json)
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pilotage.eval.comparison import sampling
 from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_norms
 from pilotage.eval.comparison.plan import Plan, Setting, sample_seed
 from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import APG, AdaptiveGuidance, Gram, fit_coefficients, forecast, linear_ag
+from pilotage.guidance.files import write_json
 from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.identity import pipeline_identity
 from pilotage.pipelines.quantization.quantize import quantize
@@ -46,30 +48,39 @@ class Killed(Exception):
     pass
 
 
-def stop_after(count):
-    def on_chunk(done, total):
-        if done == count:
-            raise Killed
+def stop_after(monkeypatch, count):
+    """Kill the run when `count` chunks more are finished; those that were, as they come."""
+    finished = []
 
-    return on_chunk
+    def write(path, content):
+        write_json(path, content)
+        if path.name.startswith("chunk"):
+            finished.append(path)
+            if len(finished) == count:
+                raise Killed
+
+    monkeypatch.setattr(sampling, "write_json", write)
+    return finished
 
 
-def test_an_interrupted_run_ends_with_the_same_pictures(pipe, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_pictures(monkeypatch, pipe, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     generate(pipe, plan(), whole, progress=False)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Killed):
-        generate(pipe, plan(), parts, progress=False, on_chunk=stop_after(2))
+        generate(pipe, plan(), parts, progress=False)
     made = pictures(parts)
     per_setting = [sum(name.startswith(s.slug) for name in made) for s in SETTINGS]
     assert per_setting == [2, 2]
     # Killed while writing: a picture without its chunk's record, and a picture half written.
     (parts / SETTINGS[0].slug / "chunk-00000.json").unlink()
     (parts / SETTINGS[1].slug / ".000000-00002-x.partial.png").write_bytes(b"\x89PNG")
-    seen = []
-    generate(pipe, plan(), parts, progress=False, on_chunk=lambda *counts: seen.append(counts))
-    assert seen == [(2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    finished = stop_after(monkeypatch, 6)
+    generate(pipe, plan(), parts, progress=False)
+    assert len(finished) == 5
     assert pictures(parts) == pictures(whole) and len(pictures(whole)) == 12
-    generate(pipe, plan(), parts, progress=False, on_chunk=stop_after(6))  # nothing is left to do
+    stop_after(monkeypatch, 1)
+    generate(pipe, plan(), parts, progress=False)  # nothing is left to do
 
 
 def test_pictures_do_not_depend_on_the_batch_size(pipe, tmp_path):
@@ -133,16 +144,17 @@ def test_skipped_steps_do_not_count_towards_the_mean_update(pipe, policy):
         ({"options": {"negative_prompt": "grey"}}, "options"),
     ],
 )
-def test_another_plan_is_refused(pipe, tmp_path, changes, field):
+def test_another_plan_is_refused(monkeypatch, pipe, tmp_path, changes, field):
+    stop_after(monkeypatch, 1)
     with pytest.raises(Killed):
-        generate(pipe, plan(), tmp_path, progress=False, on_chunk=stop_after(1))
+        generate(pipe, plan(), tmp_path, progress=False)
     before = pictures(tmp_path)
     with pytest.raises(ValueError, match=f"holds another plan: its {field} is"):
         generate(pipe, plan(**changes), tmp_path, progress=False)
     assert pictures(tmp_path) == before
 
 
-def test_a_plan_may_gain_and_lose_settings(pipe, tmp_path):
+def test_a_plan_may_gain_and_lose_settings(monkeypatch, pipe, tmp_path):
     """The pictures that are there are not made again."""
     generate(pipe, plan(settings=SETTINGS[:1]), tmp_path, progress=False)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
@@ -150,7 +162,8 @@ def test_a_plan_may_gain_and_lose_settings(pipe, tmp_path):
     assert made.setting == SETTINGS[1]
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(after) == len(SETTINGS) * len(before) and before.items() <= after.items()
-    generate(pipe, plan(), tmp_path, progress=False, on_chunk=stop_after(1))  # nothing is left
+    stop_after(monkeypatch, 1)
+    generate(pipe, plan(), tmp_path, progress=False)  # nothing is left to do
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [setting["method"] for setting in written["settings"]] == ["cfg", "apg"]
 

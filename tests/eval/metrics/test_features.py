@@ -1,7 +1,6 @@
 """Pictures from files, features, their statistics and the files that keep them."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +11,7 @@ from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.features import (
     Features,
     FeatureStatistics,
-    Tags,
     folder_features,
-    load_features,
-    require_same,
 )
 from pilotage.eval.pictures import batches, load_pictures, picture_files, prompt_of
 
@@ -77,7 +73,7 @@ def test_mixed_sizes(tmp_path):
     with pytest.raises(ValueError, match=r"03.png is 8x9, but 00.png is 8x8"):
         folder_features(tmp_path, Means(), batch_size=2, progress=False)
     found = folder_features(tmp_path, Means(), resize=8, progress=False)
-    assert found.statistics.count == 4 and "bicubic to 8x8" in found.tags.preprocessing
+    assert found.statistics.count == 4 and "bicubic to 8x8" in found.preprocessing
 
 
 def test_nan_features_name_the_file(tmp_path):
@@ -119,7 +115,7 @@ def test_merging_far_from_zero():
 def test_batch_size_does_not_matter(tmp_path):
     write(tmp_path / "a", 7)
     one, all_ = (folder_features(tmp_path / "a", Means(), b, progress=False) for b in (1, 7))
-    assert one.tags == all_.tags and torch.equal(one.rows(), all_.rows())
+    assert one.data == all_.data and torch.equal(one.rows(), all_.rows())
     torch.testing.assert_close(
         one.statistics.covariance, all_.statistics.covariance, rtol=1e-10, atol=1e-15
     )
@@ -130,10 +126,10 @@ def test_data_identity(tmp_path):
     for name in "abc":
         write(tmp_path / name)
     write(tmp_path / "c", 1, seed=1)  # another first picture
-    a, b, c = (folder_features(tmp_path / n, Means(), progress=False).tags.data for n in "abc")
+    a, b, c = (folder_features(tmp_path / n, Means(), progress=False).data for n in "abc")
     assert a == b != c
     (tmp_path / "b" / "04.png").rename(tmp_path / "b" / "05.png")
-    assert folder_features(tmp_path / "b", Means(), progress=False).tags.data != a
+    assert folder_features(tmp_path / "b", Means(), progress=False).data != a
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -142,8 +138,8 @@ def test_files(tmp_path, keep):
     made = folder_features(tmp_path / "a", Means(), keep=keep, progress=False)
     path = tmp_path / "new" / "stats.npz"
     made.save(path)
-    read = load_features(path, Means())
-    assert read.tags == made.tags and read.statistics.count == 5
+    read = Features.load(path, Means())
+    assert read.data == made.data and read.statistics.count == 5
     assert torch.equal(read.statistics.mean, made.statistics.mean)
     assert torch.equal(read.statistics.covariance, made.statistics.covariance)
     assert [p.name for p in path.parent.iterdir()] == ["stats.npz"]
@@ -198,13 +194,13 @@ def test_other_tags_are_refused(tmp_path, field):
     other = Means()
     setattr(other, {"extractor": "name"}.get(field, field), "other")
     with pytest.raises(ValueError, match=f"stats.npz.*{field} is .*'other'"):
-        load_features(path, other)
+        Features.load(path, other)
     with pytest.raises(ValueError, match="preprocessing is 'none' in one and 'bicubic"):
-        load_features(path, Means(), resize=4)
-    tags = Features.load(path).tags
+        Features.load(path, Means(), resize=4)
+    own = {"extractor": "means", "preprocessing": "none"}
     with pytest.raises(ValueError, match=field):
-        require_same(tags, replace(tags, **{field: "x"}))
-    require_same(tags, Tags("means", "none", "other data"))
+        Features.load(path).require(**own | {field: "x"})
+    Features.load(path).require(**own)
 
 
 @pytest.mark.parametrize("name", ["resnet", "clip", "dinov2:", "efficientnet-lite0:x"])

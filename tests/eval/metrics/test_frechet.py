@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 
 from examples.studies.agreement import fid_of_torchmetrics, made_up
+from pilotage.eval.metrics import bootstrap
 from pilotage.eval.metrics.bootstrap import interval
 from pilotage.eval.metrics.features import FeatureStatistics
 from pilotage.eval.metrics.frechet import frechet_distance, frechet_interval
@@ -115,12 +116,13 @@ def test_bad_features():
         frechet_distance(good[0], good)
 
 
-def test_interval_of_a_mean_covers_as_often_as_it_says():
+def test_interval_of_a_mean_covers_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(bootstrap, "LEVEL", 0.8)
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for seed in range(200):
         values = torch.randn(60, generator=generator) + 5
-        low, high = interval(values, level=0.8, resamples=400, seed=seed)
+        low, high = interval(values, resamples=400, seed=seed)
         covered += low <= 5 <= high
     assert 0.71 <= covered / 200 <= 0.89  # 3 standard errors around 0.8
     assert interval(values, seed=1) == interval(values, seed=1) != interval(values, seed=2)
@@ -154,7 +156,7 @@ def test_interval_of_the_distance_resamples_the_distance(count):
     assert found == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_groups_are_resampled_whole():
+def test_groups_are_resampled_whole(monkeypatch):
     """Copies say nothing new: the interval is that of the values copied."""
     values = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
     alone, copied = interval(values), values.repeat(4)
@@ -166,7 +168,8 @@ def test_groups_are_resampled_whole():
     # Unequal groups: the mean of a resample is over its values, not over its groups.
     unequal = torch.tensor([1.0, 1, 1, 5])
     assert interval(unequal, groups="aaab") == (1, 5)
-    assert interval(unequal, level=0.1, groups="aaab") == (2, 2)
+    monkeypatch.setattr(bootstrap, "LEVEL", 0.1)
+    assert interval(unequal, groups="aaab") == (2, 2)
 
 
 def test_interval_of_the_distance_resamples_groups():
@@ -184,8 +187,6 @@ def test_interval_of_the_distance_resamples_groups():
 
 def test_bad_intervals():
     values = torch.rand(5)
-    with pytest.raises(ValueError, match="level"):
-        interval(values, level=1)
     with pytest.raises(ValueError, match="resamples"):
         interval(values, resamples=1)
     with pytest.raises(ValueError, match="at least 2"):
