@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.studies.memory import peak_memory
-from pilotage.pipelines.personalization.data import TokenData
+from pilotage.pipelines.personalization.inputs import TokenData
 from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import PRESETS
 

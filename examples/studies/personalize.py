@@ -39,8 +39,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import write_figures, write_json
-from pilotage.pipelines.personalization.data import TokenData
-from pilotage.pipelines.personalization.inputs import extended, load_images, prompt_ids
+from pilotage.pipelines.personalization.inputs import TokenData, extended, load_images, prompt_ids
 from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import recipe
 from pilotage.pipelines.quantization.quantize import quantize

@@ -27,11 +27,7 @@ TAKEN = (*SDXL_KEYS, "string_to_param", "string_to_token")
 
 
 def check_name(token: str) -> None:
-    """Raise unless readers take the name for a token's.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Raise ValueError unless readers take the name for a token's."""
     if not token or token.split() != [token] or token in TAKEN:
         raise ValueError(
             f"a token is one word without spaces and none of {', '.join(TAKEN)}, got {token!r}"
@@ -44,13 +40,10 @@ def token_names(token: str, vectors: int) -> list[str]:
 
 
 def check_spelling(tokenizer: Any, token: str, vectors: int) -> None:
-    """Raise unless prompts with the token bring in all its vectors.
+    """Raise ValueError unless prompts with the token bring in all its vectors.
 
     diffusers finds the further vectors by the name that the tokenizer makes of the token, and
     CLIP's tokenizers make everything lower case.
-
-    Raises:
-        ValueError: the tokenizer spells a token of several vectors in another way.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     spelt = token.lower() if normalizer is None else normalizer.normalize_str(token)

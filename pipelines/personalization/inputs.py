@@ -1,8 +1,9 @@
-"""What the personalizer is given: pictures, a placeholder, a class word, prompts; all checked."""
+"""What a token is learned from: pictures, a class word, prompts, all checked; rows made of them."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...guidance.images import SUFFIXES, check_depth, image_files, read_image, to_tensor
+from ...guidance.zeroth_order import generator
 from .files import check_name, check_spelling, token_names
+from .loss import DiffusionTokenLoss, TokenBatch
+from .recipes import Recipe
+
+# Pictures (N, 3, H, W), prompts as ids for each text encoder, whether prompts belong to pictures.
+Source = tuple[Tensor, tuple[Tensor, ...], bool]
 
 TEMPLATES = (
     "a photo of {}",
@@ -27,10 +34,6 @@ TEMPLATES = (
 
 def load_images(images: str | Path | Iterable[str | Path | Image.Image], size: int) -> Tensor:
     """Pictures as float32 (N, 3, size, size) in [0, 1]: cropped to a square, transparency on white.
-
-    Args:
-        images: A folder, or pictures and paths.
-        size: Side in pixels.
 
     Raises:
         ValueError: there is no picture, or one cannot be read (the message names it).
@@ -66,13 +69,10 @@ def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
 def check_placeholder(
     tokenizer: Any, placeholder: str, texts: Sequence[str] = (), vectors: int = 1
 ) -> None:
-    """Raise unless `placeholder` is a new word that no other word contains.
+    """Raise ValueError unless `placeholder` is a new word that no other word contains.
 
     Tokenizers look for added tokens inside words: "cat" as a placeholder would also replace a part
     of "concatenate".
-
-    Raises:
-        ValueError: what is wrong with it.
     """
     check_name(placeholder)
     check_spelling(tokenizer, placeholder, vectors)
@@ -93,11 +93,7 @@ def check_placeholder(
 
 
 def initial_vector(tokenizer: Any, table: Tensor, initializer: str) -> Tensor:
-    """Embedding of the class word, with shape (d,), float32, on the CPU.
-
-    Raises:
-        ValueError: the word is not exactly one known token.
-    """
+    """Embedding (d,) of a class word, float32, on the CPU; ValueError unless it is one token."""
     pieces = tokenizer.tokenize(initializer)
     if len(pieces) != 1:
         raise ValueError(
@@ -111,11 +107,7 @@ def initial_vector(tokenizer: Any, table: Tensor, initializer: str) -> Tensor:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise unless each template has exactly one {}.
-
-    Raises:
-        ValueError: none is given, or one has not.
-    """
+    """Raise ValueError unless there are templates and each has exactly one {}."""
     if not templates:
         raise ValueError("no prompt templates")
     for template in templates:
@@ -133,10 +125,9 @@ def extended(tokenizer: Any, placeholder: str, vectors: int) -> Any:
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], placeholder: str, vectors: int) -> Tensor:
-    """Token ids (N, L) of prompts with {} in them, from an `extended` tokenizer.
+    """Token ids (N, L) of prompts with {}; ValueError if the placeholder would be cut off.
 
-    Raises:
-        ValueError: a prompt is so long that the placeholder is cut off.
+    The tokenizer is an `extended` one.
     """
     names = token_names(placeholder, vectors)
     texts = [prompt.format(" ".join(names)) for prompt in prompts]
@@ -154,3 +145,65 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str], placeholder: str, vectors
                 f"the placeholder does not fit into {tokenizer.model_max_length} tokens: {prompt!r}"
             )
     return ids
+
+
+def stratified_timesteps(low: int, high: int, count: int, draw: torch.Generator) -> Tensor:
+    """One timestep from each of `count` equal parts of low, ..., high - 1, rising, int64."""
+    places = (torch.arange(count) + torch.rand(count, generator=draw)) / count
+    return low + (places * (high - low)).long().clamp(max=high - low - 1)
+
+
+class TokenData:
+    """Pictures, encoded once, and the batches that `plan` asks for; `seed` is of all draws."""
+
+    def __init__(
+        self, networks: DiffusionTokenLoss, source: Source, plan: Recipe, seed: int
+    ) -> None:
+        pixels, self.ids, self.paired = source
+        self.networks, self.plan, self.seed = networks, plan, seed
+        self.window = plan.timesteps_low, plan.timesteps_high
+        self.latents = networks.encode(pixels)
+
+    @functools.cached_property
+    def pool(self) -> TokenBatch:
+        """All rows of the fixed pool."""
+        draw = generator(self.seed, "pool")
+        times = stratified_timesteps(*self.window, self.plan.pool, draw)
+        return self._rows(times, draw, self.seed)
+
+    def batch(self, step: int) -> TokenBatch:
+        """The batch of a step.
+
+        From the pool: every pass takes each row once; the rows of a batch lie equally far apart in
+        timestep. Fresh: picture, prompt, timestep and noise follow from the seed and the step.
+        """
+        size, key = self.plan.batch, (self.seed, "fresh", step)
+        if not self.plan.pool:
+            draw = generator(*key)
+            times = torch.randint(*self.window, (size,), generator=draw)
+            return self._rows(times, draw, *key)
+        stride = self.plan.pool // size
+        turn, place = divmod(step, stride)
+        order = torch.randperm(stride, generator=generator(self.seed, "order", turn))
+        return self.pool.rows(int(order[place]) + stride * torch.arange(size))
+
+    def held_out(self, rows: int) -> TokenBatch:
+        """Fixed rows over all timesteps, their noise unlike that of training."""
+        draw = generator(self.seed, "held out")
+        levels = len(self.networks.pipe.scheduler.alphas_cumprod)
+        times = stratified_timesteps(0, levels, rows, draw)
+        return self._rows(times, draw, self.seed, "held out")
+
+    def _rows(self, times: Tensor, draw: torch.Generator, *key: int | str) -> TokenBatch:
+        """Rows at the given timesteps: all pictures equally often, in random order."""
+        count, latents = len(times), self.latents
+        order = torch.randperm(count, generator=draw)
+        # Fewer rows than pictures: an independent draw, else the first ones alone would be taken.
+        pictures = order % len(latents)
+        if count < len(latents):
+            pictures = torch.randint(len(latents), (count,), generator=draw)
+        texts = pictures
+        if not self.paired:
+            texts = torch.randint(len(self.ids[0]), (count,), generator=draw)
+        chosen = tuple(i[texts] for i in self.ids)
+        return self.networks.batch(latents[pictures.to(latents.device)], times, chosen, *key)

@@ -128,11 +128,7 @@ class DiffusionTokenLoss:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What losses depend on beside token and batch, ready for JSON: hashes of the networks.
-
-        Raises:
-            ValueError: weights are not in memory.
-        """
+        """What losses depend on beside token and batch, for JSON; ValueError for meta weights."""
         parts = {"unet": self.pipe.unet, "vae": self.pipe.vae, **self.encoders}
         hashes = {name: network_hash(part, name) for name, part in parts.items()}
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")

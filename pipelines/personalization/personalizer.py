@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...guidance.files import atomic, write_json
-from .data import Source, TokenData
 from .files import save_token, text_encoders
 from .inputs import (
     TEMPLATES,
+    Source,
+    TokenData,
     check_placeholder,
     check_templates,
     extended,
@@ -222,8 +223,8 @@ class Personalizer:
         if folder is not None:
             identity = {"loss": type(self.loss).__name__}
             trainer.settings |= getattr(self.loss, "identity", identity)
-        if folder is not None and resume and (folder / CHECKPOINT).is_file():
-            trainer.load(folder / CHECKPOINT)
+            if resume and (folder / CHECKPOINT).is_file():
+                trainer.load(folder / CHECKPOINT)
         # Encoding the pictures is work: it comes after everything that can be refused.
         data = TokenData(self.networks, sources[0], plan, seed)
         judged = None
@@ -242,6 +243,14 @@ class Personalizer:
             done = trainer.evaluations and trainer.evaluations[-1][0] == trainer.step
             if judged is not None and due(every) and not done:
                 trainer.evaluate_held_out(judged)
+
+        def preview(folder: Path) -> None:
+            # The same noise each time.
+            options = {"generator": torch.Generator().manual_seed(0), **(preview_options or {})}
+            with self.speaking(placeholder, trainer.vectors) as pipe:
+                image = pipe(preview_prompt.format(placeholder), **options).images[0]
+            with atomic(folder / "previews" / f"step-{trainer.step:06d}.png") as partial:
+                image.save(partial)
 
         try:
             evaluate()
@@ -265,7 +274,7 @@ class Personalizer:
                             trainer.save(folder / CHECKPOINT)
                         trainer.process.wait_for_everyone()
                     if writes is not None and preview_every and trainer.step % preview_every == 0:
-                        self._preview(trainer, placeholder, writes, preview_prompt, preview_options)
+                        preview(writes)
                     if callback is not None:
                         callback(trainer)
         except BaseException:
@@ -331,33 +340,13 @@ class Personalizer:
             raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
         return int(sides.pop()) * self.networks.pixels_per_latent
 
-    def _preview(
-        self,
-        trainer: TokenTrainer,
-        placeholder: str,
-        folder: Path,
-        prompt: str,
-        options: dict[str, Any] | None,
-    ) -> None:
-        """Write one picture of the word, the same noise each time."""
-        options = {"generator": torch.Generator().manual_seed(0), **(options or {})}
-        with self.speaking(placeholder, trainer.vectors) as pipe:
-            image = pipe(prompt.format(placeholder), **options).images[0]
-        with atomic(folder / "previews" / f"step-{trainer.step:06d}.png") as partial:
-            image.save(partial)
-
 
 def _save(token: LearnedToken, folder: Path) -> None:
     """Write the token and, beside it, how it came about."""
     save_token(folder / TOKEN, token.parts, token.placeholder)
     losses = [(*at, loss if math.isfinite(loss) else None) for *at, loss in token.evaluations]
-    record = {
-        "placeholder": token.placeholder,
-        "steps": token.steps,
-        "forwards": token.forwards,
-        "evaluations": losses,
-    }
-    write_json(folder / "personalization.json", record)
+    record = {name: getattr(token, name) for name in ("placeholder", "steps", "forwards")}
+    write_json(folder / "personalization.json", record | {"evaluations": losses})
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -60,7 +60,7 @@ class Recipe(Descent):
         Args:
             initial: With shape (m, d); d is the sum of the tables' widths.
             tables: Embedding tables of the text encoders, with shapes (V, width).
-            seed: Seed of the search.
+            seed: Of all draws.
         """
         initial = initial.float().cpu()
         point, settings = initial.flatten(), self

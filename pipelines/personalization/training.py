@@ -130,11 +130,7 @@ class TokenTrainer:
             save_file(state, partial, metadata={"personalization": json.dumps(record)})
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint: the same steps follow as without the interruption.
-
-        Raises:
-            ValueError: the file is damaged, or belongs to other settings (named).
-        """
+        """Continue from a checkpoint; ValueError if it is damaged or of other settings (named)."""
         try:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})["personalization"])

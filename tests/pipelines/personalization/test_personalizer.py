@@ -24,8 +24,13 @@ from pilotage.pipelines.personalization import (
     add_token,
     recipe,
 )
-from pilotage.pipelines.personalization.data import TokenData, stratified_timesteps
-from pilotage.pipelines.personalization.inputs import extended, load_images, prompt_ids
+from pilotage.pipelines.personalization.inputs import (
+    TokenData,
+    extended,
+    load_images,
+    prompt_ids,
+    stratified_timesteps,
+)
 from pilotage.pipelines.processes import processes
 from pilotage.pipelines.quantization import quantize
 
