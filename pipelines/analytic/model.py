@@ -27,11 +27,7 @@ NOISE_SCHEDULE = (
 
 
 def noise_schedule_of(scheduler: Any) -> dict[str, Any]:
-    """What a model must know of the scheduler it is made for, as arguments of the model.
-
-    Raises:
-        UnknownSchedulerError: the scheduler's noise levels are not known.
-    """
+    """What a model must know of its scheduler, as arguments; UnknownSchedulerError if unknown."""
     check_scheduler(scheduler)
     config = scheduler.config
     flow = type(scheduler).__name__ in BY_FLOW_SIGMA or config.get("use_flow_sigmas", False)

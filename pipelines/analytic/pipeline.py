@@ -124,7 +124,12 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
                 uncond, cond = pred.chunk(2)
                 pred = uncond + guidance_scale * (cond - uncond)
             x = scheduler.step(pred, t, x, **extra, return_dict=False)[0]
-        images = self._decoded(x, output_type)
+        images: Any = x
+        if output_type != "latent":
+            if self.vae is not None:
+                x = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+            processor = VaeImageProcessor(vae_scale_factor=1)
+            images = processor.postprocess(x.clamp(-1, 1), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -151,14 +156,6 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         if scale > 1:
             labels = torch.cat([torch.full_like(labels, classes), labels])
         return labels.to(self._execution_device)
-
-    def _decoded(self, x: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return x
-        if self.vae is not None:
-            x = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
-        processor = VaeImageProcessor(vae_scale_factor=1)
-        return processor.postprocess(x.clamp(-1, 1), output_type=output_type)
 
 
 @torch.no_grad()

@@ -110,8 +110,9 @@ class GaussianTeleport:
             )
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")
-        stock: Any = type(scheduler)
-        return _restored(stock, copy.copy(scheduler).__dict__)
+        made = _blank(type(scheduler))
+        made.__dict__.update(copy.copy(scheduler).__dict__)
+        return made
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class GaussianTeleport:
         self._initial: Any = None  # what the pipeline scales its noise by, of the whole grid
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.stock_class, self.__dict__.copy())
+        return _blank, (self.stock_class,), self.__dict__.copy()
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -258,11 +259,9 @@ def _teleporting_class(stock: Any) -> Any:
     return type(stock.__name__, (GaussianTeleport, stock), members)
 
 
-def _restored(stock: type, state: dict[str, Any]) -> GaussianTeleport:
-    """A copied or unpickled scheduler."""
-    made: GaussianTeleport = object.__new__(_teleporting_class(stock))
-    made.__dict__.update(state)
-    return made
+def _blank(stock: type) -> GaussianTeleport:
+    """A scheduler whose state follows."""
+    return object.__new__(_teleporting_class(stock))
 
 
 def _with_signature(method: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,11 +59,7 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """See `FlowMatchEulerDiscreteScheduler.step`, which does not use `s_*` either.
-
-        Raises:
-            ValueError: `per_token_timesteps` are given.
-        """
+        """See `FlowMatchEulerDiscreteScheduler.step`, which does not use `s_*` either."""
         if per_token_timesteps is not None:
             raise ValueError(
                 "per_token_timesteps: every token would have coefficients of its own; use "

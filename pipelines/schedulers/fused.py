@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -39,11 +38,22 @@ class FusedScheduler:
         # diffusers writes these two into saved pipelines, which then load without Pilotage, and
         # looks schedulers up by name. repr() shows the qualified name, which stays ours.
         cls.__name__, cls.__module__ = stock.__name__, stock.__module__
-        for name, wrap in (("__init__", _checked), ("set_timesteps", _tabulated)):
-            setattr(cls, name, wrap(getattr(stock, name)))
+
+        @functools.wraps(stock.__init__)
+        def checked(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
+            stock.__init__(self, *args, **kwargs)
+            self.check_config()
+
+        @functools.wraps(stock.set_timesteps)
+        def tabulated(self: FusedScheduler, *args: Any, device: Any = None, **kwargs: Any) -> None:
+            stock.set_timesteps(self, *args, **kwargs)  # on the host
+            self.tabulate(device)
+
+        for wrapped in (checked, tabulated):
+            setattr(cls, wrapped.__name__, wrapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self).__qualname__, self.__dict__.copy())
+        return _unpickled, (type(self).__qualname__,), self.__dict__.copy()
 
     def check_config(self) -> None:
         """Raise ValueError for settings that the fused step does not have."""
@@ -67,11 +77,7 @@ class FusedScheduler:
         self._table = to_device(self.coefficients().float(), self.timesteps.device)
 
     def known_steps(self) -> tuple[Tensor, list[float]]:
-        """The timesteps and their values on the host; tables follow if they were exchanged.
-
-        Raises:
-            ValueError: `set_timesteps` was not called.
-        """
+        """The timesteps and their values on the host; tables follow if they were exchanged."""
         if self._steps is not None and self._steps[0] is not self.timesteps:
             self.tabulate()
         if self._steps is None:
@@ -136,7 +142,6 @@ def table_of(
     """A table with `count` rows.
 
     Args:
-        count: Number of rows.
         k_x, k_d: Weights of the sample and of D in a step, with shape (count,).
         d_x, d_p: Weights of the sample and of the prediction in D, numbers or shape (count,).
         columns: Further ones of `COLUMNS`, or those that would follow from the above.
@@ -157,30 +162,7 @@ def refuse_integer(timestep: Any) -> None:
         )
 
 
-def _checked(stock_init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(stock_init)
-    def __init__(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
-        stock_init(self, *args, **kwargs)
-        self.check_config()
-
-    return __init__
-
-
-def _tabulated(stock_set_timesteps: Callable[..., None]) -> Callable[..., None]:
-    """`set_timesteps` on the host, then tables and timesteps to the device."""
-
-    @functools.wraps(stock_set_timesteps)
-    def set_timesteps(self: FusedScheduler, *args: Any, **kwargs: Any) -> None:
-        device = kwargs.pop("device", None)
-        stock_set_timesteps(self, *args, **kwargs)
-        self.tabulate(device)
-
-    return set_timesteps
-
-
-def _restore(name: str, state: dict[str, Any]) -> FusedScheduler:
-    """Unpickle: the class is found by our name for it."""
+def _unpickled(name: str) -> FusedScheduler:
+    """A scheduler whose state follows; its class is found by our name for it."""
     cls = next(cls for cls in FusedScheduler.__subclasses__() if cls.__qualname__ == name)
-    scheduler = cls.__new__(cls)
-    scheduler.__dict__.update(state)
-    return scheduler
+    return cls.__new__(cls)
