@@ -1,6 +1,8 @@
 """``pilotage personalize`` on the embedded model."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -32,10 +34,9 @@ def pictures(tmp_path):
 
 
 def test_writes_a_token_and_continues(monkeypatch, tmp_path, pictures, capsys):
-    previews = []
-    monkeypatch.setattr(  # fifty steps of the embedded model
-        Personalizer, "_preview", lambda self, trainer, *options: previews.append(trainer.step)
-    )
+    picture = SimpleNamespace(images=[Image.new("RGB", (8, 8))])  # not fifty steps of the model
+    speaking = contextlib.nullcontext(lambda prompt, **options: picture)
+    monkeypatch.setattr(Personalizer, "speaking", lambda self, word, vectors: speaking)
     output = tmp_path / "out"
     options = [pictures, "--token", WORD, "--initializer", "star", "-o", output]
     options += ["--template", "noto style {}", "--evaluate-every", 2, "--quantize", "int8"]
@@ -45,7 +46,7 @@ def test_writes_a_token_and_continues(monkeypatch, tmp_path, pictures, capsys):
     assert "learned_embeds.safetensors" in out and "held-out loss" in out
     assert load_file(output / "learned_embeds.safetensors")[WORD].shape == (1, 192)
     assert json.loads((output / "personalization.json").read_text())["steps"] == 2
-    assert previews == [2]
+    assert [p.name for p in (output / "previews").iterdir()] == ["step-000002.png"]
     assert not list(output.rglob("*.partial*"))
 
 
