@@ -81,7 +81,7 @@ def generate(
     from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
 
-    pipe = load_on(torch.device(device), model)
+    pipe = load_on(device, model)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
     strength = scale_option(pipe, scale)

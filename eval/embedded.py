@@ -53,9 +53,9 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
     return load_pipeline(embedded_folder(), dtype)
 
 
-def load_on(device: torch.device, model: str | None) -> Any:
+def load_on(device: str, model: str | None) -> Any:
     """The pipeline of a folder or hub name, None: the embedded one; half precision off CPUs."""
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     pipe = load_embedded(dtype) if model is None else load_pipeline(model, dtype)
     return pipe.to(device)
 

@@ -57,13 +57,11 @@ def personalize(
         check_templates(texts)
     load_images(images, 8)
 
-    import torch
-
     from ..pipelines.personalization.personalizer import TOKEN, Personalizer
     from ..pipelines.processes import processes
     from .embedded import load_on
 
-    pipe = load_on(torch.device(device), model)
+    pipe = load_on(device, model)
     if quantize is not None:
         from ..pipelines.quantization.quantize import quantize as to_integers
 

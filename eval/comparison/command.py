@@ -61,12 +61,8 @@ def compare(
     texts = ([] if prompts is None else read_prompts(prompts)) + list(prompt)
     if not texts:
         raise ValueError("no prompts: name a text file with one a line, or give --prompt")
-    if clip is not None and ridge is not None:
-        raise ValueError("name one of --clip and --ridge")
     for name in guidance:
         check_guidance(name, model)  # an unknown name fails before anything is loaded
-
-    import torch
 
     from ...pipelines.processes import processes
     from ..metrics.alignment import load_scorer
@@ -77,26 +73,23 @@ def compare(
     from .plan import Plan
 
     check_target(output / "cells.json")
-    settings = grid(guidance, scale, steps)
-    options = {"negative_prompt": negative or None}
-    seed_list = range(first_seed, first_seed + seeds)
-    Plan(texts, settings, seed_list, batch_size, options)
-
-    pipe = load_on(torch.device(device), model)
-    scored = clip is not None or ridge is not None
-    run(
-        pipe,
+    plan = Plan(
         texts,
-        settings,
+        grid(guidance, scale, steps),
+        range(first_seed, first_seed + seeds),
+        batch_size,
+        {"negative_prompt": negative or None},
+    )
+    alignment = load_scorer(clip, ridge).to(device) if clip or ridge else None
+    run(
+        load_on(device, model),
+        plan,
         output,
-        seed_list,
         reference=None if reference is None else load_pictures(reference),
         extractor=None if reference is None else load_extractor(extractor, device=device),
-        alignment=load_scorer(clip, ridge).to(device) if scored else None,
-        batch_size=batch_size,
+        alignment=alignment,
         equal_nfe=equal_nfe,
         report=report,
-        options=options,
     )
     if processes().is_main_process:
         typer.echo(str(output / ("report.html" if report else "cells.json")))

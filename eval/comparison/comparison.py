@@ -59,37 +59,29 @@ def grid(
 
 def compare(
     pipe: Any,
-    prompts: Sequence[str],
-    settings: Sequence[Setting],
+    plan: Plan,
     output: Path | str,
-    seeds: Sequence[int] = (0,),
     reference: Tensor | None = None,
     extractor: Extractor | None = None,
     alignment: Alignment | None = None,
-    batch_size: int = 8,
     equal_nfe: bool = True,
     report: bool = True,
-    options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Generate, evaluate and report.
 
     Args:
         pipe: A guided pipeline, on its device.
-        prompts: Texts.
-        settings: What to compare, e.g. from `grid`.
+        plan: What to compare; its settings e.g. from `grid`.
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
             (``pictures/``); an interrupted comparison goes on where it stopped, and one of other
             settings shares its pictures.
-        seeds: One sample of every prompt each.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
             compare distributions are left out.
         extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
         alignment: What scores pictures by their prompts; None leaves it out.
-        batch_size: Samples in a call of the pipeline.
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
-        options: Further arguments of the pipeline's call.
         progress: Show bars.
 
     Returns:
@@ -105,10 +97,11 @@ def compare(
             "reference must be two pictures or more, (N, 3, H, W), got shape "
             f"{tuple(reference.shape)}"
         )
-    have = {(s.scale, s.steps) for s in settings if s.method == BASELINE}
-    wanted = dict.fromkeys((s.scale, s.steps) for s in settings)
+    asked = plan.settings
+    have = {(s.scale, s.steps) for s in asked if s.method == BASELINE}
+    wanted = dict.fromkeys((s.scale, s.steps) for s in asked)
     added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
-    plan = Plan(prompts, [*settings, *added], seeds, batch_size, options or {})
+    plan = replace(plan, settings=[*asked, *added])
     made = generate(pipe, plan, output / "pictures", progress)
     plain = [samples for samples in made if samples.setting.method == BASELINE]
     baselines = {(one.setting.scale, one.setting.steps): one for one in plain}
@@ -136,7 +129,7 @@ def compare(
                 samples,
                 None if baseline is samples else baseline,
                 output,
-                "equal nfe" if same else "grid" if i < len(settings) else "baseline",
+                "equal nfe" if same else "grid" if i < len(asked) else "baseline",
                 [setting.label for setting in same],
                 str(pipe.resolve_guidance(samples.setting.guidance)),
                 extractor,

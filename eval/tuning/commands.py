@@ -221,7 +221,6 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
     Raises:
         ValueError: no prompts, an unknown device, or settings cannot be written to `output`.
     """
-    import torch
 
     from ..embedded import load_on
 
@@ -230,7 +229,7 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
         raise ValueError(f"--output is a file NAME.json, got {output}")
     check_target(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    return texts, load_on(torch.device(device), model)
+    return texts, load_on(device, model)
 
 
 def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:

@@ -23,7 +23,7 @@ from examples.emoji import data as emoji
 from examples.studies.agreement import agreement, made_up
 from examples.studies.timing import seconds_in_turn
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.plan import Setting
+from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.alignment import RidgeAlignment
 from pilotage.eval.metrics.extractors import EfficientNetLite0
@@ -93,14 +93,11 @@ def main() -> None:
     extractor = EfficientNetLite0().to(state.device)
     rows = compare(
         pipe,
-        prompts,
-        columns,
+        Plan(prompts, columns, seeds, args.batch_size),
         args.work / f"{len(prompts)}x{len(seeds)}",
-        seeds,
         reference=to_tensor(emoji.pictures(args.archive, held)),
         extractor=extractor,
         alignment=fit_alignment(args.archive, everyday, extractor),
-        batch_size=args.batch_size,
     )
     if not state.is_main_process:
         return

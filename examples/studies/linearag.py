@@ -35,7 +35,7 @@ from examples.studies.timing import (
     network_in_turn,
 )
 from pilotage.eval.comparison.comparison import compare
-from pilotage.eval.comparison.plan import Setting
+from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
@@ -185,14 +185,11 @@ def pictures(pipe, drawings, columns: list[Setting], archive: Path, work: Path, 
     extractor = EfficientNetLite0()
     cells = compare(
         pipe,
-        [d.text for d in held],
-        columns,
+        Plan([d.text for d in held], columns, range(SEEDS), BATCH),
         work / "pictures",
-        range(SEEDS),
         reference=to_tensor(emoji.pictures(archive, held)),
         extractor=extractor,
         alignment=fit_alignment(archive, drawings, extractor),
-        batch_size=BATCH,
         equal_nfe=fewer,
     )
     date, rows = figures_context()["date"], []

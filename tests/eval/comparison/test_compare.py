@@ -17,7 +17,7 @@ from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation
 from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.evaluation import evaluate
-from pilotage.eval.comparison.plan import Setting
+from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
 from pilotage.eval.prompts import read_prompts
@@ -90,8 +90,8 @@ def test_from_prompts_to_the_report(monkeypatch, tmp_path):
 
 
 def test_without_a_reference_and_without_a_report(tmp_path):
-    settings = [Setting("apg", 4.0, 2)]
-    rows = compare(load_embedded(), PROMPTS, settings, tmp_path, report=False, progress=False)
+    plan = Plan(PROMPTS, [Setting("apg", 4.0, 2)])
+    rows = compare(load_embedded(), plan, tmp_path, report=False, progress=False)
     assert [(row["method"], row["kind"]) for row in rows] == [("apg", "grid"), ("cfg", "baseline")]
     assert "fd" not in rows[0] and rows[0]["ssim"] is not None
     assert not (tmp_path / "report.html").exists()
@@ -122,8 +122,8 @@ def test_a_comparison_can_be_extended(tmp_path):
     pipe, out = load_embedded(), tmp_path / "out"
 
     def labels(*steps, **options):
-        settings = grid(["cfg", "ag"], [6.0], steps)
-        rows = compare(pipe, PROMPTS, settings, out, progress=False, **options)
+        plan = Plan(PROMPTS, grid(["cfg", "ag"], [6.0], steps), **options)
+        rows = compare(pipe, plan, out, progress=False)
         return {row["label"]: row["kind"] for row in rows}
 
     first = labels(8)
@@ -140,9 +140,9 @@ def test_a_comparison_can_be_extended(tmp_path):
 
 def test_one_picture_and_a_reference(tmp_path):
     reference = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    settings = grid(["cfg", "apg"], [6.0], [2])
+    plan = Plan(PROMPTS[:1], grid(["cfg", "apg"], [6.0], [2]))
     options = {"reference": reference, "progress": False}
-    rows = compare(load_embedded(), PROMPTS[:1], settings, tmp_path, **options)
+    rows = compare(load_embedded(), plan, tmp_path, **options)
     assert not {"fd", "kid", "precision"} & set(rows[0]) and rows[1]["ssim"] is not None
     assert (tmp_path / "report.html").is_file()
 
