@@ -90,9 +90,7 @@ def cases(kind: str) -> Iterator[Case]:
 
     dtype = DTYPES[kind]
     for rule, size in itertools.product((rule() for rule in KERNELS), SIZES):
-        for dense in (True, False):
-            name = f"{rule.name}, {size}, {kind}, {'dense' if dense else 'strided'}"
-            yield name, lambda r=rule, s=size, d=dense: guide(r, SIZES[s], dtype, dense=d)
+        yield f"{rule.name}, {size}, {kind}", lambda r=rule, s=size: guide(r, SIZES[s], dtype)
     for size in SIZES:
         # The later steps of a run, and APG on predictions as they are.
         for label, rule in (
@@ -100,16 +98,16 @@ def cases(kind: str) -> Iterator[Case]:
             ("apg with momentum, native", APG(0.0, 0.1, -0.5, space="native")),
         ):
             yield (
-                f"{label}, {size}, {kind}, dense",
+                f"{label}, {size}, {kind}",
                 lambda r=rule, s=size: guide(r, SIZES[s], dtype, later=True),
             )
         if kind == "fp16":
             yield (
-                f"apg, numbers on the device, {size}, {kind}, dense",
+                f"apg, numbers on the device, {size}, {kind}",
                 lambda s=size: guide(APG(), SIZES[s], dtype, on_device=True),
             )
             yield (
-                f"apg, no cosine, {size}, {kind}, dense",
+                f"apg, no cosine, {size}, {kind}",
                 lambda s=size: guide(APG(), SIZES[s], dtype, gamma_space=None),
             )
     for previous, denoised in ((False, False), (False, True), (True, True)):
@@ -125,7 +123,6 @@ def guide(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     *,
-    dense: bool = True,
     later: bool = False,
     on_device: bool = False,
     gamma_space: Any = "x0",
@@ -133,19 +130,13 @@ def guide(
     """One guidance step as a run takes it.
 
     Args:
-        dense: Whether predictions and sample have the same layout; else the predictions are in
-            channels_last and the sample is not.
         later: Whether it is a later step, which is given the state that the first one returned.
         on_device: Whether scale and noise level are 0-d tensors.
     """
     from pilotage.guidance import NoiseLevel, Predictions, Step
     from pilotage.guidance.ops import guide_step
 
-    order = torch.contiguous_format
-    if not dense:
-        order = torch.channels_last if len(shape) == 3 else torch.channels_last_3d
-    cond, uncond = (torch.empty(2, *shape, dtype=dtype).to(memory_format=order) for _ in range(2))
-    x_t = torch.empty(2, *shape, dtype=dtype)
+    cond, uncond, x_t = (torch.empty(2, *shape, dtype=dtype) for _ in range(3))
     scale, alpha, sigma = SCALE, 0.6, 0.8
     if on_device:
         scale, alpha, sigma = (torch.tensor(value) for value in (scale, alpha, sigma))
@@ -233,14 +224,12 @@ def usage(cubin: bytes) -> dict[str, int]:
 def loads(made: Any, arguments: dict[str, Any]) -> dict[str, bool | None]:
     """Whether each prediction-sized input is read 128 bits at a time.
 
-    None where no such width is expected: of inputs in several layouts, and of kernels that read
-    tiles for tensor cores.
+    None where no such width is expected: of kernels that read tiles for tensor cores.
     """
     inputs = [arguments[name] for name in ALWAYS_READ if arguments.get(name) is not None]
     if arguments.get("IN_X0"):
         inputs.append(arguments["x"])
-    dense = not any(arguments.get("LAYOUT", ()))
-    if not inputs or not dense:
+    if not inputs:
         return {"vector_loads": None}
     needed = len({tensor.data_ptr() for tensor in inputs})
     wide = len(re.findall(r"ld\.global(?:\.\w+(?:::\w+)*)*\.v4\.[bfu]32", made.asm["ptx"]))

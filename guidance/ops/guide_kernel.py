@@ -48,7 +48,6 @@ def guide_kernel(
     uncond_step: tl.tensor,
     x_step: tl.tensor,
     state_step: tl.tensor,
-    LAYOUT: tl.constexpr,
     POINTERS: tl.constexpr,
     RULE: tl.constexpr,
     IN_X0: tl.constexpr,
@@ -64,8 +63,8 @@ def guide_kernel(
     """One program per sample and chunk of it.
 
     Args:
-        cond, uncond, x, state: Predictions, x_t and momentum buffer (None: not there), whose
-            elements lie as LAYOUT says; samples are `cond_step`, ... elements apart.
+        cond, uncond, x, state: Predictions, x_t and momentum buffer (None: not there). A sample
+            has no gaps; samples are `cond_step`, ... elements apart.
         table: Sums of the PARTS parts of PART elements, with shape (B, ROWS, PARTS).
         prediction, new_state, gamma, finite: What is written (None: is not), dense.
         a_x, a_p, w: Numbers, or pointers to them where POINTERS says so.
@@ -105,7 +104,6 @@ def guide_kernel(
             momentum,
             begin,
             end,
-            LAYOUT,
             RULE,
             IN_X0,
             GAMMA,
@@ -131,17 +129,17 @@ def guide_kernel(
                 at = start + tl.arange(0, BLOCK)
                 inside = at < end
                 out = sample * elements + at
-                p = load(cond, at, inside, LAYOUT[0], LAYOUT[1])
-                q = load(uncond, at, inside, LAYOUT[0], LAYOUT[2])
+                p = load(cond, at, inside)
+                q = load(uncond, at, inside)
                 update = p - q
                 guided = of_cond * p + k_m * update
                 if RULE == "cfg-zero*":
                     guided += k_u * q
                 if IN_X0:
-                    guided += of_x * load(x, at, inside, LAYOUT[0], LAYOUT[3])
+                    guided += of_x * load(x, at, inside)
                     update *= a_p
                 if state is not None:
-                    last = load(state, at, inside, LAYOUT[0], LAYOUT[4])
+                    last = load(state, at, inside)
                     guided += of_state * last
                     update += momentum * last
                 if new_state is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from ..rules.rescale import CFGRescale
 from ..rules.tcfg import TCFG
 from .guide_kernel import guide_kernel
 from .guide_sums import ROWS
-from .layout import Layout, common_layout, dense_strides
 
 ONE_PROGRAM = 65536
 """Elements of a sample up to which one program sums and writes all of it."""
@@ -31,8 +30,8 @@ BLOCK = 4096
 PARTS = 256
 """Largest number of partial sums of a sample."""
 
-MOST_DIMENSIONS = 4
-"""Dimensions of a sample, after merging, that are read in place; above, inputs are copied."""
+LONG = 2**31 - 2**16
+"""Elements of a sample from which their numbers need 64 bits."""
 
 Numbers = tuple[float, float, float]
 """The first and the second number of a rule's formula in `guide_sums.coefficients`, and beta."""
@@ -91,16 +90,22 @@ def launch(
             raise ValueError("denoised images need the noise level of the scheduler and x_t")
         a_x, a_p = level.coefficients()
     inputs = [cond, uncond, x, state if momentum != 0 else None]
-    inputs = [t if t is None or t.shape == cond.shape else t.expand_as(cond) for t in inputs]
-    layout = _layout(inputs)
-    if len(layout.sizes) > MOST_DIMENSIONS:
-        inputs = [None if t is None else t.contiguous() for t in inputs]
-        layout = _layout(inputs)
+    strides = _strides(cond)
+
+    def without_gaps(tensor: Tensor | None) -> Tensor | None:
+        """A tensor whose samples lie as those of `cond` do: itself, or a copy."""
+        if tensor is None:
+            return None
+        found = zip(shape, tensor.stride()[1:], strides, strict=True)
+        if tensor.shape == cond.shape and all(n == 1 or a == b for n, a, b in found):
+            return tensor
+        return like_cond(tensor.dtype).copy_(tensor)
 
     def like_cond(dtype: torch.dtype) -> Tensor:
-        strides = (elements, *dense_strides(tuple(shape), layout.order))
-        return torch.empty_strided(cond.shape, strides, dtype=dtype, device=device)
+        size = (elements, *strides)
+        return torch.empty_strided(cond.shape, size, dtype=dtype, device=device)
 
+    inputs = [without_gaps(t) for t in (cond, uncond, x, state if momentum != 0 else None)]
     prediction = like_cond(cond.dtype) if want_prediction else None
     if want_prediction:
         state = like_cond(torch.float32) if momentum != 0 else None
@@ -131,12 +136,11 @@ def launch(
             momentum,
             elements,
             *(0 if t is None else t.stride(0) for t in inputs),
-            LAYOUT=_constants(layout, inputs),
             POINTERS=tuple(isinstance(number, Tensor) for number in numbers),
             RULE=rule.name,
             IN_X0=rule.space == "x0",
             GAMMA=gamma_space,
-            WIDE=layout.wide,
+            WIDE=elements > LONG,
             STAGE=stage,
             PARTS=parts,
             PADDED=triton.next_power_of_2(parts),
@@ -164,14 +168,11 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
     return value if isinstance(value, Tensor) and value.device == device else float(value)
 
 
-def _layout(inputs: Sequence[Tensor | None]) -> Layout:
-    given = [tensor for tensor in inputs if tensor is not None]
-    return common_layout(tuple(given[0].shape[1:]), *(tensor.stride()[1:] for tensor in given))
-
-
-def _constants(layout: Layout, inputs: Sequence[Tensor | None]) -> tuple[tuple[int, ...], ...]:
-    """Sizes, then strides of every input; nothing but () for dense ones, to compile only once."""
-    if layout.dense:
-        return ((),) * (1 + len(inputs))
-    strides = iter(layout.strides)
-    return layout.sizes, *(() if t is None else next(strides) for t in inputs)
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of a sample without gaps whose dimensions lie in the same order as the tensor's."""
+    shape, own = tensor.shape[1:], tensor.stride()[1:]
+    order = sorted(range(len(shape)), key=lambda d: (shape[d] == 1, -own[d], d))
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        strides[d], step = step, step * shape[d]
+    return strides

@@ -18,16 +18,9 @@ def number(value, POINTER):
 
 
 @triton.jit
-def load(pointer, at, inside, SIZES, STRIDES):
-    """Elements of a sample by their number, in float32; zeros outside. SIZES = () means dense."""
-    offset = at
-    if len(SIZES) > 0:
-        offset = at * 0
-        rest = at
-        for i in tl.static_range(len(SIZES)):
-            offset += rest % SIZES[len(SIZES) - 1 - i] * STRIDES[len(SIZES) - 1 - i]
-            rest = rest // SIZES[len(SIZES) - 1 - i]
-    return tl.load(pointer + offset, inside, other=0.0).to(tl.float32)
+def load(pointer, at, inside):
+    """Elements of a sample by their number, in float32; zeros outside."""
+    return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -50,7 +43,6 @@ def sums_of(
     momentum,
     begin,
     end,
-    LAYOUT,
     RULE,
     IN_X0,
     GAMMA,
@@ -70,13 +62,13 @@ def sums_of(
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        p = load(cond, at, inside, LAYOUT[0], LAYOUT[1])
-        q = load(uncond, at, inside, LAYOUT[0], LAYOUT[2])
+        p = load(cond, at, inside)
+        q = load(uncond, at, inside)
         bad += tl.where((tl.abs(p) <= LARGEST) & (tl.abs(q) <= LARGEST), 0.0, 1.0)
         c, u, m = p, q, p - q
         a, z = p, q
         if x is not None:
-            shift = a_x * load(x, at, inside, LAYOUT[0], LAYOUT[3])
+            shift = a_x * load(x, at, inside)
             if IN_X0:
                 c, u, m = shift + a_p * p, shift + a_p * q, a_p * m
             if GAMMA == "x0":
@@ -88,7 +80,7 @@ def sums_of(
         if RULE == "tcfg":
             excess -= m * (c + u)
         if state is not None:
-            m += momentum * load(state, at, inside, LAYOUT[0], LAYOUT[4])
+            m += momentum * load(state, at, inside)
         if (RULE == "apg") | (RULE == "magnitude"):
             mm += m * m
         if RULE == "apg":
