@@ -143,10 +143,6 @@ def calibrate(
 def search(
     prompts: Prompts,
     floor: Annotated[float, typer.Option(help="SSIM to plain guidance to be kept.")] = 0.9,
-    coefficients: Annotated[
-        Path | None,
-        typer.Option(help="File of 'pilotage fit' for the estimates; default: hold differences."),
-    ] = None,
     fitted: Annotated[
         bool,
         typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
@@ -176,23 +172,14 @@ def search(
     In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
     conditional one stand alone, and a dot skips the step.
     """
-    from ...guidance import Coefficients, Schedule, load_guidance
     from .policy_search import search
     from .relaxed_search import relaxed_search
     from .store import Between
     from .trials import Trials
 
-    if fitted and (relaxed or coefficients is not None):
-        raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
+    if fitted and relaxed:
+        raise ValueError("--fitted makes its own estimates: leave --relaxed out")
     other: Between = one_of("--between", between, get_args(Between))
-    if relaxed and coefficients is not None:
-        raise ValueError("--relaxed makes no estimates: leave --coefficients out")
-    fill = None
-    if coefficients is not None:
-        policy = load_guidance(coefficients).policy
-        if not isinstance(policy, Schedule) or not isinstance(policy.fill, Coefficients):
-            raise ValueError(f"{coefficients} holds no coefficients: make them with 'pilotage fit'")
-        fill = policy.fill
     texts, pipe = load(prompts, output, model, device)
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
     if relaxed:
@@ -201,7 +188,6 @@ def search(
         found = search(
             trials,
             quality_floor=floor,
-            fill=fill,
             fitted=fitted,
             between=other,
             rounds=rounds,
