@@ -48,16 +48,12 @@ def fit(
     negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for finished batches; default: OUTPUT.batches. Not with --on-policy."
-        ),
-    ] = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
     """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
+
+    Finished batches are kept in the folder OUTPUT.batches: the same fit run again goes on there.
 
     With --on-policy, on runs of LinearAG itself: each estimate then makes up for earlier ones.
     These are made all at once, so that memory grows with the prompts and nothing is resumed, and
@@ -77,8 +73,8 @@ def fit(
         raise ValueError("--then forecast is fitted with --on-policy")
     if on_policy and len(scale) > 1:
         raise ValueError("--on-policy fits one guidance scale")
-    if on_policy and (target is not None or checkpoint is not None):
-        raise ValueError("--on-policy regresses no target and is not resumed: leave both out")
+    if on_policy and target is not None:
+        raise ValueError("--on-policy regresses no target: leave --target out")
     texts, pipe = load(prompts, output, model, device)
     own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
     runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
@@ -87,7 +83,7 @@ def fit(
         found, _ = fitter.fit(hold(then=second).choices_for(fitter.total))
         shown = {"distance": "distance", "distance_held_out": "held out"}
     else:
-        folder = checkpoint or output.with_name(f"{output.name}.batches")
+        folder = output.with_name(f"{output.name}.batches")
         found = fit(runs, scales=scale, target=regressed, checkpoint=folder, **own)
         shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
     if processes().is_main_process:
