@@ -48,16 +48,12 @@ def fit(
     negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for finished batches; default: OUTPUT.batches. Not with --on-policy."
-        ),
-    ] = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
     """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
+
+    Finished batches are kept in the folder OUTPUT.batches: the same fit run again goes on there.
 
     With --on-policy, on runs of LinearAG itself: each estimate then makes up for earlier ones.
     These are made all at once, so that memory grows with the prompts and nothing is resumed, and
@@ -77,8 +73,8 @@ def fit(
         raise ValueError("--then forecast is fitted with --on-policy")
     if on_policy and len(scale) > 1:
         raise ValueError("--on-policy fits one guidance scale")
-    if on_policy and (target is not None or checkpoint is not None):
-        raise ValueError("--on-policy regresses no target and is not resumed: leave both out")
+    if on_policy and target is not None:
+        raise ValueError("--on-policy regresses no target: leave --target out")
     texts, pipe = load(prompts, output, model, device)
     own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
     runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
@@ -87,7 +83,7 @@ def fit(
         found, _ = fitter.fit(hold(then=second).choices_for(fitter.total))
         shown = {"distance": "distance", "distance_held_out": "held out"}
     else:
-        folder = checkpoint or output.with_name(f"{output.name}.batches")
+        folder = output.with_name(f"{output.name}.batches")
         found = fit(runs, scales=scale, target=regressed, checkpoint=folder, **own)
         shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
     if processes().is_main_process:
@@ -143,10 +139,6 @@ def calibrate(
 def search(
     prompts: Prompts,
     floor: Annotated[float, typer.Option(help="SSIM to plain guidance to be kept.")] = 0.9,
-    coefficients: Annotated[
-        Path | None,
-        typer.Option(help="File of 'pilotage fit' for the estimates; default: hold differences."),
-    ] = None,
     fitted: Annotated[
         bool,
         typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
@@ -176,23 +168,14 @@ def search(
     In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
     conditional one stand alone, and a dot skips the step.
     """
-    from ...guidance import Coefficients, Schedule, load_guidance
     from .policy_search import search
     from .relaxed_search import relaxed_search
     from .store import Between
     from .trials import Trials
 
-    if fitted and (relaxed or coefficients is not None):
-        raise ValueError("--fitted makes its own estimates: leave --coefficients and --relaxed out")
+    if fitted and relaxed:
+        raise ValueError("--fitted makes its own estimates: leave --relaxed out")
     other: Between = one_of("--between", between, get_args(Between))
-    if relaxed and coefficients is not None:
-        raise ValueError("--relaxed makes no estimates: leave --coefficients out")
-    fill = None
-    if coefficients is not None:
-        policy = load_guidance(coefficients).policy
-        if not isinstance(policy, Schedule) or not isinstance(policy.fill, Coefficients):
-            raise ValueError(f"{coefficients} holds no coefficients: make them with 'pilotage fit'")
-        fill = policy.fill
     texts, pipe = load(prompts, output, model, device)
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
     if relaxed:
@@ -201,7 +184,6 @@ def search(
         found = search(
             trials,
             quality_floor=floor,
-            fill=fill,
             fitted=fitted,
             between=other,
             rounds=rounds,

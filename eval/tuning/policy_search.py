@@ -12,15 +12,13 @@ References:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from ...guidance import Fill, HoldDifference, Schedule
+from ...guidance import Schedule
 from ...guidance.policies.schedule import NFE, Choice
-from ...pipelines.fitting.fitted import check_identity
 from ...pipelines.fitting.on_policy import ScheduleFitter
 from ..metrics.images import to_tensor
 from .store import Between, Candidate, Search, TrialLog, check_floor, choices_of, pareto
@@ -34,7 +32,6 @@ def search(
     trials: Trials,
     *,
     quality_floor: float = 0.9,
-    fill: Fill | None = None,
     fitted: bool = False,
     between: Between = "forecast",
     rounds: int = 60,
@@ -43,19 +40,17 @@ def search(
     """Look for the cheapest schedule whose quality reaches a floor.
 
     Every step but the first may evaluate both branches, estimate the unconditional one, let the
-    conditional one stand alone or be skipped, as far as the fill can. Before the evolution about
-    6 T runs of the prompts are made; with `fitted`, in which a step evaluates both branches or does
-    what `between` says, at most 2 T before the rounds. The full run is among those tried, so that
-    any floor can be reached.
+    conditional one stand alone or be skipped; estimates and skipped steps hold what was evaluated
+    last. Before the evolution about 6 T runs of the prompts are made; with `fitted`, in which a
+    step evaluates both branches or does what `between` says, at most 2 T before the rounds. The
+    full run is among those tried, so that any floor can be reached.
 
     Args:
         trials: Runs of a few typical prompts; 16 give a usable order, more a finer one.
         quality_floor: Mean quality against plain guidance to be kept (SSIM unless `quality` says
             otherwise).
-        fill: Gives the weights of estimated and skipped steps; default: `HoldDifference`.
-            `Fit.coefficients` estimate better, but cannot skip a step.
-        fitted: Fit these weights to every schedule tried, on these prompts (about 30 are needed):
-            best.
+        fitted: Fit the weights of estimated or skipped steps to every schedule tried, on these
+            prompts (about 30 are needed): best.
         between: With `fitted`, what the steps between full evaluations are: "forecast" evaluates
             nothing, "estimate" the conditional branch.
         rounds: Schedules tried by evolution at the end; with `fitted`, by moving evaluations.
@@ -64,34 +59,28 @@ def search(
 
     Raises:
         ValueError: the floor is not between 0 and 1, a setting out of its range, a checkpoint of
-            another search, `fitted` together with a fill or a rule, unknown `between`, a fill
-            fitted on something else, a run of a single evaluation, or (with a `quality` that is
-            below the floor even for the full run) no schedule that reaches the floor.
+            another search, `fitted` together with a rule, unknown `between`, a run of a single
+            evaluation, or (with a `quality` that is below the floor even for the full run) no
+            schedule that reaches the floor.
     """
     check_floor(quality_floor)
     path = None if checkpoint is None else Path(checkpoint)
-    if fitted and (fill is not None or trials.rule is not None):
-        raise ValueError("a fitted search makes estimates of its own, for classifier-free guidance")
+    if fitted and trials.rule is not None:
+        raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
     if between not in get_args(Between):
         raise ValueError(f"between is {' or '.join(get_args(Between))}, got {between!r}")
     if fitted:
         with trials.bar("searching", "schedule") as bar:
-            log = TrialLog(trials, None, bar, path, between, _fitting(trials))
+            log = TrialLog(trials, bar, path, between, _fitting(trials))
             _move(log, trials.evaluations(), quality_floor, rounds, between)
         return log.conclude(quality_floor)
-    fill = fill or HoldDifference()
-    if fill.identity is not None:
-        check_identity(trials.pipe, fill.identity, trials.call([0]), trials.guidance_scale)
     total = trials.evaluations()
-    full = Schedule(_both_at(range(total), total, "cond"), fill=fill)
     with trials.bar("searching", "schedule") as bar:
-        log = TrialLog(trials, fill, bar, path)
-        log(full)
-        _remove_greedily(log, full)
+        log = TrialLog(trials, bar, path)
+        _remove_greedily(log, total)
         for kind in get_args(Between):
             for choices in spread(total, kind, total // 2):
-                if schedule := _altered(full, choices):
-                    log(schedule)
+                log(Schedule(choices))
         _evolve(log, quality_floor, rounds)
     return log.conclude(quality_floor)
 
@@ -157,34 +146,19 @@ def _both_at(real: Iterable[int], total: int, between: Choice) -> tuple[Choice, 
     return tuple("both" if i in chosen else between for i in range(total))
 
 
-def _altered(
-    schedule: Schedule, choices: Sequence[Choice], factors: Sequence[float] = ()
-) -> Schedule | None:
-    """The schedule with other choices and factors; None where its fill cannot follow them."""
-    try:
-        return replace(schedule, choices=tuple(choices), factors=tuple(factors))
-    except ValueError:
-        return None
-
-
-def _changed(schedule: Schedule, index: int, choice: Choice) -> Schedule | None:
-    choices = choices_of(schedule)
-    return _altered(schedule, (*choices[:index], choice, *choices[index + 1 :]))
-
-
-def _remove_greedily(log: TrialLog, full: Schedule) -> None:
-    """Take evaluations away, always where the loss alone for each saved was least."""
+def _remove_greedily(log: TrialLog, total: int) -> None:
+    """Take evaluations off the full run, always where the loss alone for each saved was least."""
+    choices: list[Choice] = ["both"] * total
+    log(Schedule(tuple(choices)))
     alone: list[tuple[float, int, Choice]] = []
-    for index in range(1, len(choices_of(full))):
+    for index in range(1, total):
         for choice in CHOICES[1:]:
-            if changed := _changed(full, index, choice):
-                loss = 1 - log(changed).quality
-                alone.append((loss / (NFE["both"] - NFE[choice]), index, choice))
-    schedule, taken = full, set()
+            loss = 1 - log(Schedule((*choices[:index], choice, *choices[index + 1 :]))).quality
+            alone.append((loss / (NFE["both"] - NFE[choice]), index, choice))
     for _, index, choice in sorted(alone):
-        if index not in taken and (changed := _changed(schedule, index, choice)):
-            taken.add(index)
-            schedule = log(changed).schedule
+        if choices[index] == "both":
+            choices[index] = choice
+            log(Schedule(tuple(choices)))
 
 
 def spread(total: int, between: Between, most: int) -> list[tuple[Choice, ...]]:
@@ -207,14 +181,11 @@ def _evolve(log: TrialLog, floor: float, rounds: int) -> None:
         front = pareto(log.asked.values())
         near = sorted(front, key=lambda c: abs(c.quality - floor))
         parent = near[min(int(chance.expovariate(0.7)), len(near) - 1)].schedule
-        child = None
-        while child is None:
-            child = _mutated(parent, chance)
-        log(child)
+        log(_mutated(parent, chance))
 
 
-def _mutated(schedule: Schedule, chance: random.Random) -> Schedule | None:
-    """Swap two steps, change one, or scale one or all; None if the fill cannot follow that."""
+def _mutated(schedule: Schedule, chance: random.Random) -> Schedule:
+    """Swap two steps, change one, or scale one or all."""
     choices = list(choices_of(schedule))
     factors = list(schedule.factors or (1.0,) * len(choices))
     kind = chance.choice(("swap", "change", "scale", "scale all"))
@@ -232,4 +203,4 @@ def _mutated(schedule: Schedule, chance: random.Random) -> Schedule | None:
     else:
         times = chance.choice((0.9, 0.95, 1.05, 1.1))
         factors = [round(factor * times, 4) for factor in factors]
-    return _altered(schedule, choices, factors)
+    return Schedule(tuple(choices), tuple(factors))

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...guidance import Decision, HoldDifference, Policy, PolicyState, Schedule
+from ...guidance import Decision, Policy, PolicyState, Schedule
 from ...guidance.base import SameForAll
 from ...guidance.policies.schedule import Choice
 from .store import Search, TrialLog, check_floor
@@ -99,7 +99,7 @@ def relaxed_search(trials: Trials, *, quality_floor: float = 0.9, iterations: in
             bar.set_postfix(distance=f"{distance.item():.4f}")
             bar.update()
     with trials.bar("trying", "schedule") as bar:
-        log = TrialLog(trials, HoldDifference(), bar)
+        log = TrialLog(trials, bar)
         every: list[Choice] = ["both"] * total
         log(Schedule(tuple(every)))
         for schedule in schedules(logits.detach().softmax(1).cpu(), scales.cpu(), w):

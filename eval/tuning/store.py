@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...guidance import Coefficients, Fill, Guidance, Pattern, Schedule, save_guidance
+from ...guidance import (
+    Coefficients,
+    Fill,
+    Guidance,
+    HoldDifference,
+    Pattern,
+    Schedule,
+    save_guidance,
+)
 from ...guidance.policies.schedule import Choice
 from ...pipelines.fitting.runs import read_tried, write_tried
 from .trials import Trials
@@ -70,10 +77,10 @@ class TrialLog:
 
     Args:
         trials: What they are tried on.
-        fill: What their estimates are made with; None: fitted to each.
         bar: A tqdm bar to update.
         path: JSON file of what was tried.
-        between: What the steps are that do not evaluate both branches; None: any choice.
+        between: What the steps are that do not evaluate both branches, by weights fitted to each
+            schedule; None: any choice, and differences are held.
         measure: Schedule -> its candidate; default: `trials` judge it as it is.
 
     Attributes:
@@ -87,23 +94,24 @@ class TrialLog:
     def __init__(
         self,
         trials: Trials,
-        fill: Fill | None,
         bar: Any,
         path: Path | None = None,
         between: Between | None = None,
         measure: Callable[[Schedule], Candidate] | None = None,
     ) -> None:
-        self.trials, self.fill, self.bar, self.path = trials, fill, bar, path
+        self.trials, self.bar, self.path, self.between = trials, bar, path, between
         self.measure = measure or self._judged
         self.known: dict[Key, Candidate] = {}
         self.asked: dict[Key, Candidate] = {}
         self.identity = trials.identity()
+        # Version 0.1 could also search with given coefficients: files of those are refused.
+        fill = None if between else HoldDifference()
         self.plan: dict[str, Any] = {
             "identity": self.identity,
             "prompts": trials.prompts,
             "seed": trials.seed,
             "rule": str(trials.rule),
-            "fill": _digest(fill),
+            "fill": hashlib.sha256(repr(fill).encode()).hexdigest(),
             "between": between,
         }
         if path is not None:
@@ -112,8 +120,8 @@ class TrialLog:
 
     def _read(self, entry: Any) -> Candidate:
         choices, factors, nfe, quality, *fitted = entry
-        fill = self.fill
-        if fill is None:
+        fill: Fill = HoldDifference()
+        if self.between:
             cond, uncond, guided = fitted
             fill = Coefficients(cond, uncond, guided, identity=self.identity)
         return Candidate(Schedule(tuple(choices), tuple(factors), fill), nfe, quality)
@@ -122,7 +130,7 @@ class TrialLog:
         tried = []
         for c in self.known.values():
             entry: list[Any] = [c.schedule.choices, c.schedule.factors, c.nfe, c.quality]
-            if self.fill is None and isinstance(fitted := c.schedule.fill, Coefficients):
+            if isinstance(fitted := c.schedule.fill, Coefficients):
                 entry += [fitted.cond, fitted.uncond, fitted.guided]
             tried.append(entry)
         write_tried(path, self.plan, tried)
@@ -177,10 +185,3 @@ def check_floor(floor: float) -> None:
     """Raise ValueError unless 0 < floor < 1."""
     if not 0 < floor < 1:
         raise ValueError(f"quality_floor must be between 0 and 1, got {floor}")
-
-
-def _digest(fill: Fill | None) -> str:
-    """Hash of a fill, its numbers to six digits: fits on other threads differ in the last."""
-    number = r"-?\d+\.\d+(e[-+]?\d+)?"
-    text = re.sub(number, lambda match: f"{float(match[0]):.6g}", repr(fill))
-    return hashlib.sha256(text.encode()).hexdigest()

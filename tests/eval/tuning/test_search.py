@@ -1,4 +1,4 @@
-"""What a policy search does: floors, interruptions, fills that cannot do everything."""
+"""What a policy search does: floors, interruptions, files of what was tried."""
 
 import hashlib
 import json
@@ -13,10 +13,8 @@ from pilotage.eval.tuning.policy_search import search, spread
 from pilotage.eval.tuning.relaxed_search import relaxed_search
 from pilotage.eval.tuning.store import Candidate, TrialLog, pareto
 from pilotage.eval.tuning.trials import Trials
-from pilotage.guidance import APG, CFG, Coefficients, Guidance, HoldDifference, Schedule, hold
+from pilotage.guidance import APG, CFG, Coefficients, Guidance, Schedule
 from pilotage.pipelines import guided
-from pilotage.pipelines.fitting.on_policy import ScheduleFitter
-from pilotage.pipelines.fitting.runs import Runs
 
 from ...families import FAMILIES
 
@@ -57,15 +55,14 @@ def fitted(log, floor):
 
 
 def evolved(log, floor):
-    log(Schedule(("both",) * T))
-    policy_search._remove_greedily(log, Schedule(("both",) * T))
+    policy_search._remove_greedily(log, T)
     policy_search._evolve(log, floor, ROUNDS)
 
 
-def log_of(fill, path, measure):
+def log_of(between, path, measure):
     plain = Guidance(CFG())
     trials = SimpleNamespace(prompts=["a fox"], rule=None, seed=0, identity=dict, plain=plain)
-    return TrialLog(trials, fill, SimpleNamespace(update=lambda: None), path, measure=measure)
+    return TrialLog(trials, SimpleNamespace(update=lambda: None), path, between, measure)
 
 
 def searched(kind, path, floor, stop=None):
@@ -82,7 +79,7 @@ def searched(kind, path, floor, stop=None):
         fit = Coefficients([[1.0, *row] for row in rows], rows, guided=rows, identity={})
         return measured(Schedule(schedule.choices, fill=fit))
 
-    log = log_of(HoldDifference() if kind is evolved else None, path, measure)
+    log = log_of(None if kind is evolved else "forecast", path, measure)
     try:
         kind(log, floor)
     except Stopped:
@@ -145,7 +142,7 @@ def test_a_floor_out_of_reach_is_said():
 
 
 def test_a_search_of_version_01_goes_on(tmp_path):
-    """Its file calls the fill a stand-in and keeps a version; another identity is refused."""
+    """Its file calls the fill a stand-in and keeps a version; that of another search is refused."""
     path = tmp_path / "tried.json"
     first, count = searched(evolved, path, 0.9)
     content = json.loads(path.read_text())
@@ -154,10 +151,10 @@ def test_a_search_of_version_01_goes_on(tmp_path):
     path.write_text(json.dumps(content))
     again, more = searched(evolved, path, 0.9)
     assert again.known == first.known and more == 0 < count
-    content["plan"]["identity"]["scheduler"] = "X"
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="its identity differs"):
-        searched(evolved, path, 0.9)
+    for changed in ({"stand_in": "of coefficients"}, {"identity": {"scheduler": "X"}}):
+        path.write_text(json.dumps(content | {"plan": content["plan"] | changed}))
+        with pytest.raises(ValueError, match="its (fill|identity) differs"):
+            searched(evolved, path, 0.9)
 
 
 def test_relaxed_search_reaches_any_floor(pipe):
@@ -174,41 +171,6 @@ def test_a_relaxation_is_drawn_to_its_rule(pipe):
     aim = _latents(trials, 0, None)
     expected = pipe(guidance=rule, output_type="latent", **trials.calls()[0]).images
     assert torch.equal(aim, expected)
-
-
-@pytest.fixture(scope="module")
-def coefficients(pipe):
-    """Of a run that estimates its second step and skips its last."""
-    fitter = ScheduleFitter(Runs(pipe, PROMPTS, num_inference_steps=4))
-    return fitter.fit(hold(then="forecast").choices_for(4))[0].coefficients
-
-
-def test_a_search_asks_of_every_step_what_its_fill_can(pipe, coefficients, tmp_path):
-    path = tmp_path / "tried.json"
-    options = {"fill": coefficients, "quality_floor": 0.8, "rounds": 8, "checkpoint": path}
-    found = search(Trials(pipe, PROMPTS, **SETTINGS), **options)
-    assert found.best.quality >= 0.8
-    for candidate in found.front:
-        choices = candidate.schedule.choices
-        assert all(c != "estimate" or i == 1 for i, c in enumerate(choices))
-        assert all(c != "forecast" or i == 3 for i, c in enumerate(choices))
-    assert "forecast" in path.read_text() and "estimate" in path.read_text()
-
-
-def test_a_search_with_coefficients_of_another_run_is_refused_at_once(pipe, coefficients):
-    calls = []
-    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
-        for changed, message in (
-            ({"guidance_scale": 5.0}, "guidance_scale was 7.5 to 7.5, here it is 5"),
-            ({"negative_prompt": "blurry"}, "negative_prompt was None, here it is 'blurry'"),
-            ({"num_inference_steps": 5}, "num_inference_steps was 4, here it is 5"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                search(Trials(pipe, PROMPTS, **SETTINGS | changed), fill=coefficients)
-    finally:
-        handle.remove()
-    assert not calls
 
 
 def test_calibration_leaves_out_a_space_that_cannot_reach_the_quality(pipe, monkeypatch):

@@ -17,13 +17,12 @@ from pilotage.eval.tuning.relaxed_search import ScaledSteps, relaxed_search, sch
 from pilotage.eval.tuning.store import Candidate, pareto
 from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import (
-    CFG,
+    APG,
     AdaptiveGuidance,
-    Guidance,
+    Coefficients,
     HoldDifference,
     Schedule,
     load_guidance,
-    save_guidance,
 )
 from pilotage.pipelines import guided
 from pilotage.pipelines.guided import guidance_folder
@@ -223,8 +222,8 @@ def test_a_fitted_search_fits_every_schedule_it_tries(pipe, tmp_path, between):
     other = options | {"between": "estimate" if between == "forecast" else "forecast"}
     with pytest.raises(ValueError, match="its between differs"):
         search(trials, checkpoint=path, **other)
-    with pytest.raises(ValueError, match="makes estimates of its own"):
-        search(trials, fill=HoldDifference(), **options)
+    with pytest.raises(ValueError, match="is for classifier-free guidance, got APG"):
+        search(Trials(pipe, PROMPTS, rule=APG()), **options)
     with pytest.raises(ValueError, match="between is forecast or estimate"):
         search(trials, **options | {"between": "cond"})
 
@@ -245,19 +244,19 @@ def common(pipe, tmp_path_factory):
     return [folder / "prompts.txt", "--steps", 3, "--model", folder / "model"]
 
 
-def test_fitted_files_go_into_a_search(monkeypatch, tmp_path, capsys, common):
+def test_the_commands_fit_and_search(monkeypatch, tmp_path, capsys, common):
     linear, found = tmp_path / "linear.json", tmp_path / "found.json"
     assert run(monkeypatch, "fit", *common, "-o", linear) == 0
     assert "R² held out" in capsys.readouterr().out
-    options = ["--floor", 0.5, "--rounds", 1, "--coefficients", linear]
-    assert run(monkeypatch, "search", *common, *options, "-o", found) == 0
+    assert list((tmp_path / "linear.json.batches").iterdir())
+    assert run(monkeypatch, "search", *common, "--floor", 0.5, "--rounds", 1, "-o", found) == 0
     assert "load_guidance" in capsys.readouterr().out
-    assert load_guidance(found).policy.fill == load_guidance(linear).policy.fill
+    assert load_guidance(found).policy.fill == HoldDifference()
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 2
     assert "its fill differs" in capsys.readouterr().err
     found = tmp_path / "fitted.json"
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
-    assert load_guidance(found).policy.fill != load_guidance(linear).policy.fill
+    assert isinstance(load_guidance(found).policy.fill, Coefficients)
 
 
 @pytest.mark.parametrize("then", ["estimate", "forecast"])
@@ -288,11 +287,8 @@ def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
         (["fit", "--target", "guided"], "--target is 'uncond' or 'difference'"),
         (["fit", "--on-policy", "--scale", 3, "--scale", 5], "--on-policy fits one guidance scale"),
         (["fit", "--on-policy", "--target", "uncond"], "--on-policy regresses no target"),
-        (["fit", "--on-policy", "--checkpoint", "kept"], "--on-policy regresses no target"),
         (["search", "--fitted", "--between", "cond"], "--between is 'forecast' or 'estimate'"),
         (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
-        (["search", "--relaxed", "--coefficients", "ag.json"], "--relaxed makes no estimates"),
-        (["search", "--coefficients", "ag.json"], "ag.json holds no coefficients"),
         (["calibrate", "--nfe", 6, "--then", "none"], "--then is 'cond' or 'forecast'"),
         (["calibrate"], "--nfe or --ssim"),
         (["calibrate", "--nfe", 6, "--rule", "apg+ag"], "--rule is a rule alone"),
@@ -304,7 +300,6 @@ def test_what_contradicts_fails_before_anything_is_loaded(
     monkeypatch.setattr("pilotage.eval.embedded.load_embedded", not_to_be_loaded)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(PROMPTS))
-    save_guidance("ag.json", Guidance(CFG(), AdaptiveGuidance()))
     assert run(monkeypatch, command[0], "prompts.txt", *command[1:], "-o", "out.json") == 2
     assert message in capsys.readouterr().err
 
