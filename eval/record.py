@@ -40,13 +40,8 @@ def versions() -> dict[str, str]:
     # Its own version is that of the code that runs: a checkout need not be installed, and another
     # version may be.
     top = __name__.partition(".")[0]
-    found = {top: str(sys.modules[top].__version__)}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    own = {top: str(sys.modules[top].__version__)}
+    return own | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def info() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 from .base import Always, Guidance, Policy, Rule
 from .policies.adaptive import AdaptiveGuidance
 from .policies.interval import Interval
-from .registry import ALIASES, NAMES, load_installed, register
+from .registry import NAMES, load_installed, register
 from .rules.apg import APG
 from .rules.cfg import CFG
 
@@ -44,7 +44,7 @@ for _name in LITERATURE:
 
 
 def available() -> list[str]:
-    """Every name that `resolve` knows, rules first, without aliases and combinations."""
+    """Every name that `resolve` knows, rules first, without combinations."""
     load_installed()
     rules = [
         name for name, make in NAMES.items() if isinstance(make, type) and issubclass(make, Rule)
@@ -78,7 +78,7 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     rule: Rule | None = None
     policy: Policy | None = None
     for name in guidance.lower().split("+"):
-        part = _part(ALIASES.get(name, name), family)
+        part = _part(name, family)
         if part is None:
             raise ValueError(
                 f"unknown guidance {guidance!r}: known are {', '.join(available())}, "

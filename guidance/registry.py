@@ -34,13 +34,10 @@ TYPES: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 NAMES: dict[str, Callable[[], Any]] = {}
 """Name -> what makes the rule or policy that ``guidance=`` takes it for."""
 
-ALIASES: dict[str, str] = {}
-"""Second names, for shells and habits."""
-
 _NAME = re.compile(r"[a-z0-9][a-z0-9.*_-]*")
 
 
-def register(thing: Any = None, *, name: str | None = None, alias: str | None = None) -> Any:
+def register(thing: Any, *, name: str | None = None) -> Any:
     """Make a rule, policy or fill known by its name; also as a decorator.
 
     Args:
@@ -48,7 +45,6 @@ def register(thing: Any = None, *, name: str | None = None, alias: str | None = 
             or, with `name`, a function without required arguments that makes a configured rule or
             policy (settings with a name).
         name: Name of such a function.
-        alias: A second name.
 
     Returns:
         `thing` itself.
@@ -57,25 +53,19 @@ def register(thing: Any = None, *, name: str | None = None, alias: str | None = 
         TypeError: it is none of these, or settings of it could not be saved.
         ValueError: a name is taken, or has other characters than a-z, 0-9 and ``. * _ -``.
     """
-    if thing is None:
-        return functools.partial(register, name=name, alias=alias)
     if isinstance(thing, type):
         if name is not None:
             raise TypeError(f"{thing.__name__} is known by its attribute `name`, not by name=")
-        name = _register_class(thing)
+        _register_class(thing)
     elif callable(thing) and name is not None:
         _check_free(_checked(name), thing)
         NAMES[name] = thing
     else:
         raise TypeError(f"register takes a class, or a function with name=..., got {thing!r}")
-    if alias is not None:
-        if ALIASES.get(alias) != name:
-            _check_free(_checked(alias), None)
-        ALIASES[alias] = name
     return thing
 
 
-def _register_class(thing: type) -> str:
+def _register_class(thing: type) -> None:
     kind = next((kind for kind, base in KINDS.items() if issubclass(thing, base)), None)
     params = getattr(thing, "__dataclass_params__", None)
     if kind is None or params is None or not params.frozen:
@@ -97,7 +87,6 @@ def _register_class(thing: type) -> str:
         _check_free(name, thing)
         NAMES[name] = thing
     TYPES[kind][name] = thing
-    return name
 
 
 def part_name(part: Part) -> tuple[str, str]:
@@ -119,7 +108,7 @@ def part_name(part: Part) -> tuple[str, str]:
 def _check_free(name: str, thing: Any) -> None:
     """Raise if a name means something else than `thing` already."""
     taken = NAMES.get(name)
-    if name in ALIASES or (taken is not None and (thing is None or _place(taken) != _place(thing))):
+    if taken is not None and _place(taken) != _place(thing):
         raise ValueError(f"the guidance {name!r} exists already: choose another name")
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from ..guidance import Guidance, Interval, Policy, Rule, resolve
 
-EMBEDDED = "emoji"
-
 
 def model_family(pipe: Any) -> str | None:
     """Name of the family in ``pilotage.guidance.PRESETS``, or None.
@@ -24,7 +22,7 @@ def model_family(pipe: Any) -> str | None:
         if config.cross_attention_dim == 1024:
             return "sd2"
         if (config.cross_attention_dim, config.sample_size) == (192, 16):
-            return EMBEDDED
+            return "emoji"  # the embedded model
     return None
 
 

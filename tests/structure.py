@@ -33,6 +33,9 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
     return found
 
 
+CODE = (".py", ".c", ".css", ".js")
+
+
 def packages(root: Path = ROOT) -> set[str]:
     """Dotted names of every folder that holds Python files of the installed package."""
     found = set()
@@ -43,15 +46,16 @@ def packages(root: Path = ROOT) -> set[str]:
 
 
 def sources(root: Path = ROOT) -> list[Path]:
-    """Every source file of the installed package: Python, C, CSS and JavaScript."""
-    kinds = (".py", ".c", ".css", ".html", ".js")
+    """Every source file of the installed package: Python, C, CSS, JavaScript, page templates."""
+    kinds = (*CODE, ".html")
     files = (path for folder in FOLDERS.values() for path in (root / folder).rglob("*"))
     return sorted(path for path in files if path.suffix in kinds and path.is_file())
 
 
-def lines(root: Path = ROOT) -> int:
-    """Lines of the installed package, empty ones and comments too."""
-    return sum(len(path.read_text().splitlines()) for path in sources(root))
+def lines(root: Path = ROOT, kinds: tuple[str, ...] = CODE) -> int:
+    """Lines of the installed package, empty ones and comments too; by default of its code."""
+    files = (path for path in sources(root) if path.suffix in kinds)
+    return sum(len(path.read_text().splitlines()) for path in files)
 
 
 def type_ignores(root: Path = ROOT) -> int:

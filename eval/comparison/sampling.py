@@ -31,7 +31,7 @@ from ...pipelines.fitting.fitted import negative_argument, unconditional_text
 from ...pipelines.fitting.identity import pipeline_identity
 from ...pipelines.guided import scale_argument, scale_option
 from ...pipelines.processes import processes
-from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
+from ...pipelines.seam.noise_levels import check_scheduler, knows_levels
 from ..pictures import save_picture
 from .cost import update_norms
 from .plan import Plan, Samples, Setting, sample_seed
@@ -157,7 +157,7 @@ def _make(
     negative = plan.options["negative_prompt"]
     options = plan.options | negative_argument(pipe, negative, len(chunk))
     scale = scale_option(pipe, setting.scale)
-    detailed = _knows_levels(pipe.scheduler)
+    detailed = knows_levels(pipe.scheduler)
     begin = time.perf_counter()
     images = pipe(
         prompt=[plan.prompts[i] for _, i in chunk],
@@ -180,14 +180,6 @@ def _make(
         "update": update_norms(trace, guidance, pipe.scheduler) if detailed else None,
         "seconds": round(seconds, 6),
     }
-
-
-def _knows_levels(scheduler: Any) -> bool:
-    try:
-        check_scheduler(scheduler)
-    except UnknownSchedulerError:
-        return False
-    return True
 
 
 def _picture_path(folder: Path, setting: Setting, seed: int, prompt_index: int) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...guidance import AdaptiveGuidance, Guidance, Space, cosine, save_guidance
 from ...guidance.fitting.record import Record
 from ...guidance.policies.adaptive import Then
-from ...pipelines.seam.noise_levels import UnknownSchedulerError, check_scheduler
+from ...pipelines.seam.noise_levels import knows_levels
 from .trials import Trials
 
 ROUNDS = 7  # of bisection, towards a quality
@@ -133,11 +133,7 @@ def agreement(trials: Trials) -> dict[Space, Tensor]:
         "x0" where the scheduler's noise levels are known, and "native" -> (T, N), float64 on the
         CPU.
     """
-    known = True
-    try:
-        check_scheduler(trials.pipe.scheduler)
-    except UnknownSchedulerError:
-        known = False
+    known = knows_levels(trials.pipe.scheduler)
     found: dict[Space, list[Tensor]] = {"x0": [], "native": []} if known else {"native": []}
 
     def measure(cond: Tensor, uncond: Tensor) -> None:

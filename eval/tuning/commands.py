@@ -32,10 +32,6 @@ def fit(
         str,
         typer.Option(help="Second half: 'estimate', 'cond' or (with --on-policy) 'forecast'."),
     ] = "estimate",
-    target: Annotated[
-        str | None,
-        typer.Option(help="Regress 'difference' (default) or 'uncond'; not with --on-policy."),
-    ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(help="Relative to the regressors' square; default: 1e-3, --on-policy 1e-4."),
@@ -60,7 +56,6 @@ def fit(
     hold for this pattern and --then only.
     """
     from ...guidance import hold, linear_ag
-    from ...guidance.fitting.regression import Target
     from ...guidance.policies.schedule import Choice
     from ...pipelines.fitting.fit import fit
     from ...pipelines.fitting.on_policy import ScheduleFitter
@@ -68,13 +63,10 @@ def fit(
     from ...pipelines.processes import processes
 
     second: Choice = one_of("--then", then, ("estimate", "cond", "forecast"))
-    regressed: Target = one_of("--target", target or "difference", get_args(Target))
     if second == "forecast" and not on_policy:
         raise ValueError("--then forecast is fitted with --on-policy")
     if on_policy and len(scale) > 1:
         raise ValueError("--on-policy fits one guidance scale")
-    if on_policy and target is not None:
-        raise ValueError("--on-policy regresses no target: leave --target out")
     texts, pipe = load(prompts, output, model, device)
     own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
     runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
@@ -84,7 +76,7 @@ def fit(
         shown = {"distance": "distance", "distance_held_out": "held out"}
     else:
         folder = output.with_name(f"{output.name}.batches")
-        found = fit(runs, scales=scale, target=regressed, checkpoint=folder, **own)
+        found = fit(runs, scales=scale, checkpoint=folder, **own)
         shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
     if processes().is_main_process:
         found.save(output, linear_ag(found.coefficients, then=second))
@@ -144,12 +136,12 @@ def search(
         typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
     ] = False,
     between: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="With --fitted, steps between full evaluations: 'forecast' evaluates nothing, "
-            "'estimate' the conditional branch."
+            help="With --fitted, steps between full evaluations: 'forecast' (default) evaluates "
+            "nothing, 'estimate' the conditional branch."
         ),
-    ] = "forecast",
+    ] = None,
     relaxed: Annotated[
         bool, typer.Option("--relaxed", help="Gradient descent instead of greedy and evolution.")
     ] = False,
@@ -175,7 +167,9 @@ def search(
 
     if fitted and relaxed:
         raise ValueError("--fitted makes its own estimates: leave --relaxed out")
-    other: Between = one_of("--between", between, get_args(Between))
+    if between is not None and not fitted:
+        raise ValueError("--between is for --fitted")
+    other: Between = one_of("--between", between or "forecast", get_args(Between))
     texts, pipe = load(prompts, output, model, device)
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
     if relaxed:

@@ -152,9 +152,10 @@ def guide(
 def solve(dtype: torch.dtype, previous: bool, denoised: bool) -> None:
     """One step of a sampler that is written for speed."""
     from pilotage.guidance.ops import SolverStep, network_step
+    from pilotage.guidance.ops.columns import COLUMNS
 
     x_t, prediction, last = (torch.empty(2, *SIZES["small"], dtype=dtype) for _ in range(3))
-    step = SolverStep.of(c_x=1.0, c_p=0.5, k_p=0.25 if previous else 0.0)
+    step = SolverStep(torch.ones(len(COLUMNS)), has_previous=previous)
     network_step(
         x_t,
         prediction,

@@ -43,19 +43,6 @@ class SolverStep:
     row: Tensor
     has_previous: bool = False
 
-    @classmethod
-    def of(cls, device: torch.device | str = "cpu", **coefficients: float) -> SolverStep:
-        """A step from numbers; what is left out is 0.
-
-        Raises:
-            ValueError: a name is not one of `COLUMNS`.
-        """
-        unknown = coefficients.keys() - INDEX.keys()
-        if unknown:
-            raise ValueError(f"SolverStep: unknown {sorted(unknown)}, expected some of {COLUMNS}")
-        row = torch.tensor([coefficients.get(name, 0.0) for name in COLUMNS], device=device)
-        return cls(row, coefficients.get("k_p", 0.0) != 0)
-
     def __getattr__(self, name: str) -> Tensor:
         if name not in INDEX:
             raise AttributeError(f"SolverStep has no {name!r}: expected one of {COLUMNS}")

@@ -43,17 +43,11 @@ class HoldDifference(Fill):
 
     Args:
         space: "native" holds the difference of network outputs, "x0" that of denoised images.
-
-    Raises:
-        ValueError: the space is unknown.
     """
 
     name: ClassVar[str] = "hold"
 
     space: Space = "native"
-
-    def __post_init__(self) -> None:
-        check_space("HoldDifference", self.space)
 
     def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
         """See `Fill`."""
@@ -78,17 +72,11 @@ class ExtrapolateDifference(Fill):
 
     Args:
         space: "native" continues the difference of network outputs, "x0" that of denoised images.
-
-    Raises:
-        ValueError: the space is unknown.
     """
 
     name: ClassVar[str] = "extrapolate"
 
     space: Space = "native"
-
-    def __post_init__(self) -> None:
-        check_space("ExtrapolateDifference", self.space)
 
     def estimate(self, step: int, evaluated: Sequence[int]) -> Weights:
         """See `Fill`."""

@@ -53,6 +53,7 @@ def cfg_zero_star(
     return cond + (guidance_scale - 1) * (cond - uncond)
 
 
+@register
 @dataclass(frozen=True)
 class CFGZeroStar(Rule):
     """CFG-Zero*, for flow models.
@@ -97,4 +98,4 @@ class CFGZeroStar(Rule):
         return cfg_zero_star(cond, uncond, w, optimized_scale=self.optimized_scale), None
 
 
-register(CFGZeroStar, alias="cfg-zero-star")  # a star is awkward in shells
+register(lambda: CFGZeroStar(), name="cfg-zero-star")  # a star is awkward in shells

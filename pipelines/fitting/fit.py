@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from ...guidance import (
     save_guidance,
 )
 from ...guidance.fitting.record import Record
-from ...guidance.fitting.regression import Target
 from ..processes import processes
 from .fitted import run_identity
 from .runs import Runs, check_fit, held_out, read_tried, write_tried
@@ -60,11 +59,13 @@ def fit(
     runs: Runs,
     *,
     scales: Sequence[float] = (),
-    target: Target = "difference",
     ridge: float = 1e-3,
     checkpoint: Path | str | None = None,
 ) -> Fit:
     """Fit LinearAG's coefficients for one pipeline.
+
+    What is regressed is the difference of the two predictions: the ridge then draws estimates
+    towards it being 0, and not away from the conditional prediction.
 
     Every prompt makes one trajectory of classifier-free guidance, every fifth of them is left out
     of the fit to judge by (about 200 prompts are enough). Only inner products are kept: memory
@@ -75,8 +76,6 @@ def fit(
         runs: A guided pipeline and at least 2 prompts.
         scales: Several w, which take turns: the coefficients then hold in between. Default: that
             of `runs`.
-        target: What is regressed, see `fit_coefficients`. By default the difference, so that the
-            ridge draws estimates towards it being 0 and not away from the conditional prediction.
         ridge: See `fit_coefficients`. Estimates are fed back, so that large coefficients of both
             signs, which explain single steps best, may be worse over a run.
         checkpoint: Folder for what is done; a fit interrupted and run again goes on from there.
@@ -94,8 +93,6 @@ def fit(
     from accelerate.utils import gather_object
 
     check_fit(runs.prompts, ridge)
-    if target not in get_args(Target):
-        raise ValueError(f"target is {' or '.join(get_args(Target))}, got {target!r}")
     turns = [replace(runs, guidance_scale=float(w)) for w in scales or [runs.guidance_scale]]
     listed = [turn.guidance_scale for turn in turns]
     span = min(listed), max(listed)
@@ -129,7 +126,7 @@ def fit(
         sum((done[n] for n, (of, _) in enumerate(calls) if of == which), Gram.empty(done[0].steps))
         for which in (False, True)
     )
-    coefficients = fit_coefficients(kept, target=target, ridge=ridge, identity=identity)
+    coefficients = fit_coefficients(kept, target="difference", ridge=ridge, identity=identity)
     figures = {
         "r2": r_squared(kept, coefficients),
         "r2_held_out": r_squared(left_out, coefficients),

@@ -112,6 +112,15 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     return of_sigma(scheduler, float(_sigma(scheduler, timestep)))
 
 
+def knows_levels(scheduler: Any) -> bool:
+    """Whether the noise levels of a scheduler are known; see `check_scheduler`."""
+    try:
+        check_scheduler(scheduler)
+    except UnknownSchedulerError:
+        return False
+    return True
+
+
 def check_first_order(scheduler: Any, eta: float) -> None:
     """Raise UnknownSchedulerError unless it is Euler or DDIM, without clipping or added noise."""
     name, config = type(scheduler).__name__, scheduler.config

@@ -8,7 +8,6 @@ import pytest
 from examples.studies import house
 
 LIMITS = {
-    "lines": 17_500,
     "circles": 0,
     "type_errors": 0,
     "readme_lines": 150,

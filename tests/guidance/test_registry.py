@@ -50,8 +50,7 @@ class Half(Rule):
 @pytest.fixture
 def names(monkeypatch):
     """Names that are known for one test only."""
-    for table in ("NAMES", "ALIASES"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    monkeypatch.setattr(registry, "NAMES", dict(registry.NAMES))
     types = {kind: dict(of) for kind, of in registry.TYPES.items()}
     monkeypatch.setattr(registry, "TYPES", types)
     monkeypatch.setattr("pilotage.guidance.presets.NAMES", registry.NAMES)
@@ -120,8 +119,6 @@ def test_names_that_are_refused(names):
     for name in ("forecast", "cfg-zero-star", "ag-0.991"):
         with pytest.raises(ValueError, match=f"'{name}' exists already"):
             register(len, name=name)
-        with pytest.raises(ValueError, match=f"'{name}' exists already"):
-            register(alias=name)(Half)
     with pytest.raises(TypeError, match="not by name="):
         register(Half, name="other")
     register(lambda: 5, name="five")

@@ -284,9 +284,8 @@ def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
     [
         (["fit", "--then", "forecast"], "--then forecast is fitted with --on-policy"),
         (["fit", "--then", "linear"], "--then is 'estimate' or 'cond' or 'forecast', got 'linear'"),
-        (["fit", "--target", "guided"], "--target is 'uncond' or 'difference'"),
         (["fit", "--on-policy", "--scale", 3, "--scale", 5], "--on-policy fits one guidance scale"),
-        (["fit", "--on-policy", "--target", "uncond"], "--on-policy regresses no target"),
+        (["search", "--between", "estimate"], "--between is for --fitted"),
         (["search", "--fitted", "--between", "cond"], "--between is 'forecast' or 'estimate'"),
         (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
         (["calibrate", "--nfe", 6, "--then", "none"], "--then is 'cond' or 'forecast'"),

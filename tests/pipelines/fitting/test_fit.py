@@ -271,7 +271,6 @@ def test_a_model_folder_may_hold_named_settings(found, tmp_path):
         ({"scales": [7.5, float("nan")]}, "finite and > 1"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"target": "guided"}, "target is uncond or difference"),
     ],
 )
 def test_bad_settings_fail_before_anything_runs(pipe, changed, message):
