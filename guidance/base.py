@@ -454,11 +454,6 @@ class Guidance:
         decisions = self.policy.decisions(total) or ()
         return not self.keeps_combination or any(d.changes_combination for d in decisions)
 
-    def may_skip(self, total: int) -> bool:
-        """Whether a run of `total` steps may skip one."""
-        decisions = self.policy.decisions(total)
-        return decisions is None or any(d.skips for d in decisions)
-
     def check_decisions(self, decisions: Sequence[Decision]) -> None:
         """Refuse decisions that the rule has no meaning for.
 

@@ -44,8 +44,7 @@ class Driver:
         self.scales, self.options, self.detailed = scales, options, detailed
         self.denoiser = layout.denoisers[0]
         self.begun = False
-        self.may_skip = False
-        self.example: Any = None  # an output of the network, one row; where steps may be skipped
+        self.example: Any = None  # one row of an output of the network, for skipped steps
         self.channels: int | None = None  # how many are guided
         self.rest: Tensor | None = None  # the others of the last output; likewise
 
@@ -77,7 +76,6 @@ class Driver:
         policy = self.guidance.policy
         if self.guidance.rule.needs_next_level:
             check_falling_noise(self.pipe.scheduler)
-        self.may_skip = self.guidance.may_skip(total)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.guidance)
         drops_rows = isinstance(self.layout, Batched) or (batch > 1 and policy.needs_gamma)
@@ -169,7 +167,7 @@ class Driver:
             self.layout.check_options(self.options, self.guidance)
         if cond.shape[1] == channels:
             return pair
-        self.rest = rest if self.may_skip else None
+        self.rest = rest
         if uncond is not None and pair[0] is first and pair[1] is first_uncond:
             return cond, uncond
         uncond_rest = rest
@@ -179,8 +177,8 @@ class Driver:
         return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
 
     def remember(self, output: Any) -> None:
-        """Remember what the network's outputs are like, if a step may be skipped."""
-        if self.may_skip and self.example is None:
+        """Remember what the network's outputs are like, for steps that are skipped."""
+        if self.example is None:
             listed = self.layout.listed
             one = prediction_of(output, listed)[:1].clone()  # the rest is not kept alive
             self.example = with_prediction(output, one, listed)

@@ -212,6 +212,20 @@ class UntoldState(PolicyState):
 HELD = Decision((), reuse=Weights(guided={0: 1.0}))
 
 
+class Mistold(Untold):
+    """One that says beforehand that it never skips a step."""
+
+    def decisions(self, total):
+        return [Decision()]
+
+
+def test_a_skip_that_decisions_does_not_list_is_made_all_the_same():
+    pipe = guided(FAMILIES["sd"].build())
+    assert equal(
+        latents(pipe, "sd", guidance=Untold(HELD)), latents(pipe, "sd", guidance=Mistold(HELD))
+    )
+
+
 @pytest.mark.parametrize("decision", [Decision(factor=2.0), HELD])
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_a_policy_that_tells_nothing_beforehand_is_refused_where_it_happens(name, decision):
