@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from ..base import BOTH, COND, Decision, Fill, Kind, Policy, PolicyState, SameForAll, Weights
-from ..prediction import Space
+from ..prediction import Space, check_space
 from ..registry import register
 from .fill import Coefficients, ExtrapolateDifference, HoldDifference
 
@@ -111,6 +111,7 @@ class Schedule(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors))
+        check_space("Schedule", self.fill.space)
         if not isinstance(self.choices, Pattern):
             object.__setattr__(self, "choices", tuple(self.choices))
             unknown = sorted(set(self.choices) - set(CHOICES))
