@@ -22,7 +22,7 @@ from torch import Tensor
 from .images import decode
 
 
-def fingerprint(images: Tensor) -> int:
+def hash_of_images(images: Tensor) -> int:
     """Order-independent 128-bit hash of images (b, C, H, W): the sum of one hash per image."""
     rows = images.detach().cpu().contiguous().flatten(1)
     total = 0
@@ -74,7 +74,7 @@ class Accumulator:
             self.second = self._compress(torch.cat([self.second, x, weight**0.5 * step[None]]))
         self.count += count
         self.mean = self.mean + step * (count / self.count)
-        self.hash = (self.hash + fingerprint(images)) % 2**128
+        self.hash = (self.hash + hash_of_images(images)) % 2**128
 
     def _spectra(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft2(x.view(-1, *self.shape), norm="ortho")

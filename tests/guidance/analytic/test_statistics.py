@@ -275,9 +275,9 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
         assert torch.equal(found[0, 0], expected)
 
 
-def test_the_fingerprint_does_not_depend_on_the_order():
-    assert accumulate.fingerprint(UINT8) == accumulate.fingerprint(UINT8.flip(0))
-    assert accumulate.fingerprint(UINT8) != accumulate.fingerprint(UINT8[1:])
+def test_the_hash_of_images_does_not_depend_on_the_order():
+    assert accumulate.hash_of_images(UINT8) == accumulate.hash_of_images(UINT8.flip(0))
+    assert accumulate.hash_of_images(UINT8) != accumulate.hash_of_images(UINT8[1:])
 
 
 def test_schedules_reach_their_ends():
