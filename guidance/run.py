@@ -142,7 +142,7 @@ class Run:
         if index is not None and isinstance(w, Tensor) and w.ndim:
             w = w[index]  # a scale for every sample
         if not untouched:
-            w = w if isinstance(factor, float) and factor == 1 else 1 + factor * (w - 1)
+            w = 1 + factor * (w - 1)
         step = replace(self.step, x_t=x_t if index is None else x_t[index])
         predictions = Predictions({"cond": cond, "uncond": uncond}, step)
         untouched = untouched and self.guidance.keeps_combination
