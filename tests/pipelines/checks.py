@@ -146,91 +146,116 @@ def resting_rows_ok(name):
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
-# What the pipelines' sources say, read apart from Pilotage's layouts.
-NEGATED = {"lumina", "lumina2", "z_image"}
-COND_FIRST = {"dit", "lumina", "z_image", "stable_cascade"}
-SCALE_IS_W_MINUS_1 = {"kandinsky3", "z_image"}
-GUIDED_CHANNELS = {"lumina": 3}
-FIRST_STEP = {"sd_img2img": 1, "sdxl_img2img": 1}
-
-
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
-    Denoised images come from the scheduler's own code, the algorithm runs in float64.
+    Where the branches are, and what is guided of them, the family says. Denoised images come from
+    the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way of
+    writing plain classifier-free guidance.
     """
 
-    eta, r, beta = 0.2, 2.0, -0.6
-
-    def __init__(self, pipe, name, scale):
-        self.pipe, self.name = pipe, name
-        self.w = scale + (name in SCALE_IS_W_MINUS_1)
-        self.sign = -1 if name in NEGATED else 1
-        self.index, self.first, self.averages = FIRST_STEP.get(name, 0), None, None
-        two_calls = FAMILIES[name].layout.startswith("two_calls")
-        hook = self.two_calls if two_calls else self.batched
-        for denoiser in FAMILIES[name].denoisers:
+    def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
+        self.pipe, self.family, self.call = pipe, family, call
+        self.settings = eta, r, beta
+        how, names = family.layout.split(": ")
+        self.names = names.split()
+        self.sign = -1 if family.negated else 1
+        self.index, self.averages, self.seen = family.first_step, None, []
+        hook = {"batch": self.batched, "calls": self.in_turn}[how]
+        for denoiser in family.denoisers:
             getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
-    def guide(self, x, cond, uncond):
-        """The guided network output of one step; channels that are not guided stay cond's."""
-        channels = min(x.shape[1], cond.shape[1], GUIDED_CHANNELS.get(self.name, x.shape[1]))
-        x, rest = x[:, :channels].double(), cond[:, channels:].double()
-        self.averages = self.averages or [PaperMomentum(self.beta) for _ in x]
+    def mix(self, branches):
+        """What the pipeline makes of its branches, and the weight of the conditional one."""
+        if self.family.mix is not None:
+            return self.family.mix(branches, self.call)
+        w = self.family.w(self.call[self.family.scale_name])
+        return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
+
+    def guide(self, x, outputs):
+        """The guided network output of one step; what is not guided stays the conditional one's."""
+        branches = dict(zip(self.names, outputs, strict=True))
+        part = self.family.part(branches["cond"], x)
+        guided = branches["cond"].double()
+        x = x[part].double()
+        branches = {name: output[part].double() for name, output in branches.items()}
+        mixed, w = self.mix(branches)
+        # All that is added to cond, written as guidance away from one other prediction.
+        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        eta, r, beta = self.settings
+        self.averages = self.averages or [PaperMomentum(beta) for _ in x]
         c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred[:, :channels], x).numpy()
-            for pred in (cond, uncond)
+            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
+            for pred in (branches["cond"], away)
         )
+        w = w if isinstance(w, (int, float)) else np.asarray(w)
         rows = [
-            paper_apg(c[i], u[i], self.w, average, self.eta, self.r)
-            for i, average in enumerate(self.averages)
+            paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
-        guided = torch.from_numpy(np.stack(rows))
-        pred = self.sign * own_prediction(self.pipe.scheduler, self.index, guided, x)
+        x0 = torch.from_numpy(np.stack(rows))
+        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
         self.index += 1
-        return torch.cat([pred, rest], 1)
+        return guided
 
     def batched(self, module, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
         out = output if isinstance(output, torch.Tensor) else output[0]
         listed = isinstance(x, list)
         x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
-        cond, uncond = out.chunk(2)[:: 1 if self.name in COND_FIRST else -1]
-        guided = self.guide(x.chunk(2)[0], cond, uncond).to(out.dtype)
-        both = torch.cat([guided, guided])
-        both = list(both) if listed else both
+        count = len(self.names)
+        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
+        all_equal = torch.cat([guided] * count)
+        all_equal = list(all_equal) if listed else all_equal
         if isinstance(output, torch.Tensor):
-            return both
-        return (both,) if isinstance(output, tuple) else type(output)(sample=both)
+            return all_equal
+        rest = tuple(output[1:]) if isinstance(output, tuple) else None
+        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
 
-    def two_calls(self, module, args, kwargs, output):
-        if self.first is None:
-            self.first = (next(iter(kwargs.values())), output[0])
+    def in_turn(self, module, args, kwargs, output):
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        self.seen.append(first)
+        if len(self.seen) < len(self.names):
             return output
-        x, cond = self.first
-        self.first = None
-        guided = self.guide(x, cond, output[0])
-        # The unconditional prediction u for which u + w (c - u) is the guided one.
-        return (((guided - self.w * cond.double()) / (1 - self.w)).to(cond.dtype),)
+        outputs, self.seen = self.seen, []
+        x = args[0] if args else next(iter(kwargs.values()))
+        guided = self.guide(x, outputs)
+        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
+        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
+        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
+        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
+        last = ((guided - zero) / (one - zero)).to(first.dtype)
+        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+
+
+def paper_call(name, batch=3, **extra):
+    """A family's call at scale 6."""
+    family = FAMILIES[name]
+    negative = family.scale_name == "true_cfg_scale"
+    return family.call(batch, negative) | {family.scale_name: 6.0} | extra
+
+
+def oracle_error(name):
+    """Relative difference between the stock pipeline and one led by the oracle's plain guidance.
+
+    Whether what a family says of its pipeline is right: it says nothing of Pilotage.
+    """
+    family = FAMILIES[name]
+    stock, led = family.build(), family.build()
+    PaperGuidance(led, family, paper_call(name))
+    results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
+    expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def apg_error(name):
     """Relative difference between the guided pipeline and the stock one led by the paper."""
-    family, scale = FAMILIES[name], 6.0
-    extra = {family.scale_name: scale}
-    rule = APG(
-        eta=PaperGuidance.eta,
-        norm_threshold=PaperGuidance.r,
-        momentum=PaperGuidance.beta,
-        threshold_unit="l2",
-    )
-    ours = latents(guided(family.build()), name, guidance=rule, **extra)
+    family = FAMILIES[name]
+    eta, r, beta = 0.2, 2.0, -0.6
+    rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
+    ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
     stock = family.build()
-    PaperGuidance(stock, name, scale)
-    expected = latents(stock, name, **extra)
-    ours, expected, plain = (
-        torch.as_tensor(np.asarray(v)).double()
-        for v in (ours, expected, latents(family.build(), name, **extra))
-    )
+    PaperGuidance(stock, family, paper_call(name), eta, r, beta)
+    values = (ours, stock(**paper_call(name))[0], family.build()(**paper_call(name))[0])
+    ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
