@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
-from pilotage.pipelines import LAYOUTS, guided
+from pilotage.pipelines import guided
 
 from ..families import FAMILIES
 from ..oracles.apg import PaperMomentum, paper_apg
@@ -15,7 +15,7 @@ from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]
-COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
+COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
 
 
 def latents(pipe, name, batch=3, negative=None, **extra):
