@@ -5,14 +5,16 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import flux, images, qwen, stable_diffusion, unets, videos, wan
+from . import controlnets, flux, images, pag, qwen, stable_diffusion, unets, videos, wan
 from .base import FAMILIES, Family
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "controlnets",
     "flux",
     "images",
+    "pag",
     "qwen",
     "stable_diffusion",
     "unets",

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2 and XL, with their adapters, ControlNets and PAG."""
+"""Stable Diffusion 1, 2 and XL, their adapters, and other models built like them."""
 
 from functools import partial
 
@@ -14,13 +14,6 @@ from .base import (
     ddim,
     family,
 )
-
-
-def pag_mix(branches: dict, call: dict) -> tuple:
-    """Perturbed-attention guidance: uncond + s * (cond - uncond) + p * (cond - perturbed)."""
-    cond, uncond, perturbed = (branches[name] for name in ("cond", "uncond", "perturbed"))
-    scale, pag_scale = call["guidance_scale"], call["pag_scale"]
-    return uncond + scale * (cond - uncond) + pag_scale * (cond - perturbed), scale + pag_scale
 
 
 def pix2pix_mix(branches: dict, call: dict) -> tuple:
@@ -57,13 +50,6 @@ def sd_img2img() -> dict:
 
 
 @family(
-    "sd_controlnet", "StableDiffusionControlNetPipeline", "batch: uncond cond", UNET, c.picture_call
-)
-def sd_controlnet() -> dict:
-    return sd(ddim(set_alpha_to_one=False)) | {"controlnet": c.controlnet()}
-
-
-@family(
     "pix2pix",
     "StableDiffusionInstructPix2PixPipeline",
     "batch: cond image uncond",
@@ -74,19 +60,6 @@ def sd_controlnet() -> dict:
 def pix2pix() -> dict:
     """Three branches, [text and picture, picture, neither]."""
     return sd(df.EulerAncestralDiscreteScheduler(**SD_NOISE), channels=8)
-
-
-@family(
-    "sd_pag",
-    "StableDiffusionPAGPipeline",
-    "batch: uncond cond perturbed",
-    UNET,
-    pag_scale=2.0,
-    mix=pag_mix,
-)
-def sd_pag() -> dict:
-    """Three branches, [uncond, cond, cond with perturbed attention]."""
-    return sd(ddim()) | {"pag_applied_layers": "mid"}
 
 
 @family("sd_inpaint", "StableDiffusionInpaintPipeline", "batch: uncond cond", UNET, c.inpaint_call)
@@ -324,17 +297,6 @@ def sdxl(channels: int = 4) -> dict:
         "unet": c.unet(in_channels=channels, **c.SDXL),
         "scheduler": df.EulerDiscreteScheduler(**SD_NOISE),
     }
-
-
-@family(
-    "sdxl_controlnet",
-    "StableDiffusionXLControlNetPipeline",
-    "batch: uncond cond",
-    UNET,
-    c.picture_call,
-)
-def sdxl_controlnet() -> dict:
-    return sdxl() | {"controlnet": c.controlnet(**c.SDXL)}
 
 
 family(
