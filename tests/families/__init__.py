@@ -5,12 +5,24 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import controlnets, flux, images, pag, qwen, stable_diffusion, unets, videos, wan
+from . import (
+    animatediff,
+    controlnets,
+    flux,
+    images,
+    pag,
+    qwen,
+    stable_diffusion,
+    unets,
+    videos,
+    wan,
+)
 from .base import FAMILIES, Family
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "animatediff",
     "controlnets",
     "flux",
     "images",

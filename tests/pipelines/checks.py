@@ -180,8 +180,10 @@ class PaperGuidance:
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
         mixed, w = self.mix(branches)
-        # All that is added to cond, written as guidance away from one other prediction.
-        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        if self.family.mix is None:
+            away = branches["uncond"]
+        else:  # all that is added to cond, written as guidance away from one other prediction
+            away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
         c, u = (
@@ -230,6 +232,7 @@ class PaperGuidance:
 def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
 
