@@ -4,6 +4,7 @@ from functools import partial
 
 import diffusers as df
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from torch import Tensor
 
 from .. import components as c
 from .base import (
@@ -142,6 +143,13 @@ def sd_upscale() -> dict:
     return parts
 
 
+def preconditioned(scheduler, index: int, kwargs: dict, prediction: Tensor, x: Tensor) -> Tensor:
+    """Karras et al. (2022), eq. 7 at a data deviation of one; `x` is scaled for the network."""
+    sigma = scheduler.sigmas[index].double()
+    scale = (sigma**2 + 1) ** 0.5
+    return x / scale + sigma / scale * prediction
+
+
 @family(
     "sd_latent_upscale",
     "StableDiffusionLatentUpscalePipeline",
@@ -149,6 +157,7 @@ def sd_upscale() -> dict:
     UNET,
     c.picture_call,
     part=lambda output, x: (slice(None), slice(4)),
+    x0=preconditioned,
     **UPSCALE,
 )
 def sd_latent_upscale() -> dict:
