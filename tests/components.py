@@ -469,3 +469,26 @@ def class_call(batch: int, negative: bool, **extra) -> dict:
     labels = [(207 + 31 * i) % 1000 for i in range(batch)]
     free = {"prompt": None, "height": None, "width": None, "output_type": "pt"}
     return text_call(batch, False, **free, **extra) | {"class_labels": labels}
+
+
+# Stable Diffusion's relatives.
+
+
+def clip_vision(size: int = 16, width: int = 16) -> nn.Module:
+    """An image encoder for pictures of `size` x `size`, four patches each."""
+    config = tr.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=size // 2,
+        initializer_range=0.2,
+    )
+    return tr.CLIPVisionModelWithProjection(config).eval()
+
+
+def t2i_adapter(kind: str, downscale_factor: int) -> df.T2IAdapter:
+    sizes = {"channels": [8, 16], "num_res_blocks": 1, "downscale_factor": downscale_factor}
+    return wake(df.T2IAdapter(in_channels=3, adapter_type=kind, **sizes))

@@ -172,7 +172,7 @@ class PaperGuidance:
         w = self.family.w(self.call[self.family.scale_name])
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs):
+    def guide(self, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
         part = self.family.part(branches["cond"], x)
@@ -180,20 +180,24 @@ class PaperGuidance:
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
         mixed, w = self.mix(branches)
-        # All that is added to cond, written as guidance away from one other prediction.
-        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        if self.family.mix is None:
+            away = branches["uncond"]
+        else:  # all that is added to cond, written as guidance away from one other prediction
+            away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
-        c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
-            for pred in (branches["cond"], away)
-        )
+
+        def denoised(prediction):
+            if self.family.x0 is not None:
+                return self.family.x0(self.pipe.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.pipe.scheduler, self.index, prediction, x)
+
+        c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
         rows = [
             paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
-        x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
+        guided[part] = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         self.index += 1
         return guided
 
@@ -203,7 +207,7 @@ class PaperGuidance:
         listed = isinstance(x, list)
         x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
         count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
+        guided = self.guide(x.chunk(count)[0], out.chunk(count), kwargs).to(out.dtype)
         all_equal = torch.cat([guided] * count)
         all_equal = list(all_equal) if listed else all_equal
         if isinstance(output, torch.Tensor):
@@ -218,7 +222,7 @@ class PaperGuidance:
             return output
         outputs, self.seen = self.seen, []
         x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
+        guided = self.guide(x, outputs, kwargs)
         # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
         branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
         zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
@@ -230,6 +234,7 @@ class PaperGuidance:
 def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
 
