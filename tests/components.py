@@ -474,8 +474,8 @@ def class_call(batch: int, negative: bool, **extra) -> dict:
 # For tests/families/images.py
 
 
-def certain(vae: df.AutoencoderKL, mean: float = 128.0, gain: float = 32.0) -> df.AutoencoderKL:
-    """An image autoencoder whose posterior is a point, for pipelines that draw from it unseeded.
+def certain(vae: nn.Module, mean: float = 128.0, gain: float = 32.0) -> nn.Module:
+    """An autoencoder whose posterior is a point, for pipelines that draw from it unseeded.
 
     Its latents lie around `mean`, where the smallest standard deviation that diffusers allows,
     exp(-15), is lost in rounding; `gain` spreads them, and the scaling factor takes it back.

@@ -4,6 +4,7 @@ from functools import partial
 
 import diffusers as df
 import transformers as tr
+from PIL import Image
 from torch import Tensor
 
 from .. import components as c
@@ -35,6 +36,18 @@ def easyanimate_inpaint_call(batch: int, negative: bool, **extra) -> dict:
     call = easyanimate_call(batch, negative, **extra)
     mask = c.per_sample(batch, 1, 5, 32, 32, seed=300, low=0.0) > 0.5
     return call | {"video": c.per_sample(batch, 3, 5, 32, 32, low=0.0), "mask_video": mask.float()}
+
+
+def camera_call(batch: int, negative: bool, **extra) -> dict:
+    """A call with one picture and a camera that moves ahead."""
+    call = c.text_call(1, negative, **extra)
+    call |= {name: call[name][0] for name in ("prompt", "negative_prompt") if name in call}
+    picture = (255 * c.noise(32, 32, 3, low=0.0)).byte().numpy()
+    return call | {
+        "image": Image.fromarray(picture),
+        "action": f"w-{call['num_frames']}",
+        "intrinsics": [32.0, 32.0, 16.0, 16.0],
+    }
 
 
 def first_frame_call(batch: int, negative: bool, **extra) -> dict:
@@ -287,6 +300,57 @@ def sana_i2v() -> dict:
     return sana_video(scheduler=flow(shift=8.0))
 
 
+@family(
+    "sana_wm",
+    "SanaWMPipeline",
+    "batch: uncond cond",
+    TRANSFORMER,
+    camera_call,
+    part=later_frames,
+    chi_prompt=[" "],
+    num_frames=9,
+    max_batch=1,
+    **SANA_SIZE,
+    **SHORT,
+)
+def sana_wm() -> dict:
+    """One sample, whose first frame is held; its camera is an input.
+
+    The network's output is negated, as the scheduler counts its steps the other way round when
+    each token has its timestep.
+    """
+    transformer = df.SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        softmax_every_n=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        linear_head_dim=16,
+        chunk_plucker_channels=6 * 4,
+        caption_channels=c.WIDTH,
+    )
+    vae = df.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False, False, False),
+        downsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=1,
+    )
+    return sana() | {
+        "vae": vae.eval(),
+        "transformer": c.wake(transformer),
+        "scheduler": flow(shift=3.0),
+    }
+
+
 @family("aura_flow", "AuraFlowPipeline", "batch: uncond cond", TRANSFORMER, **SHORT)
 def aura_flow() -> dict:
     transformer = df.AuraFlowTransformer2DModel(
@@ -497,7 +561,8 @@ def cogview4(vae=None, in_channels: int = 4) -> dict:
 )
 def cogview4_control() -> dict:
     """The picture is encoded by a draw without a generator, and beside the latents in the input."""
-    return cogview4(c.certain(c.flow_vae()), in_channels=8)
+    parts = cogview4(c.certain(c.flow_vae()), in_channels=8)
+    return parts | {"transformer": c.amplify(parts["transformer"], ("text_proj",), 4.0)}
 
 
 @family(
@@ -581,6 +646,7 @@ EASYANIMATE = {"height": 32, "width": 32, "num_frames": 5}
     **EASYANIMATE,
 )
 def easyanimate(in_channels: int = 4) -> dict:
+    """The text's attention mask never reaches the transformer."""
     transformer = df.EasyAnimateTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -598,8 +664,8 @@ def easyanimate(in_channels: int = 4) -> dict:
     )
     return {
         **c.texts((c.qwen_vl(), c.qwen_tokenizer())),
-        "vae": c.magvit_vae(),
-        "transformer": c.wake(transformer),
+        "vae": c.certain(c.magvit_vae()),
+        "transformer": c.amplify(c.wake(transformer), ("text_proj", "attn2.to_v"), 4.0),
         "scheduler": flow(shift=3.0),
     }
 
