@@ -8,7 +8,18 @@ from PIL import Image
 from torch import Tensor
 
 from .. import components as c
-from .base import HEADS, NO_CHECKER, PLAIN, SD_NOISE, SHORT, TRANSFORMER, ddim, family, flow
+from .base import (
+    HEADS,
+    NO_CHECKER,
+    PLAIN,
+    SD_NOISE,
+    SHORT,
+    TRANSFORMER,
+    VIDEO,
+    ddim,
+    family,
+    flow,
+)
 from .stable_diffusion import pag_mix
 
 
@@ -38,6 +49,15 @@ def easyanimate_inpaint_call(batch: int, negative: bool, **extra) -> dict:
     return call | {"video": c.per_sample(batch, 3, 5, 32, 32, low=0.0), "mask_video": mask.float()}
 
 
+def face_call(batch: int, negative: bool, **extra) -> dict:
+    """A call with one picture per sample, and one face for all."""
+    return c.text_call(batch, negative, **extra) | {
+        "image": c.per_sample(batch, 3, 32, 32, low=0.0),
+        "id_cond": c.noise(1, 8),
+        "id_vit_hidden": [c.noise(1, 4, 8)],
+    }
+
+
 def camera_call(batch: int, negative: bool, **extra) -> dict:
     """A call with one picture and a camera that moves ahead."""
     call = c.text_call(1, negative, **extra)
@@ -60,11 +80,17 @@ def later_frames(output: Tensor, x: Tensor) -> tuple[slice, ...]:
     return slice(None), slice(None), slice(1, None)
 
 
+def latent_half(output: Tensor, x: Tensor) -> tuple[slice, ...]:
+    """The latents of CogVideoX, frames before channels, beside those of a picture."""
+    return slice(None), slice(None), slice(output.shape[2])
+
+
 def control_mask_call(batch: int, negative: bool, **extra) -> dict:
     mask = c.per_sample(batch, 1, 16, 16, seed=300, low=0.0) > 0.5
     return control_call(batch, negative, **extra) | {"control_mask": mask.float()}
 
 
+JOINT = ("attn1.to_v", "attn1.to_out.0.weight")  # where text and picture share an attention
 SANA_SIZES = {
     "in_channels": 4,
     "out_channels": 4,
@@ -562,7 +588,7 @@ def cogview4(vae=None, in_channels: int = 4) -> dict:
 def cogview4_control() -> dict:
     """The picture is encoded by a draw without a generator, and beside the latents in the input."""
     parts = cogview4(c.certain(c.flow_vae()), in_channels=8)
-    return parts | {"transformer": c.amplify(parts["transformer"], ("text_proj",), 4.0)}
+    return parts | {"transformer": c.amplify(parts["transformer"], JOINT, 4.0)}
 
 
 @family(
@@ -665,7 +691,7 @@ def easyanimate(in_channels: int = 4) -> dict:
     return {
         **c.texts((c.qwen_vl(), c.qwen_tokenizer())),
         "vae": c.certain(c.magvit_vae()),
-        "transformer": c.amplify(c.wake(transformer), ("text_proj", "attn2.to_v"), 4.0),
+        "transformer": c.amplify(c.wake(transformer), JOINT, 4.0),
         "scheduler": flow(shift=3.0),
     }
 
@@ -681,3 +707,59 @@ family(
     num_inference_steps=4,
     **EASYANIMATE,
 )(partial(easyanimate, 12))
+
+
+@family(
+    "consisid",
+    "ConsisIDPipeline",
+    "batch: uncond cond",
+    TRANSFORMER,
+    face_call,
+    module="diffusers.pipelines.consisid.pipeline_consisid",
+    part=latent_half,
+    **VIDEO,
+)
+def consisid() -> dict:
+    """The face's embeddings have one row, whatever the batch.
+
+    Diffusers shows the class only where OpenCV is installed, with which it draws key points.
+    """
+    transformer = df.ConsisIDTransformer3DModel(
+        num_attention_heads=3,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=c.WIDTH,
+        num_layers=2,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=True,
+        is_train_face=True,
+        cross_attn_dim_head=8,
+        cross_attn_num_heads=2,
+        LFE_id_dim=8,
+        LFE_vit_dim=8,
+        LFE_depth=1,
+        LFE_dim_head=8,
+        LFE_num_heads=2,
+        LFE_num_id_token=1,
+        LFE_num_querie=1,
+        LFE_output_dim=32,
+        LFE_ff_mult=1,
+        LFE_num_scale=1,
+    )
+    scheduler = df.CogVideoXDPMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
+    return {
+        **c.texts(c.t5()),
+        "vae": c.cogvideox_vae(),
+        "transformer": c.amplify(c.wake(transformer), JOINT, 4.0),
+        "scheduler": scheduler,
+    }
