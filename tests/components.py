@@ -492,3 +492,49 @@ def clip_vision(size: int = 16, width: int = 16) -> nn.Module:
 def t2i_adapter(kind: str, downscale_factor: int) -> df.T2IAdapter:
     sizes = {"channels": [8, 16], "num_res_blocks": 1, "downscale_factor": downscale_factor}
     return wake(df.T2IAdapter(in_channels=3, adapter_type=kind, **sizes))
+
+
+# For tests/families/images.py
+
+
+def certain(vae: nn.Module, mean: float = 128.0, gain: float = 32.0) -> nn.Module:
+    """An autoencoder whose posterior is a point, for pipelines that draw from it unseeded.
+
+    Its latents lie around `mean`, where the smallest standard deviation that diffusers allows,
+    exp(-15), is lost in rounding; `gain` spreads them, and the scaling factor takes it back.
+    """
+    channels = vae.config.latent_channels
+    last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+    with torch.no_grad():
+        last.weight[:channels] *= gain
+        last.bias[:channels] = mean
+        last.weight[channels:] = 0.0
+        last.bias[channels:] = -30.0
+    vae.register_to_config(shift_factor=mean, scaling_factor=1 / gain)
+    return vae
+
+
+def allegro_vae() -> nn.Module:
+    model = df.AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return model.eval()
+
+
+def magvit_vae() -> nn.Module:
+    blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
+    model = df.AutoencoderKLMagvit(
+        down_block_types=tuple(block.format("Down") for block in blocks),
+        up_block_types=tuple(block.format("Up") for block in blocks),
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return model.eval()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import diffusers as df
 import torch
@@ -93,15 +94,17 @@ def family(
     call: Callable[..., dict] = c.text_call,
     scale_name: str = "guidance_scale",
     negative: bool = True,
+    module: str = "diffusers",
     **extra,
 ) -> Callable:
     """Registers a function that returns a pipeline's components.
 
-    `extra` holds the last fields of `Family`; the rest goes to its call.
+    `module` is where the class is imported from. `extra` holds the last fields of `Family`; the
+    rest goes to its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:
-        build = partial(_build, cls, parts)
+        build = partial(_build, module, cls, parts)
         spec = {key: extra[key] for key in SPEC if key in extra}
         arguments = partial(call, **{key: v for key, v in extra.items() if key not in SPEC})
         assert name not in FAMILIES, f"two families are called {name}"
@@ -113,10 +116,10 @@ def family(
     return register
 
 
-def _build(cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
+def _build(module: str, cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = getattr(df, cls)(**parts())
+        pipe = getattr(import_module(module), cls)(**parts())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
