@@ -38,6 +38,7 @@ class Run:
     `combine` with what `reused` gives for them; where all are skipped, it alone ends the step.
 
     Attributes:
+        branches: How many branches a step has.
         step: The step begun last.
         rows: The samples whose both branches are to be evaluated at it.
         skipped: The samples that evaluate nothing at it.
@@ -61,7 +62,7 @@ class Run:
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total)
-        self.one_branch = one_branch
+        self.one_branch, self.branches = one_branch, 2
         self.decisions: Sequence[Decision] = ()
         self.rows: list[int] = []
         self.skipped: list[int] = []
@@ -236,7 +237,9 @@ class Run:
         wants_noise = self.guidance.policy.needs_noise or self.detailed
         level = self.step.level if wants_noise else None
         noise = None if level is None else level.ratio
-        record = StepRecord(self.step.index, noise, self.rows, self.skipped, estimated)
+        record = StepRecord(
+            self.step.index, noise, self.rows, self.skipped, estimated, self.branches
+        )
         self.trace.steps.append(record)
         return record
 

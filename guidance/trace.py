@@ -20,6 +20,7 @@ class StepRecord:
         rows: The samples whose both branches were evaluated.
         skipped: The samples that evaluated nothing and reused past guided predictions.
         estimated: The samples whose unconditional prediction is an estimate.
+        branches: How many branches a guided sample evaluates.
         unused: The samples whose unconditional branch was evaluated all the same, to learn how the
             pipeline guides.
         gamma: Cosine of the two predictions of the `guided` samples, with shape (len(guided),): in
@@ -40,6 +41,7 @@ class StepRecord:
     rows: list[int]
     skipped: list[int] = field(default_factory=list)
     estimated: list[int] = field(default_factory=list)
+    branches: int = 2
     unused: list[int] = field(default_factory=list)
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
@@ -70,11 +72,11 @@ class Trace:
 
     @property
     def nfe(self) -> list[int]:
-        """Network evaluations of every sample: 1 a step, 2 with both branches, 0 if skipped."""
+        """Network evaluations of every sample: 1 a step, all branches if guided, 0 if skipped."""
         counts = [len(self.steps)] * self.batch
         for step in self.steps:
             for row in (*step.rows, *step.unused):
-                counts[row] += 1
+                counts[row] += step.branches - 1
             for row in step.skipped:
                 counts[row] -= 1
         return counts

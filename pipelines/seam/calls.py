@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 from ...guidance.device import row_index
 
-# Inputs that hold no samples, whatever the size of their first dimension.
-SHARED_INPUTS = {
-    "image_rotary_emb",
-    "img_ids",
-    "txt_ids",
-    "ip_adapter_masks",
-    "return_dict",
-    "num_frames",
-    "added_cond_kwargs_shared",
-}
+# Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
+# and by parts of them.
+SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "return_dict", "num_frames"}
+SHARED_PARTS = ("rotary", "freqs_cis")
 
 
 class RowsError(RuntimeError):
@@ -94,7 +88,9 @@ class _Selection:
         self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
 
     def __call__(self, value: Any, name: str) -> Any:
-        if name in SHARED_INPUTS or value is None or isinstance(value, (bool, int, float, str)):
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if name in SHARED_INPUTS or any(part in name for part in SHARED_PARTS):
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)

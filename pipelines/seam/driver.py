@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, Run
@@ -16,7 +18,18 @@ from .calls import Call, prediction_of, with_rows
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
-from .patterns import Pattern, learn, normed, scale_of, scale_of_normed, view, weight_of
+from .patterns import (
+    PARTS,
+    Part,
+    Pattern,
+    learn,
+    learn_norm,
+    normed,
+    scale_of,
+    scale_of_normed,
+    view,
+    weights_of,
+)
 
 # What is left of a combination that its branches do not explain, in units of rounding.
 ROUNDING = 16.0
@@ -83,6 +96,7 @@ class Driver:
         self.planned = False
         self.stale = False  # rows of this step have predictions of an earlier one
         self.scheduler_timestep: Any = None
+        self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
         self.where = _positions(self.scheduler)
@@ -135,7 +149,7 @@ class Driver:
     def evaluate(self, call: Call, place: int) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
         run, pattern = self.run, self.pattern
-        whole = not self.planned or run is None or pattern is None or pattern.main is None
+        whole = not self.planned or run is None or pattern is None
         if whole or place >= len(pattern.calls):
             if not whole and len(run.rows) < run.batch:
                 raise LayoutError(self.irregular(f"evaluates its network {place + 1} times"))
@@ -158,14 +172,36 @@ class Driver:
             return self.filled(last, pattern, start, count)
         output = self.rows_of(call, keep)
         estimated = any(d.estimates for d in run.decisions)
-        output = self.complete(output, keep, wanted, pattern.main - start, estimated, last)
+        output = self.complete(
+            output,
+            keep,
+            wanted,
+            -1 if pattern.main is None else pattern.main - start,
+            estimated,
+            last,
+        )
         return Made(call.rows, output, prediction_of(output))
 
-    def rows_of(self, call: Call, keep: list[int]) -> Any:
+    def rows_of(self, call: Call, keep: list[int], pattern: Pattern) -> Any:
         """The network's output for some rows."""
+        run = self.run
+        assert run is not None
         try:
-            return call(keep)
-        except RuntimeError as error:
+            if not isinstance(self.pipe, PAGMixin):
+                return call(keep)
+            # Perturbed attention takes the batch for its branches: the samples that have all of
+            # them make one call, those that have one another, without it.
+            whole = [k for k in keep if k % run.batch in run.rows]
+            alone = [k for k in keep if k % run.batch not in run.rows]
+            outputs = [call(whole)] if whole else []
+            if alone:
+                with unperturbed(self.pipe, call.network):
+                    outputs.append(call(alone))
+            order = [*whole, *alone]
+            places = [order.index(k) for k in keep]
+            sizes = [len(rows) for rows in (whole, alone) if rows]
+            return with_rows(outputs, lambda t: torch.cat(t)[row_index(places, t[0].device)], sizes)
+        except (RuntimeError, ValueError) as error:
             raise LayoutError(
                 f"the network of {type(self.pipe).__name__} cannot evaluate {len(keep)} of its "
                 f"{call.rows} rows ({error}): something in it holds state over the batch, such as "
@@ -219,9 +255,9 @@ class Driver:
     def filled(self, last: Made, pattern: Pattern, start: int, count: int) -> Made:
         """What a call gives that evaluates nothing."""
         run = self.run
-        assert run is not None and pattern.main is not None
+        assert run is not None
         estimated = any(d.estimates for d in run.decisions)
-        if pattern.main < start and not run.skipped and not estimated:
+        if pattern.main is not None and pattern.main < start and not run.skipped and not estimated:
             # The conditional branch came in an earlier call: its prediction once more.
             place, before = 0, 0
             while before + pattern.calls[place] <= pattern.main:
@@ -254,6 +290,7 @@ class Driver:
             self.without_calls()
             return stock(*args, **kwargs)
         sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
+        self.sample = sample
         self.scheduler_timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
         guided = self.end_step(made, mixed, sample)
         self.last = made
@@ -287,7 +324,7 @@ class Driver:
             pattern = self.changed_pattern(pattern, calls)
         fresh = pattern is None
         if pattern is None:
-            pattern = self.learned(made, calls, part)
+            pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
         x_t = self.network_input(sample, part)
         if pattern is None or (pattern.branches == 1 and not run.one_branch):
@@ -300,6 +337,7 @@ class Driver:
                 guided = self.end_unguided(run, part, x_t)
             else:
                 self.check_pattern(run, pattern)
+                run.branches = pattern.branches
                 guided = self.end_guided(run, pattern, made, part, x_t)
         if fresh and sum(calls) > 1:
             record = run.trace.steps[-1]
@@ -344,7 +382,7 @@ class Driver:
         return whole
 
     def branches_of(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
     ) -> list[Tensor] | None:
         """The predictions of every branch as far as they are guided, each with shape (B, \\*).
 
@@ -353,29 +391,19 @@ class Driver:
         batch, found = len(part), []
         for one, count in zip(made, calls, strict=True):
             for i in range(count):
-                prediction = one.prediction[i * batch : (i + 1) * batch]
-                if self.layout.view is not None:
-                    seen: Tensor | None = self.layout.view(self.pipe, prediction, part)
-                else:
-                    seen = view(prediction, part)
+                seen = view(one.prediction[i * batch : (i + 1) * batch], part, which)
                 if seen is None:
                     return None
                 found.append(seen if seen.dtype == part.dtype else seen.to(part.dtype))
         return found
 
-    def learned(self, made: list[Made], calls: tuple[int, ...], part: Tensor) -> Pattern | None:
+    def learned(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
+    ) -> Pattern | None:
         """The pattern of a step that was evaluated whole; None if it does not tell."""
         known = self.patterns.get(calls)
         if known is None:
-            branches = self.branches_of(made, calls, part)
-            if sum(calls) == 1:
-                known = Pattern(calls)
-            elif branches is None:
-                shapes = tuple(made[0].prediction.shape), tuple(part.shape)
-                reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
-                known = Pattern(calls, self.layout.main, reason=reason)
-            else:
-                known = learn(branches, part, calls, self.layout.main, self.layout.frames)
+            known = Pattern(calls) if sum(calls) == 1 else self.learn(made, calls, part, sample)
             if known is None:
                 return None
             self.patterns[calls] = known
@@ -383,6 +411,31 @@ class Driver:
                 _LEARNED[self.key] = known
         self.pattern = known
         return known
+
+    def learn(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
+    ) -> Pattern | None:
+        """What the branches of a step say of how they are combined."""
+        main, first = self.layout.main, None
+        added = view(sample, part) if self.layout.preconditioned else None
+        for which in PARTS:
+            branches = self.branches_of(made, calls, part, which)
+            if branches is None:
+                continue
+            found = learn(branches, part, calls, main, self.layout.frames, added)
+            if found is None:
+                return None
+            if found.reason and len(branches) == 2:
+                found = learn_norm(branches, part, calls, main) or found
+            found = replace(found, part=which)
+            if not found.reason:
+                return found
+            first = first or found
+        if first is None:
+            shapes = tuple(made[0].prediction.shape), tuple(part.shape)
+            reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
+            return Pattern(calls, main, reason=reason)
+        return first
 
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
@@ -398,14 +451,16 @@ class Driver:
 
     def check_pattern(self, run: Run, pattern: Pattern) -> None:
         """Refuse what a pattern has no place for."""
-        name = type(self.pipe).__name__
-        if pattern.main is None:
+        guidance, name = self.guidance, type(self.pipe).__name__
+        decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
+        alone = any(d.evaluate == ("cond",) for d in decisions)
+        if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")
-        replaces = self.guidance.changes_combination(run.total) or any(
-            d.estimates or (d.changes_combination and not d.skips) for d in run.decisions
+        combines = not guidance.keeps_combination or any(
+            d.estimates or (d.changes_combination and not d.skips) for d in decisions
         )
-        if pattern.reason and replaces:
+        if pattern.reason and combines:
             raise LayoutError(
                 f"'{self.asked}' cannot guide this call of {name}: {pattern.reason}. Leave out "
                 "what changes it (guidance_rescale, for instance), or use guidance='cfg'"
@@ -420,27 +475,37 @@ class Driver:
         estimates = any(d.estimates for d in run.decisions)
         if not run.rows and not estimates and not run.skipped and not self.stale:
             return run.combine(part, None, 1.0, x_t, own=part)
-        branches = self.branches_of(made, pattern.calls, part)
+        if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
+            return self.end_unguided(run, part, x_t)
+        branches = self.branches_of(made, pattern.calls, part, pattern.part)
         if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
-            raise LayoutError(self.irregular("changes the shape of its predictions"))
-        assert pattern.main is not None
-        if pattern.sign < 0:
+            branches = [part] * pattern.branches
+        if pattern.sign < 0 and not self.layout.preconditioned:
             branches = [-branch for branch in branches]
-        cond = branches.pop(pattern.main)
-        uncond, w = branches[0], 1.0
+        cond, w = branches[pattern.main], 1.0
+        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
+        uncond = others[0]
         measures = estimates or self.detailed or not self.guidance.keeps_combination
         measures = measures or any(d.changes_combination for d in run.decisions)
-        if len(branches) > 1:
-            ordered = [*branches[: pattern.main], cond, *branches[pattern.main :]]
-            w = weight_of(ordered, part, pattern.main)
-            uncond = cond - (part - cond) / (w - 1)
+        if self.layout.preconditioned:
+            sample = view(self.sample, part)
+            assert sample is not None
+            *weights, added = weights_of([cond, *others, sample], part)
+            scale = sum(weights)
+            w = weights[0] / scale
+            self.look(run, w, 0.0)
+            cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
+        elif len(others) > 1:
+            w = weights_of(branches, part)[pattern.main]
             self.look(run, w, 0.0)
         elif pattern.norm and measures:
-            w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).to(part.dtype)
+            w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
             self.look(run, w, 0.0)
         elif measures and not pattern.reason:
             w, left = scale_of(cond, uncond, part, self.layout.frames)
             self.look(run, w, left)
+        if len(others) > 1:
+            uncond = cond - (part - cond) / (w - 1)
         handed = cond
         if run.skipped:
             active = [row for row in range(run.batch) if row not in run.skipped]
@@ -587,6 +652,17 @@ class Driver:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
             self.run.finish()
+
+
+@contextlib.contextmanager
+def unperturbed(pipe: Any, network: Any) -> Iterator[None]:
+    """The network's own attention, for rows without a branch of perturbed attention."""
+    before = network.attn_processors
+    network.set_attn_processor(dict(pipe.original_attn_proc))
+    try:
+        yield
+    finally:
+        network.set_attn_processor(before)
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:

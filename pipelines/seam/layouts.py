@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 
 class LayoutError(RuntimeError):
@@ -30,8 +27,6 @@ class Layout:
         channels: Number of leading channels that it guides, of those that its scheduler steps.
         conflicts: Options of the call by which the pipeline goes on from its own combination; they
             are refused beforehand where guided predictions take its place.
-        view: The part of a network's output that is guided, in the form in which the scheduler
-            steps it: (pipeline, output, what is stepped) -> tensor; None: its leading block.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
             multiple of its sample, both by the noise level.
         others: The network predicts something else beside, which the pipeline guides on its own:
@@ -47,7 +42,6 @@ class Layout:
     doubled: bool = False
     channels: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
-    view: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     preconditioned: bool = False
     others: str = ""
 

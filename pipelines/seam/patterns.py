@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Pattern:
         calls: How many branches every call of the step holds, one behind the other.
         main: The conditional branch, counted over all calls; None: not known.
         sign: -1 if the pipeline negates what the network returns.
+        part: Which part of the network's output is guided.
         norm: What becomes of the norms of tokens.
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
@@ -49,6 +50,7 @@ class Pattern:
     calls: tuple[int, ...]
     main: int | None = 0
     sign: int = 1
+    part: Part = ""
     norm: Norm = ""
     reason: str = ""
     residual: float = 0.0
@@ -59,27 +61,55 @@ class Pattern:
         return sum(self.calls)
 
 
-def view(prediction: Tensor, like: Tensor) -> Tensor | None:
-    """The part of a network's output that a pipeline guides: its leading block of a shape.
+Part = Literal["", "behind", "tokens", "pixels", "pixels behind"]
+"""Which part of a network's output is guided, and in which form its scheduler steps it: the
+leading block; the block at the end; pictures as tokens (channels last); tokens as pictures; both."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
-    Reference tokens and variance channels lie behind; dimensions of size 1 may be missing.
+
+def view(prediction: Tensor, like: Tensor, part: Part = "") -> Tensor | None:
+    """The part of a network's output that a pipeline guides; None if there is none of that shape.
+
+    Reference tokens and variance channels lie behind it, a frame that is given before it;
+    dimensions of size 1 may be missing.
 
     Args:
         prediction: With shape (B, \\*).
         like: What its scheduler steps, with shape (B, \\*).
+        part: Which part.
     """
-    if prediction.shape == like.shape:
+    if prediction.shape == like.shape and part in ("", "behind"):
         return prediction
+    if part == "tokens":
+        tokens = prediction.flatten(2).transpose(1, 2)
+        return tokens if tokens.shape == like.shape else None
+    if part.startswith("pixels"):
+        area = math.prod(like.shape[-2:])
+        if prediction.ndim != 3 or like.ndim < 4 or prediction.shape[1] % area:
+            return None
+        pixels = prediction.transpose(1, 2)
+        frames = (prediction.shape[1] // area,) if like.ndim == 5 else ()
+        return view(
+            pixels.unflatten(2, (*frames, *like.shape[-2:])),
+            like,
+            "behind" if part == "pixels behind" else "",
+        )
     missing = prediction.ndim - like.ndim
     if missing == 1:
         sizes = prediction.shape
         for axis in range(1, prediction.ndim):
             rest = sizes[:axis] + sizes[axis + 1 :]
             if sizes[axis] == 1 and all(a >= b for a, b in zip(rest, like.shape, strict=True)):
-                return view(prediction.squeeze(axis), like)
+                return view(prediction.squeeze(axis), like, part)
         return None
     if missing or any(a < b for a, b in zip(prediction.shape, like.shape, strict=True)):
         return None
+    if part == "behind":
+        return prediction[
+            tuple(
+                slice(len_ - n, None) for len_, n in zip(prediction.shape, like.shape, strict=True)
+            )
+        ]
     return prediction[tuple(slice(size) for size in like.shape)]
 
 
@@ -89,6 +119,7 @@ def learn(
     calls: tuple[int, ...],
     main: int | None = None,
     frames: int | None = None,
+    sample: Tensor | None = None,
 ) -> Pattern | None:
     """The pattern of a step whose branches were all evaluated.
 
@@ -98,16 +129,18 @@ def learn(
         calls: See `Pattern`.
         main: The conditional branch, if that is known.
         frames: Axis along which the guidance scale varies, if it does.
+        sample: What the scheduler steps, with shape (B, \\*), if a multiple of it is added.
 
     Returns:
         The pattern; None if the branches are too much alike to say.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
     wide = torch.float64 if mixed.device.type != "mps" else torch.float32
+    parts = [*predictions] if sample is None else [*predictions, sample]
     if frames is not None:  # every frame has weights of its own: one of them tells
-        predictions = [p.select(frames, -1) for p in predictions]
+        parts = [p.select(frames, -1) for p in parts]
         mixed = mixed.select(frames, -1)
-    flat = torch.stack([p.detach().to(wide).flatten(1) for p in predictions])  # (n, B, N)
+    flat = torch.stack([p.detach().to(wide).flatten(1) for p in parts])  # (n, B, N)
     target = mixed.detach().to(wide).flatten(1)
     every = flat.flatten(1)
     gram, seen = (every @ every.T).cpu(), (every @ target.flatten()).cpu()
@@ -119,16 +152,17 @@ def learn(
         return None
     weights = torch.linalg.solve(gram, seen)
     rest = (target - torch.einsum("k,kbn->bn", weights.to(target), flat)).norm(dim=1).cpu()
-    sizes = flat.norm(dim=2).cpu()  # (n, B)
-    allowed = 4 * eps * (weights.abs() @ sizes)
+    allowed = 4 * eps * (weights.abs() @ flat.norm(dim=2).cpu())
     length = target.norm(dim=1).cpu()
     residual = float((rest / length.where(length > 0, 1)).max())
+    exact = bool((rest <= allowed).all())
+    weights = weights[: len(predictions)]
     sum_, listed = float(weights.sum()), weights.tolist()
     sign = -1 if sum_ < 0 else 1
-    shares = [sign * weight for weight in listed]
-    found = Pattern(calls, _main(shares) if main is None else main, sign, residual=residual)
-    exact = bool((rest <= allowed).all())
-    if exact and abs(sign * sum_ - 1) <= max(1e-3, 2 * eps):
+    if main is None:
+        main = _main([weight / sum_ for weight in listed]) if exact or residual < 0.5 else None
+    found = Pattern(calls, main, sign, residual=residual)
+    if exact and (sample is not None or abs(sign * sum_ - 1) <= max(1e-3, 2 * eps)):
         return found
     if exact:
         return replace(
@@ -136,16 +170,8 @@ def learn(
             reason="it changes its combination afterwards: the weights of its branches are "
             f"{', '.join(f'{w:.3g}' for w in listed)}, which sum to {sum_:.2g}",
         )
-    if len(predictions) == 2 and frames is None:
-        for norm in ("match", "limit"):
-            for which in (0, 1) if main is None else (main,):
-                pair = predictions[which], predictions[1 - which]
-                part, w = norm_residual(*pair, mixed, norm)
-                if w > 1 and part <= 64 * eps * w:
-                    return Pattern(calls, which, 1, norm, residual=part)
     return replace(
         found,
-        main=found.main if residual < 0.5 else main,
         reason="what it hands its scheduler is no sum of what its network returned (a share of "
         f"{residual:.2g} is left over)",
     )
@@ -157,12 +183,32 @@ def _main(shares: Sequence[float]) -> int | None:
     return positive[0] if len(positive) == 1 else None
 
 
+def learn_norm(
+    predictions: Sequence[Tensor], mixed: Tensor, calls: tuple[int, ...], main: int | None
+) -> Pattern | None:
+    """The pattern of two branches where the norms of tokens are changed afterwards, if they are.
+
+    Arguments as of `learn`.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
+    norms: tuple[Norm, ...] = ("match", "limit")
+    for norm in norms:
+        for sign in (1, -1):
+            for which in (0, 1) if main is None else (main,):
+                pair = predictions[which], predictions[1 - which]
+                left, w = norm_residual(*pair, sign * mixed, norm)
+                if w > 1 and left <= 64 * eps * w:
+                    return Pattern(calls, which, sign, norm=norm, residual=left)
+    return None
+
+
 def norm_residual(cond: Tensor, uncond: Tensor, mixed: Tensor, norm: Norm) -> tuple[float, float]:
     """What is left of a combination whose tokens' norms were changed, and its scale w."""
     cond, uncond, mixed = (t.detach().double() for t in (cond, uncond, mixed))
     w = float(scale_of_normed(cond, uncond, mixed))
     if not math.isfinite(w):
         return math.inf, w
+    # A factor that is not the norms' shows as what is left over.
     own = normed(uncond + w * (cond - uncond), cond, norm)
     return float((own - mixed).norm() / mixed.norm()), w
 
@@ -243,10 +289,15 @@ def scale_of(
     return w, left / rounding.clamp(min=1e-30)
 
 
-def weight_of(predictions: Sequence[Tensor], mixed: Tensor, main: int) -> Tensor:
-    """The weight of one branch in what a pipeline made of three or more, a 0-d tensor."""
+def weights_of(predictions: Sequence[Tensor], mixed: Tensor) -> Tensor:
+    """The weights of some tensors in what a pipeline made of them, with shape (n,), on the device.
+
+    Args:
+        predictions: n of them, each with shape (B, \\*).
+        mixed: What the pipeline made of them, with shape (B, \\*).
+    """
     wide = torch.float64 if mixed.device.type != "mps" else torch.float32
     every = torch.stack([sample_of(p.detach()).to(wide).flatten() for p in predictions])
     gram, seen = every @ every.T, every @ sample_of(mixed.detach()).to(wide).flatten()
     weights, _ = torch.linalg.solve_ex(gram, seen)
-    return weights[main].to(accumulate(mixed).dtype)
+    return weights.to(accumulate(mixed).dtype)

@@ -21,7 +21,8 @@ NAMES: dict[Layout, str] = {
         ZImageControlNetInpaintPipeline ZImageControlNetPipeline ZImageImg2ImgPipeline
         ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
     Layout(doubled=True): "DiTPipeline",
-    Layout(doubled=True, channels=3): "LuminaPipeline",
+    Layout(channels=3): "LuminaPipeline",
+    Layout(preconditioned=True): "StableDiffusionLatentUpscalePipeline",
     Layout(main=0): """
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",

@@ -20,7 +20,7 @@ from .base import (
     family,
     flow,
 )
-from .stable_diffusion import pag_mix
+from .pag import pag_mix
 
 
 def control_call(batch: int, negative: bool, size: int = 16, **extra) -> dict:

@@ -87,7 +87,8 @@ def ag_rows_ok(name):
         trace = pipe.guidance_trace
         steps = len(trace.steps)
         guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        if trace.nfe != [2 * k + (steps - k) for k in guided_steps]:
+        branches = len(FAMILIES[name].layout.split()) - 1
+        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
@@ -124,7 +125,8 @@ def forecast_error(name):
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    nfe = 2 * choices.count("both")
+    branches = len(FAMILIES[name].layout.split()) - 1
+    nfe = branches * choices.count("both")
     assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
     stock = FAMILIES[name].build()
     held_outputs(stock, choices)
@@ -139,10 +141,11 @@ def resting_rows_ok(name):
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
+    branches = len(FAMILIES[name].layout.split()) - 1
+    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
