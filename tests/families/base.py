@@ -58,6 +58,7 @@ class Family:
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one.
+        scheduler: Attribute of the pipeline that holds the loop's scheduler.
     """
 
     name: str
@@ -74,10 +75,11 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool = False
+    scheduler: str = "scheduler"
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched")
+SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched", "scheduler")
 
 
 def family(

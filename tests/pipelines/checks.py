@@ -146,6 +146,15 @@ def resting_rows_ok(name):
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
+def with_first(output, value):
+    """What a network returned, with another value in place of its first one."""
+    if isinstance(output, torch.Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): value}))
+
+
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
@@ -155,7 +164,8 @@ class PaperGuidance:
     """
 
     def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.pipe, self.family, self.call = pipe, family, call
+        self.family, self.call = family, call
+        self.scheduler = getattr(pipe, family.scheduler)
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
         self.names = names.split()
@@ -185,7 +195,7 @@ class PaperGuidance:
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
         c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
+            own_x0(self.scheduler, self.index, self.sign * pred, x).numpy()
             for pred in (branches["cond"], away)
         )
         w = w if isinstance(w, (int, float)) else np.asarray(w)
@@ -193,7 +203,7 @@ class PaperGuidance:
             paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
         x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
+        guided[part] = self.sign * own_prediction(self.scheduler, self.index, x0, x)
         self.index += 1
         return guided
 
@@ -206,10 +216,7 @@ class PaperGuidance:
         guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
         all_equal = torch.cat([guided] * count)
         all_equal = list(all_equal) if listed else all_equal
-        if isinstance(output, torch.Tensor):
-            return all_equal
-        rest = tuple(output[1:]) if isinstance(output, tuple) else None
-        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
+        return with_first(output, all_equal)
 
     def in_turn(self, module, args, kwargs, output):
         first = output if isinstance(output, torch.Tensor) else output[0]
@@ -223,8 +230,7 @@ class PaperGuidance:
         branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
         zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
         one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
-        last = ((guided - zero) / (one - zero)).to(first.dtype)
-        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+        return with_first(output, ((guided - zero) / (one - zero)).to(first.dtype))
 
 
 def paper_call(name, batch=3, **extra):
