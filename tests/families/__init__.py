@@ -5,12 +5,13 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import flux, images, qwen, stable_diffusion, unets, videos, wan
+from . import audio, flux, images, qwen, stable_diffusion, unets, videos, wan
 from .base import FAMILIES, Family
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "audio",
     "flux",
     "images",
     "qwen",
