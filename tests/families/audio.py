@@ -210,7 +210,7 @@ def stable_audio3() -> dict:
         **c.texts((tr.T5GemmaEncoderModel(encoder).eval(), tokenizer)),
         "vae": vae.eval(),
         "duration_embedder": StableAudio3DurationEmbedder(c.WIDTH, 16),
-        "transformer": c.condition_loudly(c.wake(transformer)),
+        "transformer": c.amplify(c.wake(transformer), ("cross_attn.to_",), 6.0),
         "scheduler": flow(num_train_timesteps=1),
     }
 

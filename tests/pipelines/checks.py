@@ -170,7 +170,7 @@ class PaperGuidance:
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen = family.first_step, None, []
+        self.index, self.averages, self.seen, self.shown = family.first_step, None, [], []
         hook = {"batch": self.batched, "calls": self.in_turn}[how]
         for denoiser in family.denoisers:
             getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
@@ -219,17 +219,24 @@ class PaperGuidance:
         return with_first(output, all_equal)
 
     def in_turn(self, module, args, kwargs, output):
+        """The pipeline sees other branches than its network's, and must make of them what we do.
+
+        All but the last are negated, which keeps their norms; the last is the one with which the
+        family's mix, affine in it, gives the guided prediction.
+        """
         first = output if isinstance(output, torch.Tensor) else output[0]
+        x = args[0] if args else next(iter(kwargs.values()))
         self.seen.append(first)
         if len(self.seen) < len(self.names):
-            return output
-        outputs, self.seen = self.seen, []
-        x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
-        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
-        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
-        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
+            part = self.family.part(first, x)
+            self.shown.append(first.clone())
+            self.shown[-1][part] *= -1
+            return with_first(output, self.shown[-1])
+        guided = self.guide(x, self.seen)
+        shown = dict(zip(self.names, (out.double() for out in self.shown), strict=False))
+        self.seen, self.shown = [], []
+        zero, _ = self.mix(shown | {self.names[-1]: torch.zeros_like(guided)})
+        one, _ = self.mix(shown | {self.names[-1]: torch.ones_like(guided)})
         return with_first(output, ((guided - zero) / (one - zero)).to(first.dtype))
 
 
