@@ -146,15 +146,6 @@ def resting_rows_ok(name):
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
-def with_first(output, value):
-    """What a network returned, with another value in place of its first one."""
-    if isinstance(output, torch.Tensor):
-        return value
-    if isinstance(output, tuple):
-        return (value, *output[1:])
-    return type(output)(**(dict(output) | {next(iter(output)): value}))
-
-
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
@@ -164,13 +155,12 @@ class PaperGuidance:
     """
 
     def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.family, self.call = family, call
-        self.scheduler = getattr(pipe, family.scheduler)
+        self.pipe, self.family, self.call = pipe, family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen, self.shown = family.first_step, None, [], []
+        self.index, self.averages, self.seen = family.first_step, None, []
         hook = {"batch": self.batched, "calls": self.in_turn}[how]
         for denoiser in family.denoisers:
             getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
@@ -195,7 +185,7 @@ class PaperGuidance:
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
         c, u = (
-            own_x0(self.scheduler, self.index, self.sign * pred, x).numpy()
+            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
             for pred in (branches["cond"], away)
         )
         w = w if isinstance(w, (int, float)) else np.asarray(w)
@@ -203,7 +193,7 @@ class PaperGuidance:
             paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
         x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.scheduler, self.index, x0, x)
+        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
         self.index += 1
         return guided
 
@@ -216,28 +206,25 @@ class PaperGuidance:
         guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
         all_equal = torch.cat([guided] * count)
         all_equal = list(all_equal) if listed else all_equal
-        return with_first(output, all_equal)
+        if isinstance(output, torch.Tensor):
+            return all_equal
+        rest = tuple(output[1:]) if isinstance(output, tuple) else None
+        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
 
     def in_turn(self, module, args, kwargs, output):
-        """The pipeline sees other branches than its network's, and must make of them what we do.
-
-        All but the last are negated, which keeps their norms; the last is the one with which the
-        family's mix, affine in it, gives the guided prediction.
-        """
         first = output if isinstance(output, torch.Tensor) else output[0]
-        x = args[0] if args else next(iter(kwargs.values()))
         self.seen.append(first)
         if len(self.seen) < len(self.names):
-            part = self.family.part(first, x)
-            self.shown.append(first.clone())
-            self.shown[-1][part] *= -1
-            return with_first(output, self.shown[-1])
-        guided = self.guide(x, self.seen)
-        shown = dict(zip(self.names, (out.double() for out in self.shown), strict=False))
-        self.seen, self.shown = [], []
-        zero, _ = self.mix(shown | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(shown | {self.names[-1]: torch.ones_like(guided)})
-        return with_first(output, ((guided - zero) / (one - zero)).to(first.dtype))
+            return output
+        outputs, self.seen = self.seen, []
+        x = args[0] if args else next(iter(kwargs.values()))
+        guided = self.guide(x, outputs)
+        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
+        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
+        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
+        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
+        last = ((guided - zero) / (one - zero)).to(first.dtype)
+        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
 
 
 def paper_call(name, batch=3, **extra):
