@@ -2,12 +2,8 @@
 
 import diffusers as df
 import transformers as tr
-from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
-from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
-from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
 from .. import components as c
 from .base import TRANSFORMER, UNET, ddim, family, flow
@@ -102,6 +98,8 @@ def audioldm2() -> dict:
 @family("stable_audio", "StableAudioPipeline", "batch: uncond cond", TRANSFORMER, **SOUND)
 def stable_audio() -> dict:
     """The published scheduler draws its noise from torchsde; this one has its preconditioning."""
+    from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
+
     transformer = df.StableAudioDiTModel(
         sample_size=16,
         in_channels=4,
@@ -169,6 +167,11 @@ ONE_AUDIO = {"scale_name": "", "negative": False, "duration": 2.0}
 )
 def stable_audio3() -> dict:
     """Given a sound to start from or to fill in it is never guided."""
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import (
+        StableAudio3DurationEmbedder,
+    )
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+
     transformer = df.StableAudio3DiTModel(
         io_channels=4,
         embed_dim=32,
@@ -242,6 +245,8 @@ def ace_step_mix(branches: dict[str, Tensor], call: dict) -> tuple[Tensor, float
 )
 def ace_step() -> dict:
     """Its own guidance is APG with momentum; a learned embedding stands for no condition."""
+    from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+
     sizes = {
         "hidden_size": c.WIDTH,
         "intermediate_size": c.WIDTH,

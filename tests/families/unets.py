@@ -2,8 +2,6 @@
 
 import diffusers as df
 import transformers as tr
-from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
-from diffusers.pipelines.shap_e.renderer import ShapERenderer
 
 from .. import components as c
 from .base import NO_CHECKER, PARTIAL, UNET, family
@@ -237,6 +235,8 @@ def kandinsky22_inpaint_combined() -> dict:
 
 
 def multilingual_clip() -> tuple:
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+
     config = MCLIPConfig(
         transformerDimSize=c.WIDTH,
         imageDimSize=16,
@@ -553,6 +553,8 @@ def shap_e_image_call(batch: int, negative: bool, **extra) -> dict:
 
 def shap_e_parts(**config) -> dict:
     """The network's output is twice as wide as its input; the second half goes unused."""
+    from diffusers.pipelines.shap_e.renderer import ShapERenderer
+
     network = df.PriorTransformer(
         num_attention_heads=2,
         attention_head_dim=8,

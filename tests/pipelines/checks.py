@@ -168,6 +168,7 @@ class PaperGuidance:
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
+        self.arguments = call()  # for the family's mix, which may keep in them what it must
         self.index, self.averages = family.first_step, None
         self.turn, self.seen, self.known = 0, [], []
         hook = {"batch": self.batched, "calls": self.in_turn}[how]
@@ -182,14 +183,18 @@ class PaperGuidance:
             except StepKnown:
                 pass
 
+    @property
+    def scheduler(self):
+        return getattr(self.pipe, self.family.scheduler)
+
     def mix(self, branches):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
-        call = self.call()
+        call = self.arguments
         if self.family.mix is not None:
             return self.family.mix(branches, call)
         scale = call[self.family.scale_name]
         if self.family.scale_at is not None:
-            scale = self.family.scale_at(call, float(self.pipe.scheduler.timesteps[self.index]))
+            scale = self.family.scale_at(call, float(self.scheduler.timesteps[self.index]))
         w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
@@ -208,8 +213,8 @@ class PaperGuidance:
 
         def denoised(prediction):
             if self.family.x0 is not None:
-                return self.family.x0(self.pipe.scheduler, self.index, kwargs, prediction, x)
-            return own_x0(self.pipe.scheduler, self.index, prediction, x)
+                return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.scheduler, self.index, prediction, x)
 
         c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
