@@ -538,3 +538,15 @@ def magvit_vae() -> nn.Module:
         spatial_group_norm=False,
     )
     return model.eval()
+
+
+# Of Kandinsky's priors and decoders, and of the audio pipelines.
+
+
+def xlm_roberta_tokenizer():
+    letters, merges = pieces()
+    inner = [*letters, *(a + b for a, b in merges)]
+    scored = [(mark + piece, -1.0 / len(piece)) for piece in inner for mark in ("", "▁")]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, ("▁", -2.0), *scored, ("<mask>", 0.0)]
+    return tr.XLMRobertaTokenizer(vocab=vocab, model_max_length=77)

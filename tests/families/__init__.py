@@ -7,6 +7,7 @@ return latents). Both are seeded: the same build and call give the same numbers.
 
 from . import (
     animatediff,
+    audio,
     controlnets,
     flux,
     images,
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "animatediff",
+    "audio",
     "controlnets",
     "flux",
     "images",
