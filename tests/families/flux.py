@@ -1,6 +1,8 @@
 """Flux and what is built like it."""
 
 import diffusers as df
+import transformers as tr
+from PIL import Image
 from torch import Tensor, nn
 
 from .. import components as c
@@ -18,6 +20,10 @@ DISTILLED = {"negative": False, **SHORT}
 def first_half(output: Tensor, x: Tensor) -> tuple[slice, ...]:
     """Tokens of a reference picture, as many, stand behind those of the latents."""
     return (slice(None), slice(x.shape[1] // 2))
+
+
+def loud(model: nn.Module, gain: float = 10.0) -> nn.Module:
+    return c.amplify(c.wake(model), ("add_v_proj", "context_embedder"), gain)
 
 
 def dynamic_flow() -> df.FlowMatchEulerDiscreteScheduler:
@@ -195,3 +201,127 @@ def chroma_inpaint() -> dict:
     parts = chroma_parts()
     parts["transformer"].register_to_config(guidance_embeds=False)
     return parts
+
+
+USER_ONLY = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+LAYERS = {"text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 64}
+
+
+def picture(seed: int = 500, width: int = 64, height: int = 64) -> Image.Image:
+    pixels = c.noise(height, width, 3, seed=seed, low=0.0)
+    return Image.fromarray((255 * pixels).byte().numpy())
+
+
+def flux2_vae(blocks: int = 2) -> nn.Module:
+    return df.AutoencoderKLFlux2(
+        block_out_channels=(4,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+
+
+def flux2_model(guidance_embeds: bool = False) -> nn.Module:
+    model = df.Flux2Transformer2DModel(
+        in_channels=16,
+        **SIZES | {"joint_attention_dim": 3 * c.WIDTH},
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return loud(model)
+
+
+def mistral() -> nn.Module:
+    text = {
+        "vocab_size": c.VOCAB,
+        "hidden_size": c.WIDTH,
+        "intermediate_size": c.WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = tr.Mistral3Config(
+        text_config=text | {"model_type": "mistral"},
+        vision_config=vision | {"model_type": "pixtral"},
+        image_token_index=1,
+    )
+    return tr.Mistral3ForConditionalGeneration(config).eval()
+
+
+@family("flux2", "Flux2Pipeline", *ONE, negative=False, **LAYERS)
+def flux2() -> dict:
+    """The system message would fill the sequence, so the chat template leaves it out."""
+    tokenizer = c.llama_tokenizer()
+    tokenizer.chat_template = USER_ONLY
+    return {
+        **c.texts((mistral(), tokenizer)),
+        "vae": flux2_vae(),
+        "transformer": flux2_model(guidance_embeds=True),
+        "scheduler": dynamic_flow(),
+    }
+
+
+def klein_parts(blocks: int = 2) -> dict:
+    """Its unconditional branch is the empty prompt."""
+    return {
+        **c.texts(c.language_model(tr.Qwen3ForCausalLM, tr.Qwen3Config, c.qwen_tokenizer())),
+        "vae": flux2_vae(blocks),
+        "transformer": flux2_model(),
+        "scheduler": dynamic_flow(),
+    }
+
+
+def small_klein_parts() -> dict:
+    """Reference pictures have at least 64 pixels a side, and all samples share them."""
+    return klein_parts(blocks=4)
+
+
+def reference_call(batch: int, negative: bool, **extra) -> dict:
+    return c.text_call(batch, negative, height=64, width=64, **extra) | {"image": picture()}
+
+
+family("flux2_klein", "Flux2KleinPipeline", *TWO, negative=False, **LAYERS)(klein_parts)
+family(
+    "flux2_klein_edit",
+    "Flux2KleinPipeline",
+    *TWO,
+    reference_call,
+    negative=False,
+    part=first_half,
+    **LAYERS,
+)(small_klein_parts)
+family(
+    "flux2_klein_inpaint",
+    "Flux2KleinInpaintPipeline",
+    *TWO,
+    c.inpaint_call,
+    negative=False,
+    part=first_half,
+    **LAYERS,
+    **LATER,
+)(klein_parts)
+family(
+    "flux2_klein_kv",
+    "Flux2KleinKVPipeline",
+    *ONE,
+    reference_call,
+    negative=False,
+    guidance_scale=None,
+    **LAYERS,
+)(small_klein_parts)
