@@ -58,6 +58,10 @@ class Family:
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one.
+        scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
+        x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
+            the denoised image, where the scheduler is not handed what the network predicts.
+        max_batch: How many samples a call can have, up to 3.
     """
 
     name: str
@@ -74,10 +78,16 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool = False
+    scale_at: Callable[[dict, float], float] | None = None
+    x0: Callable[..., Tensor] | None = None
+    max_batch: int = 3
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched")
+SPEC = (
+    *("w", "mix", "negated", "part", "first_step"),
+    *("norm_matched", "scale_at", "x0", "max_batch"),
+)
 
 
 def family(

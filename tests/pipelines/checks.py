@@ -146,33 +146,54 @@ def resting_rows_ok(name):
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
+class StepKnown(Exception):
+    """All branches of a step were seen: the call starts anew, with what they make."""
+
+
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
-    Where the branches are, and what is guided of them, the family says. Denoised images come from
-    the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way of
-    writing plain classifier-free guidance.
+    Every branch of a step returns the guided prediction, so that whatever the pipeline makes of
+    its branches is that prediction: the oracle owes it nothing. Branches evaluated in turn are
+    only known when the first has returned, so `run` then calls the pipeline again, up to the next
+    step. Where the branches are, and what is guided of them, the family says. Denoised images come
+    from the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way
+    of writing plain classifier-free guidance.
     """
 
-    def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.pipe, self.family, self.call = pipe, family, call
+    def __init__(self, family, call, eta=1.0, r=0.0, beta=0.0):
+        """`call` makes the arguments of the pipeline's call, anew each time."""
+        self.pipe, self.family, self.call = family.build(), family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen = family.first_step, None, []
+        self.index, self.averages = family.first_step, None
+        self.turn, self.seen, self.known = 0, [], []
         hook = {"batch": self.batched, "calls": self.in_turn}[how]
         for denoiser in family.denoisers:
-            getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+            getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+
+    def run(self):
+        while True:
+            self.turn = 0
+            try:
+                return self.pipe(**self.call())[0]
+            except StepKnown:
+                pass
 
     def mix(self, branches):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
+        call = self.call()
         if self.family.mix is not None:
-            return self.family.mix(branches, self.call)
-        w = self.family.w(self.call[self.family.scale_name])
+            return self.family.mix(branches, call)
+        scale = call[self.family.scale_name]
+        if self.family.scale_at is not None:
+            scale = self.family.scale_at(call, float(self.pipe.scheduler.timesteps[self.index]))
+        w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs):
+    def guide(self, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
         part = self.family.part(branches["cond"], x)
@@ -184,16 +205,22 @@ class PaperGuidance:
         away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
-        c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
-            for pred in (branches["cond"], away)
-        )
+
+        def denoised(prediction):
+            if self.family.x0 is not None:
+                return self.family.x0(self.pipe.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.pipe.scheduler, self.index, prediction, x)
+
+        c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
         rows = [
             paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
-        x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
+        prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
+        if self.family.norm_matched:
+            norms = branches["cond"].norm(dim=-1, keepdim=True)
+            prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
+        guided[part] = prediction
         self.index += 1
         return guided
 
@@ -203,35 +230,48 @@ class PaperGuidance:
         listed = isinstance(x, list)
         x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
         count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
+        guided = self.guide(x.chunk(count)[0], out.chunk(count), kwargs).to(out.dtype)
         all_equal = torch.cat([guided] * count)
-        all_equal = list(all_equal) if listed else all_equal
-        if isinstance(output, torch.Tensor):
-            return all_equal
-        rest = tuple(output[1:]) if isinstance(output, tuple) else None
-        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
+        return replaced(output, list(all_equal) if listed else all_equal)
 
     def in_turn(self, module, args, kwargs, output):
-        first = output if isinstance(output, torch.Tensor) else output[0]
-        self.seen.append(first)
-        if len(self.seen) < len(self.names):
-            return output
-        outputs, self.seen = self.seen, []
-        x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
-        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
-        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
-        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
-        last = ((guided - zero) / (one - zero)).to(first.dtype)
-        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+        step, turn = divmod(self.turn, len(self.names))
+        self.turn += 1
+        out = output if isinstance(output, torch.Tensor) else output[0]
+        listed = isinstance(out, (list, tuple))
+        if step == len(self.known):
+            x = args[0] if args else next(iter(kwargs.values()))
+            x, out = (torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in (x, out))
+            self.seen.append(out)
+            if turn + 1 < len(self.names):
+                return output
+            outputs, self.seen = self.seen, []
+            self.known.append(self.guide(x, outputs, kwargs).to(out.dtype))
+            raise StepKnown
+        guided = self.known[step]
+        return replaced(output, list(guided) if listed else guided)
+
+
+def replaced(output, value):
+    """What a network returned, in the same wrapping, with another first value."""
+    if isinstance(output, torch.Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): value}))
 
 
 def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
+
+
+def led(name, *settings):
+    """Latents of the stock pipeline led by the oracle."""
+    return PaperGuidance(FAMILIES[name], lambda: paper_call(name), *settings).run()
 
 
 def oracle_error(name):
@@ -239,10 +279,7 @@ def oracle_error(name):
 
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
-    family = FAMILIES[name]
-    stock, led = family.build(), family.build()
-    PaperGuidance(led, family, paper_call(name))
-    results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
+    results = FAMILIES[name].build()(**paper_call(name))[0], led(name)
     expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -253,9 +290,7 @@ def apg_error(name):
     eta, r, beta = 0.2, 2.0, -0.6
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
-    stock = family.build()
-    PaperGuidance(stock, family, paper_call(name), eta, r, beta)
-    values = (ours, stock(**paper_call(name))[0], family.build()(**paper_call(name))[0])
+    values = (ours, led(name, eta, r, beta), family.build()(**paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
