@@ -5,13 +5,14 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import flux, images, qwen, stable_diffusion, unets, videos, wan
+from . import flux, flux_like, images, qwen, stable_diffusion, unets, videos, wan
 from .base import FAMILIES, Family
 
 __all__ = [
     "FAMILIES",
     "Family",
     "flux",
+    "flux_like",
     "images",
     "qwen",
     "stable_diffusion",
