@@ -155,12 +155,8 @@ def bria_fibo2() -> dict:
     }
 
 
-def longcat_call(batch: int, negative: bool, **extra) -> dict:
-    """A single negative prompt, its default too, fits a single sample only."""
-    return {"negative_prompt": [""] * batch} | c.text_call(batch, negative, **extra)
-
-
 def longcat_parts() -> dict:
+    """Without negative prompts all samples share a single row of text."""
     model = df.LongCatImageTransformer2DModel(in_channels=64, **SIZES, **ROPE)
     return {
         **c.texts((c.qwen_vl(), c.qwen_tokenizer())),
@@ -175,7 +171,6 @@ family(
     "longcat_image",
     "LongCatImagePipeline",
     *TWO,
-    longcat_call,
     norm_matched="capped",
     enable_prompt_rewrite=False,
 )(longcat_parts)
