@@ -58,7 +58,8 @@ class Family:
         negated: The pipeline negates what the network returns before it steps.
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
-        norm_matched: The guided prediction is given the norm of the conditional one.
+        norm_matched: The guided prediction is given the norm of the conditional one ("capped":
+            where it is longer).
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
@@ -79,7 +80,7 @@ class Family:
     negated: bool = False
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
-    norm_matched: bool = False
+    norm_matched: bool | str = False
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
     max_batch: int = 3

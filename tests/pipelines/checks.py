@@ -228,8 +228,10 @@ class PaperGuidance:
         ]
         prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
-            norms = branches["cond"].norm(dim=-1, keepdim=True)
-            prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
+            norms = [v.norm(dim=-1, keepdim=True) for v in (branches["cond"], prediction)]
+            ratio = norms[0] / norms[1]
+            capped = self.family.norm_matched == "capped"
+            prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
         guided[part] = prediction
         self.index += 1
         return guided
@@ -259,6 +261,8 @@ class PaperGuidance:
             self.known.append(self.guide(x, outputs, kwargs).to(out.dtype))
             raise StepKnown
         guided = self.known[step]
+        if not listed:  # a branch may lack the tokens in front of those that are guided
+            guided = guided[:, -out.shape[1] :]
         return replaced(output, list(guided) if listed else guided)
 
 
