@@ -182,7 +182,7 @@ class Driver:
         )
         return Made(call.rows, output, prediction_of(output))
 
-    def rows_of(self, call: Call, keep: list[int], pattern: Pattern) -> Any:
+    def rows_of(self, call: Call, keep: list[int]) -> Any:
         """The network's output for some rows."""
         run = self.run
         assert run is not None
