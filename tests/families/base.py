@@ -46,9 +46,11 @@ class Family:
         cls: The pipeline's class in diffusers.
         build: Makes the stock pipeline, with random weights in float32.
         call: (batch, negative prompts?) -> the arguments of a call that returns latents.
-        scale_name: Argument of the call for the guidance scale.
+        scale_name: Argument of the call for the guidance scale ("guider.guidance_scale": an
+            attribute of a component).
         layout: How a step evaluates its branches: "batch: " or "calls: " and the branches in order
-            (cond, uncond, and names of others), or "one".
+            (cond, uncond, and names of others), or "one". A "|" after "batch: " starts a
+            new call.
         denoisers: Attributes of the pipeline that hold the networks of the loop.
         negative: Whether the call takes negative prompts.
         w: The call's scale -> w in ``uncond + w * (cond - uncond)``.
@@ -58,6 +60,12 @@ class Family:
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one.
+        scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
+        x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
+            the denoised image, where the scheduler is not handed what the network predicts.
+        max_batch: How many samples a call can have, up to 3.
+        second: What else is denoised, with the network's second output, and returned second: the
+            network's argument that holds it, and how the names of its scales start in the call.
     """
 
     name: str
@@ -74,10 +82,17 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool = False
+    scale_at: Callable[[dict, float], float] | None = None
+    x0: Callable[..., Tensor] | None = None
+    max_batch: int = 3
+    second: tuple[str, str] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched")
+SPEC = (
+    *("w", "mix", "negated", "part", "first_step"),
+    *("norm_matched", "scale_at", "x0", "max_batch", "second"),
+)
 
 
 def family(

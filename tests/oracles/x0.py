@@ -82,8 +82,7 @@ def k_diffusion_x0(kind, pred, x, sigma):
     return pred
 
 
-def own_prediction(scheduler, index, x0, x_in):
-    """The prediction whose denoised image is `x0`: `own_x0` inverted, as it is affine in pred."""
-    zero = own_x0(scheduler, index, torch.zeros_like(x0), x_in)
-    slope = own_x0(scheduler, index, torch.ones_like(x0), x_in) - zero
-    return (x0 - zero) / slope
+def own_prediction(denoised, x0):
+    """The prediction whose denoised image is `x0`; `denoised` is affine in the prediction."""
+    zero = denoised(torch.zeros_like(x0))
+    return (x0 - zero) / (denoised(torch.ones_like(x0)) - zero)

@@ -10,6 +10,7 @@ from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import LAYOUTS, guided
 
 from ..families import FAMILIES
+from ..families.base import leading_channels
 from ..oracles.apg import PaperMomentum, paper_apg
 from ..oracles.x0 import own_prediction, own_x0
 
@@ -21,6 +22,7 @@ COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
 def latents(pipe, name, batch=3, negative=None, **extra):
     if negative is None:  # true CFG means a second branch only where there is a negative prompt
         negative = FAMILIES[name].scale_name == "true_cfg_scale"
+    batch = min(batch, FAMILIES[name].max_batch)
     return pipe(**(FAMILIES[name].call(batch, negative) | extra))[0]
 
 
@@ -146,92 +148,165 @@ def resting_rows_ok(name):
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
+class StepKnown(Exception):
+    """All branches of a step were seen: the call starts anew, with what they make."""
+
+
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
-    Where the branches are, and what is guided of them, the family says. Denoised images come from
-    the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way of
-    writing plain classifier-free guidance.
+    Every branch of a step returns the guided prediction, so that whatever the pipeline makes of
+    its branches is that prediction: the oracle owes it nothing. Branches evaluated in turn are
+    only known when the first has returned, so `run` then calls the pipeline again, up to the next
+    step. Where the branches are, and what is guided of them, the family says. Denoised images come
+    from the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way
+    of writing plain classifier-free guidance.
     """
 
-    def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.pipe, self.family, self.call = pipe, family, call
+    def __init__(self, family, call, eta=1.0, r=0.0, beta=0.0):
+        """`call` makes the arguments of the pipeline's call, anew each time."""
+        self.pipe, self.family, self.call = family.build(), family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
-        self.names = names.split()
+        self.names = names.replace("|", " ").split()
+        calls = names.split("|") if how == "batch" else self.names
+        self.counts = [len(call.split()) for call in calls]  # branches of each call of a step
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen = family.first_step, None, []
-        hook = {"batch": self.batched, "calls": self.in_turn}[how]
+        self.parts = [family.part] + [leading_channels] * (family.second is not None)
+        self.index, self.averages, self.begun = family.first_step, {}, False
+        self.turn, self.seen, self.known, self.noisy = 0, [], [], None
+        hook = self.batched if len(calls) == 1 else self.in_turn
         for denoiser in family.denoisers:
-            getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+            getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
-    def mix(self, branches):
+    def run(self):
+        """What the led pipeline returns."""
+        while True:
+            self.turn = 0
+            try:
+                return run(self.pipe, self.call())
+            except StepKnown:
+                pass
+
+    def mix(self, branches, which):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
+        call = self.call()
+        if which:
+            prefix = self.family.second[1]
+            call |= {key: call[prefix + key] for key in call if prefix + key in call}
         if self.family.mix is not None:
-            return self.family.mix(branches, self.call)
-        w = self.family.w(self.call[self.family.scale_name])
+            return self.family.mix(branches, call)
+        scale = call[self.family.scale_name]
+        if self.family.scale_at is not None:
+            scale = self.family.scale_at(call, float(self.pipe.scheduler.timesteps[self.index]))
+        w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs):
+    def guide(self, which, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
-        part = self.family.part(branches["cond"], x)
+        part = self.parts[which](branches["cond"], x)
         guided = branches["cond"].double()
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
-        mixed, w = self.mix(branches)
+        mixed, w = self.mix(branches, which)
         # All that is added to cond, written as guidance away from one other prediction.
         away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
-        self.averages = self.averages or [PaperMomentum(beta) for _ in x]
-        c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
-            for pred in (branches["cond"], away)
-        )
+        averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
+
+        def denoised(prediction):
+            if self.family.x0 is not None:
+                return self.family.x0(self.pipe.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.pipe.scheduler, self.index, prediction, x)
+
+        c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
-        rows = [
-            paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
+        rows = [paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(averages)]
+        prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
+        if self.family.norm_matched:
+            norms = branches["cond"].norm(dim=-1, keepdim=True)
+            prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
+        guided[part] = prediction
+        return guided.to(outputs[0].dtype)
+
+    def step(self, noisy, outputs, kwargs):
+        """All that is guided in one step; `outputs` holds the networks' by branch."""
+        begun = getattr(self.pipe.scheduler, "step_index", None) is not None
+        if self.begun and not begun:  # one call runs several loops
+            self.index, self.averages = self.family.first_step, {}
+        self.begun = begun
+        results = [
+            self.guide(which, x, [output[which] for output in outputs], kwargs)
+            for which, x in enumerate(noisy)
         ]
-        x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
         self.index += 1
-        return guided
+        return results
+
+    def tensors(self, args, kwargs, output, count):
+        """The noisy inputs of a call, and by branch what it made of them."""
+        noisy = [args[0] if args else next(iter(kwargs.values()))]
+        noisy += [kwargs[self.family.second[0]]] if self.family.second else []
+        found = [output] if isinstance(output, torch.Tensor) else list(output)[: len(noisy)]
+        if not isinstance(output, (torch.Tensor, tuple)):
+            found = [output[i] for i in range(len(noisy))]
+        noisy, found = (
+            [torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in values]
+            for values in (noisy, found)
+        )
+        branches = zip(*(out.chunk(count) for out in found), strict=True)
+        return [x.chunk(count)[0] for x in noisy], list(branches)
 
     def batched(self, module, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
-        out = output if isinstance(output, torch.Tensor) else output[0]
-        listed = isinstance(x, list)
-        x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
-        count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
-        all_equal = torch.cat([guided] * count)
-        all_equal = list(all_equal) if listed else all_equal
-        if isinstance(output, torch.Tensor):
-            return all_equal
-        rest = tuple(output[1:]) if isinstance(output, tuple) else None
-        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
+        count = self.counts[0]
+        guided = self.step(*self.tensors(args, kwargs, output, count), kwargs)
+        return replaced(output, [torch.cat([value] * count) for value in guided])
 
     def in_turn(self, module, args, kwargs, output):
-        first = output if isinstance(output, torch.Tensor) else output[0]
-        self.seen.append(first)
-        if len(self.seen) < len(self.names):
-            return output
-        outputs, self.seen = self.seen, []
-        x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
-        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
-        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
-        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
-        last = ((guided - zero) / (one - zero)).to(first.dtype)
-        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+        step, turn = divmod(self.turn, len(self.counts))
+        self.turn += 1
+        if step == len(self.known):
+            noisy, outputs = self.tensors(args, kwargs, output, self.counts[turn])
+            self.noisy = self.noisy if turn else noisy
+            self.seen += outputs
+            if turn + 1 < len(self.counts):
+                return output
+            outputs, self.seen = self.seen, []
+            self.known.append(self.step(self.noisy, outputs, kwargs))
+            raise StepKnown
+        return replaced(output, [torch.cat([v] * self.counts[turn]) for v in self.known[step]])
+
+
+def replaced(output, values):
+    """What a network returned, in the same wrapping, with other first values."""
+    if isinstance(output, torch.Tensor):
+        return values[0]
+    if isinstance(output[0], (list, tuple)):
+        values = [list(value) for value in values]
+    if isinstance(output, tuple):
+        return (*values, *output[len(values) :])
+    return type(output)(**(dict(output) | dict(zip(output, values, strict=False))))
+
+
+def run(pipe, call):
+    """A call of the pipeline; a dotted argument is an attribute of a component (a guider's)."""
+    for name in [name for name in call if "." in name]:
+        component, attribute = name.split(".")
+        setattr(getattr(pipe, component), attribute, call[name])
+    return pipe(**{name: value for name, value in call.items() if "." not in name})
 
 
 def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
+
+
+def led(name, *settings):
+    """What the stock pipeline led by the oracle returns."""
+    return PaperGuidance(FAMILIES[name], lambda: paper_call(name), *settings).run()
 
 
 def oracle_error(name):
@@ -239,12 +314,13 @@ def oracle_error(name):
 
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
-    family = FAMILIES[name]
-    stock, led = family.build(), family.build()
-    PaperGuidance(led, family, paper_call(name))
-    results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
-    expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
-    return ((found - expected).norm() / expected.norm()).item()
+    results = run(FAMILIES[name].build(), paper_call(name)), led(name)
+    errors = []
+    for which in range(1 if FAMILIES[name].second is None else 2):
+        values = (torch.as_tensor(np.asarray(result[which])).double() for result in results)
+        expected, found = values
+        errors.append((found - expected).norm() / expected.norm())
+    return max(errors).item()
 
 
 def apg_error(name):
@@ -252,10 +328,8 @@ def apg_error(name):
     family = FAMILIES[name]
     eta, r, beta = 0.2, 2.0, -0.6
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
-    ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
-    stock = family.build()
-    PaperGuidance(stock, family, paper_call(name), eta, r, beta)
-    values = (ours, stock(**paper_call(name))[0], family.build()(**paper_call(name))[0])
+    ours = run(guided(family.build()), paper_call(name) | {"guidance": rule})[0]
+    values = (ours, led(name, eta, r, beta)[0], run(family.build(), paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
