@@ -32,6 +32,8 @@ def own_x0(scheduler, index, pred, x_in):
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred
         return x_in - sigma * pred
+    if name == "LTXEulerAncestralRFScheduler":
+        return x_in - float(s.sigmas[index]) * pred
     if name in OWN_STEP:
         # Undo the scaling with the scheduler's own function, which is linear.
         unit = copy.deepcopy(s).scale_model_input(torch.ones((), dtype=torch.float64), t)
