@@ -469,3 +469,30 @@ def class_call(batch: int, negative: bool, **extra) -> dict:
     labels = [(207 + 31 * i) % 1000 for i in range(batch)]
     free = {"prompt": None, "height": None, "width": None, "output_type": "pt"}
     return text_call(batch, False, **free, **extra) | {"class_labels": labels}
+
+
+def siglip(size: int = 16) -> tuple:
+    """An encoder of pictures, and what prepares them for it."""
+    config = tr.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=8,
+    )
+    processor = tr.SiglipImageProcessor(size={"height": size, "width": size})
+    return tr.SiglipVisionModel(config).eval(), processor
+
+
+def hunyuan15_vae() -> nn.Module:
+    model = df.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return model.eval()
