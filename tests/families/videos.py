@@ -21,6 +21,7 @@ COGVIDEOX_NOISE = {
 }
 
 
+LOUD = ("add_v_proj", "to_out.0.weight")
 HUNYUAN = TRUE_CFG | VIDEO | {"prompt_template": {"template": "draw {}", "crop_start": 1}}
 HUNYUAN15 = {**VIDEO, "guidance_scale": None, "max_sequence_length": None}
 HUNYUAN_NETWORK = {
@@ -378,7 +379,7 @@ def hunyuan15(**parts) -> dict:
         in_channels=9,
         out_channels=4,
         **HEADS,
-        num_layers=2,
+        num_layers=1,
         num_refiner_layers=1,
         mlp_ratio=2.0,
         text_embed_dim=c.WIDTH,
@@ -390,7 +391,7 @@ def hunyuan15(**parts) -> dict:
     return {
         **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
         "vae": c.hunyuan15_vae(),
-        "transformer": c.amplify(c.wake(transformer), ("add_v_proj", "to_out.0.weight"), 6.0),
+        "transformer": c.amplify(c.wake(transformer), LOUD, 6.0),
         "scheduler": flow(shift=7.0),
         "guider": df.ClassifierFreeGuidance(guidance_scale=5.0),
         **parts,
@@ -460,7 +461,7 @@ def motif_video(**parts) -> dict:
     return {
         **c.texts((encoder.eval(), c.gemma_tokenizer())),
         "vae": c.wan_vae(),
-        "transformer": c.wake(transformer),
+        "transformer": c.amplify(c.wake(transformer), LOUD, 6.0),
         "scheduler": flow(shift=7.0),
         "guider": df.ClassifierFreeGuidance(guidance_scale=5.0),
         "feature_extractor": None,
