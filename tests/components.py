@@ -496,3 +496,60 @@ def hunyuan15_vae() -> nn.Module:
         upsample_match_channel=False,
     )
     return model.eval()
+
+
+def gemma3() -> tuple:
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = tr.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    tokenizer = trained(tr.GemmaTokenizer, "<bos>", "left")
+    return tr.Gemma3ForConditionalGeneration(config).eval(), tokenizer
+
+
+def ltx2_vae() -> nn.Module:
+    model = df.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False, False, False),
+        downsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_residual=(True, True),
+        upsample_factor=(2, 2),
+        patch_size=1,
+    )
+    return model.eval()
+
+
+def ltx2_audio_vae() -> nn.Module:
+    model = df.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=None,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    )
+    return model.eval()

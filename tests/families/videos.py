@@ -1,6 +1,7 @@
 """Other video models."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import diffusers as df
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .. import components as c
 from .base import HEADS, PARTIAL, TRANSFORMER, TRUE_CFG, VIDEO, family, flow
-
 
 CLIP = {name: value for name, value in VIDEO.items() if name != "num_frames"}
 COGVIDEOX_NOISE = {
@@ -98,7 +98,7 @@ def whole_video(batch: int, negative: bool, argument: str, **extra) -> dict:
 
 def two_pictures(batch: int, negative: bool, **extra) -> dict:
     """The first frame is given as it is; what is to be at frame 8 precedes the tokens."""
-    kind = df.pipelines.ltx.pipeline_ltx_condition.LTXVideoCondition
+    kind = import_module("diffusers.pipelines.ltx.pipeline_ltx_condition").LTXVideoCondition
     pictures = [c.per_sample(batch, 3, 32, 32, seed=seed, low=0.0) for seed in (100, 200)]
     given = [kind(image=picture, frame_index=8 * i) for i, picture in enumerate(pictures)]
     return c.text_call(batch, negative, **extra) | {"conditions": given}
