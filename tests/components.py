@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers as df
 import torch
 import transformers as tr
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -469,3 +470,11 @@ def class_call(batch: int, negative: bool, **extra) -> dict:
     labels = [(207 + 31 * i) % 1000 for i in range(batch)]
     free = {"prompt": None, "height": None, "width": None, "output_type": "pt"}
     return text_call(batch, False, **free, **extra) | {"class_labels": labels}
+
+
+# Pictures and videos (Wan, Cosmos, Kandinsky)
+
+
+def photo(seed: int = 0, size: int = 32) -> Image.Image:
+    values = (noise(size, size, 3, seed=seed, low=0.0) * 255).to(torch.uint8)
+    return Image.fromarray(values.numpy())

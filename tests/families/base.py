@@ -61,6 +61,7 @@ class Family:
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
+        steps: keyword arguments of the network -> whether this call is a branch of a step.
         max_batch: How many samples a call can have, up to 3.
     """
 
@@ -80,13 +81,14 @@ class Family:
     norm_matched: bool = False
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
+    steps: Callable[[dict], bool] = lambda kwargs: True
     max_batch: int = 3
 
 
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
-    *("norm_matched", "scale_at", "x0", "max_batch"),
+    *("norm_matched", "scale_at", "x0", "steps", "max_batch"),
 )
 
 

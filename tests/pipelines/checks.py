@@ -170,11 +170,16 @@ class PaperGuidance:
         self.sign = -1 if family.negated else 1
         self.index, self.averages = family.first_step, None
         self.turn, self.seen, self.known = 0, [], []
-        hook = {"batch": self.batched, "calls": self.in_turn}[how]
+        replace = {"batch": self.batched, "calls": self.in_turn}[how]
+
+        def hook(module, args, kwargs, output):
+            return replace(args, kwargs, output) if family.steps(kwargs) else output
+
         for denoiser in family.denoisers:
             getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
     def run(self):
+        """The latents that the led pipeline returns."""
         while True:
             self.turn = 0
             try:
@@ -221,10 +226,11 @@ class PaperGuidance:
             norms = branches["cond"].norm(dim=-1, keepdim=True)
             prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
         guided[part] = prediction
-        self.index += 1
+        # Some pipelines go through the timesteps once for every piece of a video.
+        self.index = (self.index + 1) % len(self.pipe.scheduler.timesteps)
         return guided
 
-    def batched(self, module, args, kwargs, output):
+    def batched(self, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
         out = output if isinstance(output, torch.Tensor) else output[0]
         listed = isinstance(x, list)
@@ -234,7 +240,7 @@ class PaperGuidance:
         all_equal = torch.cat([guided] * count)
         return replaced(output, list(all_equal) if listed else all_equal)
 
-    def in_turn(self, module, args, kwargs, output):
+    def in_turn(self, args, kwargs, output):
         step, turn = divmod(self.turn, len(self.names))
         self.turn += 1
         out = output if isinstance(output, torch.Tensor) else output[0]
