@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers as df
 import torch
 import transformers as tr
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -553,3 +554,11 @@ def ltx2_audio_vae() -> nn.Module:
         mel_bins=8,
     )
     return model.eval()
+
+
+# Pictures and videos (Wan, Cosmos, Kandinsky)
+
+
+def photo(seed: int = 0, size: int = 32) -> Image.Image:
+    values = (noise(size, size, 3, seed=seed, low=0.0) * 255).to(torch.uint8)
+    return Image.fromarray(values.numpy())

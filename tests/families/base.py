@@ -63,6 +63,7 @@ class Family:
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
+        steps: keyword arguments of the network -> whether this call is a branch of a step.
         max_batch: How many samples a call can have, up to 3.
         second: What else is denoised, with the network's second output, and returned second: the
             network's argument that holds it, and how the names of its scales start in the call.
@@ -84,6 +85,7 @@ class Family:
     norm_matched: bool = False
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
+    steps: Callable[[dict], bool] = lambda kwargs: True
     max_batch: int = 3
     second: tuple[str, str] | None = None
 
@@ -91,7 +93,7 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
-    *("norm_matched", "scale_at", "x0", "max_batch", "second"),
+    *("norm_matched", "scale_at", "x0", "steps", "max_batch", "second"),
 )
 
 

@@ -293,7 +293,7 @@ def hunyuan_texts() -> dict:
 
 
 @family(
-    "skyreels",
+    "hunyuan_skyreels",
     "HunyuanSkyreelsImageToVideoPipeline",
     "calls: cond uncond",
     TRANSFORMER,
@@ -301,7 +301,7 @@ def hunyuan_texts() -> dict:
     scale_name="true_cfg_scale",
     **HUNYUAN,
 )
-def skyreels() -> dict:
+def hunyuan_skyreels() -> dict:
     return hunyuan_video(channels=8)
 
 

@@ -7,6 +7,7 @@ import torch
 OWN_STEP = {  # schedulers whose step() reports pred_original_sample of the unclipped prediction
     "CogVideoXDDIMScheduler",
     "DDIMScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "LMSDiscreteScheduler",
@@ -14,6 +15,7 @@ OWN_STEP = {  # schedulers whose step() reports pred_original_sample of the uncl
 CONVERT = {  # schedulers whose convert_model_output() gives the denoised image
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "HeliosScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
@@ -27,7 +29,7 @@ def own_x0(scheduler, index, pred, x_in):
     s = copy.deepcopy(scheduler)
     name, t = type(s).__name__, s.timesteps[index]
     pred, x_in = pred.double(), x_in.double()
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         sigma = float(s.sigmas[index])
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred

@@ -175,7 +175,11 @@ class PaperGuidance:
         self.parts = [family.part] + [leading_channels] * (family.second is not None)
         self.index, self.averages, self.begun = family.first_step, {}, False
         self.turn, self.seen, self.known, self.noisy = 0, [], [], None
-        hook = self.batched if len(calls) == 1 else self.in_turn
+        replace = self.batched if len(calls) == 1 else self.in_turn
+
+        def hook(module, args, kwargs, output):
+            return replace(args, kwargs, output) if family.steps(kwargs) else output
+
         for denoiser in family.denoisers:
             getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
@@ -233,7 +237,8 @@ class PaperGuidance:
     def step(self, noisy, outputs, kwargs):
         """All that is guided in one step; `outputs` holds the networks' by branch."""
         begun = getattr(self.pipe.scheduler, "step_index", None) is not None
-        if self.begun and not begun:  # one call runs several loops
+        if self.index == len(self.pipe.scheduler.timesteps) or (self.begun and not begun):
+            # Some pipelines go through the timesteps once for every piece of a video.
             self.index, self.averages = self.family.first_step, {}
         self.begun = begun
         results = [
@@ -257,12 +262,12 @@ class PaperGuidance:
         branches = zip(*(out.chunk(count) for out in found), strict=True)
         return [x.chunk(count)[0] for x in noisy], list(branches)
 
-    def batched(self, module, args, kwargs, output):
+    def batched(self, args, kwargs, output):
         count = self.counts[0]
         guided = self.step(*self.tensors(args, kwargs, output, count), kwargs)
         return replaced(output, [torch.cat([value] * count) for value in guided])
 
-    def in_turn(self, module, args, kwargs, output):
+    def in_turn(self, args, kwargs, output):
         step, turn = divmod(self.turn, len(self.counts))
         self.turn += 1
         if step == len(self.known):
