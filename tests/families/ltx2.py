@@ -77,6 +77,16 @@ def reference_call(batch: int, negative: bool, kind: str, frames: bool = False, 
     return call(batch, negative, **extra) | {"reference_conditions": [reference]}
 
 
+def refine_call(batch: int, negative: bool, **extra) -> dict:
+    """A video with its sound and its keyframes, as the pass before gives them."""
+    return c.text_call(batch, negative, **extra) | {
+        "latents": c.per_sample(batch, 4, 3, 8, 8),
+        "keyframes_latents": c.per_sample(batch, 4, 2, 8, 8, seed=200),
+        "keyframe_positions": [4, 8],
+        "audio_latents": c.per_sample(batch, 2, 9, 2, seed=300),
+    }
+
+
 @family(
     "ltx2",
     "LTX2Pipeline",
@@ -212,10 +222,37 @@ def ltx2_hdr() -> dict:
     TRANSFORMER,
     negative=False,
     sigmas=[1.0, 0.7, 0.4],
-    generate_slots=False,
     num_inference_steps=None,
     guidance_scale=None,
     **VIDEO,
 )
-def ltx2_dfr() -> dict:
-    return ltx2()
+def ltx2_dfr(**parts) -> dict:
+    """Hands the scheduler a velocity that it makes of the denoised video, not the network's."""
+    return ltx2(network={"use_keyframes_abs_pos_embedding": True}, **parts)
+
+
+@family(
+    "ltx2_dfr_refine",
+    "LTX2DFRTemporalRefinePipeline",
+    "one",
+    TRANSFORMER,
+    call=refine_call,
+    negative=False,
+    sigmas=[0.7, 0.4],
+    num_inference_steps=None,
+    guidance_scale=None,
+    **VIDEO,
+)
+def ltx2_dfr_refine() -> dict:
+    """One loop for each piece of the video."""
+    upsampler = of_ltx2("latent_upsampler.LTX2LatentUpsamplerModel")(
+        in_channels=4,
+        mid_channels=32,
+        num_blocks_per_stage=1,
+        spatial_upsample=False,
+        temporal_upsample=True,
+    )
+    return ltx2_dfr(
+        temporal_latent_upsampler=upsampler.eval(),
+        scheduler=df.LTXEulerAncestralRFScheduler(eta=0.5),
+    )

@@ -361,7 +361,7 @@ def framepack() -> dict:
     )
     encoder, processor = c.siglip()
     parts = {"image_encoder": encoder, "feature_extractor": processor}
-    return hunyuan_video(transformer=c.wake(transformer), **parts)
+    return hunyuan_video(transformer=c.amplify(c.wake(transformer), LOUD, 6.0), **parts)
 
 
 @family(
