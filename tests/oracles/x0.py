@@ -7,6 +7,7 @@ import torch
 OWN_STEP = {  # schedulers whose step() reports pred_original_sample of the unclipped prediction
     "CogVideoXDDIMScheduler",
     "DDIMScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "LMSDiscreteScheduler",
@@ -14,6 +15,7 @@ OWN_STEP = {  # schedulers whose step() reports pred_original_sample of the uncl
 CONVERT = {  # schedulers whose convert_model_output() gives the denoised image
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "HeliosScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
@@ -32,7 +34,7 @@ def own_x0(scheduler, index, pred, x_in):
     s = copy.deepcopy(scheduler)
     name, t = type(s).__name__, s.timesteps[index]
     pred, x_in = pred.double(), x_in.double()
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         sigma = float(s.sigmas[index])
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred
@@ -41,6 +43,8 @@ def own_x0(scheduler, index, pred, x_in):
         sigma = s.sigmas[index].double()
         unit = s.precondition_inputs(torch.ones((), dtype=torch.float64), sigma)
         return s.precondition_outputs(x_in / unit, pred, sigma)
+    if name == "LTXEulerAncestralRFScheduler":
+        return x_in - float(s.sigmas[index]) * pred
     if name in OWN_STEP:
         # Undo the scaling with the scheduler's own function, which is linear.
         unit = copy.deepcopy(s).scale_model_input(torch.ones((), dtype=torch.float64), t)
