@@ -12,7 +12,6 @@ from pathlib import Path
 import diffusers as df
 import torch
 import transformers as tr
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -523,6 +522,36 @@ def allegro_vae() -> nn.Module:
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
+    )
+    return model.eval()
+
+
+def magvit_vae() -> nn.Module:
+    blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
+    model = df.AutoencoderKLMagvit(
+        down_block_types=tuple(block.format("Down") for block in blocks),
+        up_block_types=tuple(block.format("Up") for block in blocks),
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return model.eval()
+
+
+# Of Kandinsky's priors and decoders, and of the audio pipelines.
+
+
+def xlm_roberta_tokenizer():
+    letters, merges = pieces()
+    inner = [*letters, *(a + b for a, b in merges)]
+    scored = [(mark + piece, -1.0 / len(piece)) for piece in inner for mark in ("", "▁")]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, ("▁", -2.0), *scored, ("<mask>", 0.0)]
+    return tr.XLMRobertaTokenizer(vocab=vocab, model_max_length=77)
+
+
 def siglip(size: int = 16) -> tuple:
     """An encoder of pictures, and what prepares them for it."""
     config = tr.SiglipVisionConfig(
@@ -550,16 +579,6 @@ def hunyuan15_vae() -> nn.Module:
     return model.eval()
 
 
-def magvit_vae() -> nn.Module:
-    blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
-    model = df.AutoencoderKLMagvit(
-        down_block_types=tuple(block.format("Down") for block in blocks),
-        up_block_types=tuple(block.format("Up") for block in blocks),
-        block_out_channels=(4, 4, 4, 4),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        spatial_group_norm=False,
 def gemma3() -> tuple:
     text = {
         "vocab_size": VOCAB,
@@ -604,16 +623,6 @@ def ltx2_vae() -> nn.Module:
     return model.eval()
 
 
-# Of Kandinsky's priors and decoders, and of the audio pipelines.
-
-
-def xlm_roberta_tokenizer():
-    letters, merges = pieces()
-    inner = [*letters, *(a + b for a, b in merges)]
-    scored = [(mark + piece, -1.0 / len(piece)) for piece in inner for mark in ("", "▁")]
-    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
-    vocab = [*special, ("▁", -2.0), *scored, ("<mask>", 0.0)]
-    return tr.XLMRobertaTokenizer(vocab=vocab, model_max_length=77)
 def ltx2_audio_vae() -> nn.Module:
     model = df.AutoencoderKLLTX2Audio(
         base_channels=4,
@@ -625,9 +634,6 @@ def ltx2_audio_vae() -> nn.Module:
         mel_bins=8,
     )
     return model.eval()
-
-
-# Pictures and videos (Wan, Cosmos, Kandinsky)
 
 
 def photo(seed: int = 0, size: int = 32) -> Image.Image:
