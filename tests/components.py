@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers as df
 import torch
 import transformers as tr
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 

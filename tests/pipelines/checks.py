@@ -54,7 +54,7 @@ class Rows:
 def cfg_bit_equal(name):
     """Whether guidance="cfg" and guidance=None give the stock pipeline's output exactly."""
     pipe = FAMILIES[name].build()
-    for batch in (1, 3):
+    for batch in {1, FAMILIES[name].max_batch}:
         for negative in {False, FAMILIES[name].negative}:
             pipe.__class__ = getattr(type(pipe), "stock_class", type(pipe))
             stock = latents(pipe, name, batch, negative)
@@ -72,15 +72,22 @@ def parting_policy(pipe, name, **extra):
     for low, high in zip(gammas, gammas[1:], strict=False):
         policy = AdaptiveGuidance((low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        if len(set(pipe.guidance_trace.nfe)) > 1:
+        stops = len(set(pipe.guidance_trace.nfe))
+        if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
 
 
+def branches_of(name):
+    """How many branches a family evaluates."""
+    return len(FAMILIES[name].layout.replace("|", " ").split()) - 1
+
+
 def ag_rows_ok(name):
-    """Whether the rows counted at the network are 2 * (guided steps) + (the rest), per sample."""
+    """Whether the rows counted at the network are all branches of the guided steps and the rest."""
     pipe = guided(FAMILIES[name].build())
     never, at_once = AdaptiveGuidance(1.5), AdaptiveGuidance(-1.0)
+    batch, branches = FAMILIES[name].max_batch, branches_of(name)
     for policy in (never, at_once, parting_policy(pipe, name)):
         if policy is None:
             return False
@@ -88,22 +95,22 @@ def ag_rows_ok(name):
             latents(pipe, name, guidance=policy)
         trace = pipe.guidance_trace
         steps = len(trace.steps)
-        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        branches = len(FAMILIES[name].layout.split()) - 1
+        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
         if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
-        if policy is never and guided_steps != [steps] * 3:
+        if policy is never and guided_steps != [steps] * batch:
             return False
-        if policy is at_once and guided_steps != [1] * 3:
+        if policy is at_once and guided_steps != [1] * batch:
             return False
     return True
 
 
-def held_outputs(pipe, choices):
+def held_outputs(pipe, name, choices):
     """Make a stock pipeline's scheduler take, at forecast steps, the output of the last other."""
-    stock, index, last = pipe.scheduler.step, -1, None
+    scheduler = getattr(pipe, FAMILIES[name].scheduler)
+    stock, index, last = scheduler.step, -1, None
 
     @functools.wraps(stock)
     def step(model_output, *args, **kwargs):
@@ -112,7 +119,7 @@ def held_outputs(pipe, choices):
         last = last if choices[index] == "forecast" else model_output
         return stock(last, *args, **kwargs)
 
-    pipe.scheduler.step = step
+    scheduler.step = step
 
 
 def forecast_error(name):
@@ -121,17 +128,16 @@ def forecast_error(name):
     Every other step evaluates nothing; the rows counted at the network must say so. In units of
     what holding changes.
     """
-    pipe = guided(FAMILIES[name].build())
+    pipe, batch = guided(FAMILIES[name].build()), FAMILIES[name].max_batch
     plain = latents(pipe, name, guidance="cfg")
     total = len(pipe.guidance_trace.steps)
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    branches = len(FAMILIES[name].layout.split()) - 1
-    nfe = branches * choices.count("both")
-    assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
+    nfe = branches_of(name) * choices.count("both")
+    assert pipe.guidance_trace.nfe == [nfe] * batch and sum(rows.calls) == batch * nfe
     stock = FAMILIES[name].build()
-    held_outputs(stock, choices)
+    held_outputs(stock, name, choices)
     values = (ours, latents(stock, name), plain)
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     return ((ours - expected).norm() / (plain - expected).norm()).item()
@@ -139,11 +145,10 @@ def forecast_error(name):
 
 def resting_rows_ok(name):
     """Whether samples that rest, each at its own pace, reach no network and count as they cost."""
-    pipe = guided(FAMILIES[name].build())
+    pipe, branches = guided(FAMILIES[name].build()), branches_of(name)
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    branches = len(FAMILIES[name].layout.split()) - 1
     guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
