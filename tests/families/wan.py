@@ -6,6 +6,11 @@ from .. import components as c
 from .base import TRANSFORMER, VIDEO, family
 
 
+def two_scales(call: dict, timestep: float) -> float:
+    """One scale for the noisy part, another for the clean part."""
+    return call["guidance_scale" if timestep >= 875 else "guidance_scale_2"]
+
+
 @family("wan", "WanPipeline", "calls: cond uncond", TRANSFORMER, **VIDEO)
 def wan(**parts) -> dict:
     return {
@@ -25,6 +30,7 @@ def wan(**parts) -> dict:
     "calls: cond uncond",
     ("transformer", "transformer_2"),
     guidance_scale_2=3.0,
+    scale_at=two_scales,
     **VIDEO,
 )
 def wan2() -> dict:

@@ -20,6 +20,11 @@ CONVERT = {  # schedulers whose convert_model_output() gives the denoised image
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
+PRECONDITIONED = {  # schedulers in the manner of Karras et al. (2022), with functions for it
+    "CosineDPMSolverMultistepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+}
 
 
 def own_x0(scheduler, index, pred, x_in):
@@ -50,6 +55,10 @@ def own_x0(scheduler, index, pred, x_in):
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred
         return x_in - sigma * pred
+    if name in PRECONDITIONED:
+        sigma = s.sigmas[index].double()
+        unit = s.precondition_inputs(torch.ones((), dtype=torch.float64), sigma)
+        return s.precondition_outputs(x_in / unit, pred, sigma)
     if name in OWN_STEP:
         # Undo the scaling with the scheduler's own function, which is linear.
         unit = duplicate(s).scale_model_input(torch.ones((), dtype=torch.float64), t)
@@ -121,8 +130,7 @@ def k_diffusion_x0(kind, pred, x, sigma):
     return pred
 
 
-def own_prediction(scheduler, index, x0, x_in):
-    """The prediction whose denoised image is `x0`: `own_x0` inverted, as it is affine in pred."""
-    zero = own_x0(scheduler, index, torch.zeros_like(x0), x_in)
-    slope = own_x0(scheduler, index, torch.ones_like(x0), x_in) - zero
-    return (x0 - zero) / slope
+def own_prediction(denoised, x0):
+    """The prediction whose denoised image is `x0`; `denoised` is affine in the prediction."""
+    zero = denoised(torch.zeros_like(x0))
+    return (x0 - zero) / (denoised(torch.ones_like(x0)) - zero)

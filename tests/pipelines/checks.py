@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
-from pilotage.pipelines import LAYOUTS, guided
+from pilotage.pipelines import guided
 
 from ..families import FAMILIES
 from ..oracles.apg import PaperMomentum, paper_apg
@@ -15,7 +15,7 @@ from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]
-COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
+COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
 
 
 def latents(pipe, name, batch=3, negative=None, **extra):
@@ -87,7 +87,8 @@ def ag_rows_ok(name):
         trace = pipe.guidance_trace
         steps = len(trace.steps)
         guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        if trace.nfe != [2 * k + (steps - k) for k in guided_steps]:
+        branches = len(FAMILIES[name].layout.split()) - 1
+        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
@@ -124,7 +125,8 @@ def forecast_error(name):
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    nfe = 2 * choices.count("both")
+    branches = len(FAMILIES[name].layout.split()) - 1
+    nfe = branches * choices.count("both")
     assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
     stock = FAMILIES[name].build()
     held_outputs(stock, choices)
@@ -139,40 +141,67 @@ def resting_rows_ok(name):
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
+    branches = len(FAMILIES[name].layout.split()) - 1
+    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
+
+
+class StepKnown(Exception):
+    """All branches of a step were seen: the call starts anew, with what they make."""
 
 
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
-    Where the branches are, and what is guided of them, the family says. Denoised images come from
-    the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way of
-    writing plain classifier-free guidance.
+    Every branch of a step returns the guided prediction, so that whatever the pipeline makes of
+    its branches is that prediction: the oracle owes it nothing. Branches evaluated in turn are
+    only known when the first has returned, so `run` then calls the pipeline again, up to the next
+    step. Where the branches are, and what is guided of them, the family says. Denoised images come
+    from the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way
+    of writing plain classifier-free guidance.
     """
 
-    def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.pipe, self.family, self.call = pipe, family, call
+    def __init__(self, family, call, eta=1.0, r=0.0, beta=0.0):
+        """`call` makes the arguments of the pipeline's call, anew each time."""
+        self.pipe, self.family, self.call = family.build(), family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen = family.first_step, None, []
+        self.arguments = call()  # for the family's mix, which may keep in them what it must
+        self.index, self.averages = family.first_step, None
+        self.turn, self.seen, self.known = 0, [], []
         hook = {"batch": self.batched, "calls": self.in_turn}[how]
         for denoiser in family.denoisers:
-            getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+            getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+
+    def run(self):
+        while True:
+            self.turn = 0
+            try:
+                return self.pipe(**self.call())[0]
+            except StepKnown:
+                pass
+
+    @property
+    def scheduler(self):
+        return getattr(self.pipe, self.family.scheduler)
 
     def mix(self, branches):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
+        call = self.arguments
         if self.family.mix is not None:
-            return self.family.mix(branches, self.call)
-        w = self.family.w(self.call[self.family.scale_name])
+            return self.family.mix(branches, call)
+        scale = call[self.family.scale_name]
+        if self.family.scale_at is not None:
+            scale = self.family.scale_at(call, float(self.scheduler.timesteps[self.index]))
+        w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs):
+    def guide(self, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
         part = self.family.part(branches["cond"], x)
@@ -180,20 +209,30 @@ class PaperGuidance:
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
         mixed, w = self.mix(branches)
-        # All that is added to cond, written as guidance away from one other prediction.
-        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        if self.family.mix is None:
+            away = branches["uncond"]
+        else:  # all that is added to cond, written as guidance away from one other prediction
+            away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
-        c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
-            for pred in (branches["cond"], away)
-        )
+
+        def denoised(prediction):
+            if self.family.x0 is not None:
+                return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.scheduler, self.index, prediction, x)
+
+        c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
         rows = [
             paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
         ]
-        x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
+        prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
+        if self.family.norm_matched:
+            norms = [v.norm(dim=-1, keepdim=True) for v in (branches["cond"], prediction)]
+            ratio = norms[0] / norms[1]
+            capped = self.family.norm_matched == "capped"
+            prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
+        guided[part] = prediction
         self.index += 1
         return guided
 
@@ -203,35 +242,50 @@ class PaperGuidance:
         listed = isinstance(x, list)
         x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
         count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
+        guided = self.guide(x.chunk(count)[0], out.chunk(count), kwargs).to(out.dtype)
         all_equal = torch.cat([guided] * count)
-        all_equal = list(all_equal) if listed else all_equal
-        if isinstance(output, torch.Tensor):
-            return all_equal
-        rest = tuple(output[1:]) if isinstance(output, tuple) else None
-        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
+        return replaced(output, list(all_equal) if listed else all_equal)
 
     def in_turn(self, module, args, kwargs, output):
-        first = output if isinstance(output, torch.Tensor) else output[0]
-        self.seen.append(first)
-        if len(self.seen) < len(self.names):
-            return output
-        outputs, self.seen = self.seen, []
-        x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
-        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
-        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
-        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
-        last = ((guided - zero) / (one - zero)).to(first.dtype)
-        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+        step, turn = divmod(self.turn, len(self.names))
+        self.turn += 1
+        out = output if isinstance(output, torch.Tensor) else output[0]
+        listed = isinstance(out, (list, tuple))
+        if step == len(self.known):
+            x = args[0] if args else next(iter(kwargs.values()))
+            x, out = (torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in (x, out))
+            self.seen.append(out)
+            if turn + 1 < len(self.names):
+                return output
+            outputs, self.seen = self.seen, []
+            self.known.append(self.guide(x, outputs, kwargs).to(out.dtype))
+            raise StepKnown
+        guided = self.known[step]
+        if not listed:  # a branch may lack the tokens in front of those that are guided
+            guided = guided[:, -out.shape[1] :]
+        return replaced(output, list(guided) if listed else guided)
+
+
+def replaced(output, value):
+    """What a network returned, in the same wrapping, with another first value."""
+    if isinstance(output, torch.Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): value}))
 
 
 def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
+
+
+def led(name, *settings):
+    """Latents of the stock pipeline led by the oracle."""
+    return PaperGuidance(FAMILIES[name], lambda: paper_call(name), *settings).run()
 
 
 def oracle_error(name):
@@ -239,10 +293,7 @@ def oracle_error(name):
 
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
-    family = FAMILIES[name]
-    stock, led = family.build(), family.build()
-    PaperGuidance(led, family, paper_call(name))
-    results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
+    results = FAMILIES[name].build()(**paper_call(name))[0], led(name)
     expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -253,9 +304,7 @@ def apg_error(name):
     eta, r, beta = 0.2, 2.0, -0.6
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
-    stock = family.build()
-    PaperGuidance(stock, family, paper_call(name), eta, r, beta)
-    values = (ours, stock(**paper_call(name))[0], family.build()(**paper_call(name))[0])
+    values = (ours, led(name, eta, r, beta), family.build()(**paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
