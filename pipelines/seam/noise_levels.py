@@ -115,7 +115,7 @@ def scheduler_name(scheduler: Any) -> str:
 
     A subclass is taken to keep the tables of that base and what they mean.
     """
-    cls: Any = type(scheduler)
+    cls: Any = scheduler.__class__  # also of what only stands for a scheduler
     return _known_base(cls)
 
 
@@ -127,7 +127,7 @@ def _known_base(cls: Any) -> str:
 
 def _spelt(scheduler: Any) -> str:
     """What a message calls a scheduler: its class, and the base that it is known by."""
-    own, name = type(scheduler).__name__, scheduler_name(scheduler)
+    own, name = scheduler.__class__.__name__, scheduler_name(scheduler)
     return own if own == name else f"{own}, a {name},"
 
 
@@ -144,7 +144,7 @@ def prediction_type_of(scheduler: Any) -> PredictionType:
     if name in EDM:
         if own not in EDM_SIGNS:
             raise UnknownSchedulerError(
-                f"{type(scheduler).__name__} has the prediction type {own!r}: "
+                f"{scheduler.__class__.__name__} has the prediction type {own!r}: "
                 f"expected one of {', '.join(EDM_SIGNS)}"
             )
         return "v_prediction"
@@ -152,13 +152,13 @@ def prediction_type_of(scheduler: Any) -> PredictionType:
         return "v_prediction"
     if own is None and name not in KNOWN:
         raise UnknownSchedulerError(
-            f"what the network of {type(scheduler).__name__} predicts is not known: "
+            f"what the network of {scheduler.__class__.__name__} predicts is not known: "
             f"its prediction_type is none of {', '.join(PREDICTIONS)}"
         )
     kind = "epsilon" if own is None else own
     if kind not in PREDICTIONS:
         raise UnknownSchedulerError(
-            f"{type(scheduler).__name__} has the prediction type {kind!r}: "
+            f"{scheduler.__class__.__name__} has the prediction type {kind!r}: "
             f"expected one of {', '.join(PREDICTIONS)}"
         )
     return PREDICTIONS[kind]
@@ -199,7 +199,7 @@ def knows_levels(scheduler: Any) -> bool:
 
 def check_first_order(scheduler: Any, eta: float) -> None:
     """Raise UnknownSchedulerError unless it is Euler or DDIM, without clipping or added noise."""
-    config, cls = scheduler.config, type(scheduler)
+    config, cls = scheduler.config, scheduler.__class__
     # The class whose step it is: a subclass with one of its own may do anything.
     name = next((base.__name__ for base in cls.__mro__ if "step" in vars(base)), cls.__name__)
     changed = [o for o in ("clip_sample", "thresholding", "stochastic_sampling") if config.get(o)]
@@ -227,7 +227,7 @@ def check_falling_noise(scheduler: Any) -> None:
         if abs(now - later) <= 1e-5 * now:  # equal but for rounding
             raise UnknownSchedulerError(
                 f"this rule needs every step to change the noise level, but step {step} of "
-                f"{type(scheduler).__name__} stays at its own: look at set_alpha_to_one, "
+                f"{scheduler.__class__.__name__} stays at its own: look at set_alpha_to_one, "
                 "steps_offset, timestep_spacing or final_sigmas_type"
             )
 
