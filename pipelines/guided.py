@@ -15,6 +15,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..guidance import Guidance, Policy, Rule, Trace, load_guidance
+from .doors import check_reader, custom_class
 from .families import resolve_for
 from .fitting.fitted import check_identity
 from .seam.driver import Driver
@@ -78,11 +79,20 @@ class GuidedMixin(_Stock):
 
         Stock ``from_pipe`` casts them to float32, in place and so for the first pipeline as well.
         """
+        if kwargs.get("custom_pipeline") is not None:
+            found: Any = guided_class(custom_class(kwargs))
+            return found.from_pipe(pipeline, **kwargs)
         token = _KEEP_DTYPE.set("dtype" not in kwargs and "torch_dtype" not in kwargs)
         try:
             return super().from_pipe(pipeline, **kwargs)
         finally:
             _KEEP_DTYPE.reset(token)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """See the stock pipeline; refused to ``from_pipe`` of a class that is not guided."""
+        check_reader(self)
+        return super().components
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """See the stock pipeline."""
