@@ -5,7 +5,7 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import flux, images, qwen, stable_diffusion, unets, videos, wan
+from . import flux, images, qwen, stable_diffusion, unets, videos, wan, worlds
 from .base import FAMILIES, Family
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "unets",
     "videos",
     "wan",
+    "worlds",
 ]

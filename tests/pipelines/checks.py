@@ -230,8 +230,14 @@ class PaperGuidance:
         self.index = (self.index + 1) % len(self.pipe.scheduler.timesteps)
         return guided
 
+    def noisy(self, args, kwargs):
+        """What the network denoises."""
+        if self.family.latents:
+            return kwargs[self.family.latents]
+        return args[0] if args else next(iter(kwargs.values()))
+
     def batched(self, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = self.noisy(args, kwargs)
         out = output if isinstance(output, torch.Tensor) else output[0]
         listed = isinstance(x, list)
         x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
@@ -246,7 +252,7 @@ class PaperGuidance:
         out = output if isinstance(output, torch.Tensor) else output[0]
         listed = isinstance(out, (list, tuple))
         if step == len(self.known):
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = self.noisy(args, kwargs)
             x, out = (torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in (x, out))
             self.seen.append(out)
             if turn + 1 < len(self.names):
