@@ -285,6 +285,39 @@ def helios(**parts) -> dict:
     return wan(transformer=transformer, scheduler=scheduler) | parts
 
 
+def zero_star(branches: dict[str, Tensor], call: dict) -> tuple[Tensor, float]:
+    """CFG-Zero*: away from the part of the conditional prediction that lies along the other."""
+    cond, uncond = branches["cond"], branches["uncond"]
+    dims = tuple(range(1, cond.ndim))
+    share = (cond * uncond).sum(dims, keepdim=True) / (uncond**2).sum(dims, keepdim=True)
+    w = call["guidance_scale"]
+    return share * uncond + w * (cond - share * uncond), w
+
+
+@family(
+    "helios_pyramid",
+    "HeliosPyramidPipeline",
+    CALLS,
+    TRANSFORMER,
+    mix=zero_star,
+    use_zero_init=False,
+    pyramid_num_inference_steps_list=[2, 2],
+    num_latent_frames_per_chunk=3,
+    history_sizes=[4, 2, 1],
+    **(VIDEO | {"num_inference_steps": None, "height": 64, "width": 64}),
+)
+def helios_pyramid() -> dict:
+    """From coarse to fine: each stage goes to a picture with some noise, not to a clean one.
+
+    The published gamma, 1/3, gives the noise between stages a singular covariance, whose Cholesky
+    factor torch does not find on every machine.
+    """
+    scheduler = df.HeliosScheduler(
+        stages=2, stage_range=[0, 0.5, 1], gamma=0.3, use_dynamic_shifting=True
+    )
+    return helios(scheduler=scheduler, is_cfg_zero_star=True)
+
+
 def unipc(shift: float = 3.0) -> df.UniPCMultistepScheduler:
     return df.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift

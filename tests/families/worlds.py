@@ -1,8 +1,11 @@
 """Cosmos, and Kandinsky 5 and 6."""
 
+from types import ModuleType, SimpleNamespace
+
 import diffusers as df
 import torch
 import transformers as tr
+from diffusers.models.controlnets import controlnet_cosmos
 from torch import Tensor
 
 from .. import components as c
@@ -214,6 +217,7 @@ def cosmos25_v2w() -> dict:
 )
 def cosmos25_transfer() -> dict:
     """A control network is evaluated before each branch."""
+    do_without_torchvision(controlnet_cosmos)
     context = {"img_context_dim_in": c.WIDTH, "img_context_dim_out": c.WIDTH}
     controlnet = df.CosmosControlNetModel(
         n_controlnet_blocks=2,
@@ -288,8 +292,10 @@ def cosmos3() -> dict:
 )
 def kandinsky5(**parts) -> dict:
     """It makes pictures of a few sizes only, all large: here of one small size."""
+    tokenizer = c.qwen_tokenizer()
+    tokenizer.model_max_length = 1024
     return {
-        **c.texts((c.qwen_vl(), c.qwen_tokenizer()), c.clip()),
+        **c.texts((c.qwen_vl(), tokenizer), c.clip()),
         "vae": c.flow_vae(blocks=4),
         "transformer": kandinsky_transformer(),
         "scheduler": flow(shift=3.0),
@@ -400,6 +406,19 @@ def cosmos_transformer(channels: int, given: int = 0, **config) -> df.CosmosTran
     sizes = {"in_channels": channels + given, "out_channels": channels, "num_layers": 2}
     sizes |= {"text_embed_dim": c.WIDTH, "concat_padding_mask": False, **COSMOS}
     return c.condition_loudly(c.wake(df.CosmosTransformer3DModel(**(sizes | config))))
+
+
+def do_without_torchvision(module: ModuleType) -> None:
+    """All that Cosmos' ControlNet needs of torchvision is to resize a mask."""
+    if not hasattr(module, "transforms"):
+
+        def resize(mask: Tensor, size: list[int], interpolation: str) -> Tensor:
+            return torch.nn.functional.interpolate(mask, size, mode=interpolation)
+
+        module.transforms = SimpleNamespace(
+            functional=SimpleNamespace(resize=resize),
+            InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+        )
 
 
 def kandinsky_transformer(given: bool = False) -> df.Kandinsky5Transformer3DModel:

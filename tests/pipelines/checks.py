@@ -226,8 +226,11 @@ class PaperGuidance:
             norms = branches["cond"].norm(dim=-1, keepdim=True)
             prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
         guided[part] = prediction
-        # Some pipelines go through the timesteps once for every piece of a video.
-        self.index = (self.index + 1) % len(self.pipe.scheduler.timesteps)
+        self.index += 1
+        # After one piece of a video the next starts, with the noisiest step. (Where every frame
+        # has a noise level of its own there are more steps than timesteps; x0 is the family's.)
+        if self.index == len(self.pipe.scheduler.timesteps) and self.family.x0 is None:
+            self.index, self.averages = self.family.first_step, None
         return guided
 
     def noisy(self, args, kwargs):
