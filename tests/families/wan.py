@@ -263,7 +263,7 @@ def any_flow_far() -> dict:
     """One chunk of frames after another, the finished ones in a cache."""
     return wan(
         transformer=wan_like(
-            df.AnyFlowFARTransformer3DModel, full_chunk_limit=2, chunk_partition=(1, 1, 1)
+            df.AnyFlowFARTransformer3DModel, full_chunk_limit=2, chunk_partition=(1, 2)
         ),
         scheduler=df.FlowMapEulerDiscreteScheduler(shift=5.0),
     )

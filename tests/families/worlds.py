@@ -359,10 +359,10 @@ def kandinsky5_i2v() -> dict:
     CALLS,
     TRANSFORMER,
     part=last_axis,
-    sample_audio=False,
     **SEEN,
 )
 def kandinsky6() -> dict:
+    """Video and sound, with one scale and a scheduler each."""
     transformer = df.Kandinsky6Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -376,7 +376,15 @@ def kandinsky6() -> dict:
         axes_dims=(2, 2, 4),
         visual_token_type_num_embeddings=2,
     )
-    return kandinsky5_t2v() | {"transformer": loud(c.wake(transformer))}
+    audio = df.MMAudioVAE(
+        mel_bins=16, latent_channels=20, hidden_channels=16, layers_per_block=1, n_fft=64
+    )
+    vocoder = df.MMAudioVocoder(num_mels=16, upsample_initial_channel=64)
+    return kandinsky5_t2v() | {
+        "transformer": loud(c.wake(transformer)),
+        "audio_vae": audio.eval(),
+        "vocoder": vocoder.eval(),
+    }
 
 
 @family(
@@ -391,6 +399,44 @@ def kandinsky6() -> dict:
 )
 def kandinsky6_i2v() -> dict:
     return kandinsky6()
+
+
+def upscale_call(batch: int, negative: bool) -> dict:
+    return {
+        "video": c.per_sample(batch, 1, 3, 64, 64, low=0.0),
+        "resolution_scale": 2,
+        "num_inference_steps": c.STEPS,
+        "generator": c.generators(batch),
+        "output_type": "pt",
+    }
+
+
+@family(
+    "kandinsky6_sr", "Kandinsky6SRPipeline", "one", TRANSFORMER, upscale_call, "", negative=False
+)
+def kandinsky6_sr() -> dict:
+    """It knows no text, and goes through the samples' tiles one by one; no latents as output."""
+    transformer = df.Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=8,
+        time_dim=16,
+        model_dim=16,
+        ff_dim=32,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+        tile_sizes=((128, 128),),
+    )
+    vae = df.Kandinsky6SRVAE(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 5,
+        decoder_block_out_channels=(8,) * 5,
+        layers_per_block=1,
+    )
+    return {
+        "transformer": c.wake(transformer),
+        "vae": vae.eval(),
+        "scheduler": df.PiflowScheduler(n_grid=2),
+    }
 
 
 COSMOS = {
