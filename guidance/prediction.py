@@ -120,10 +120,9 @@ def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
     return ratio.where(product > 0, (norm(pred_cond) == norm(pred_uncond)).to(ratio))
 
 
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether no element is NaN or infinite, a 0-d tensor; in one pass, without a mask."""
-    low, high = tensor.aminmax()
-    return torch.isfinite(low) & torch.isfinite(high)
+def sum_of(tensor: Tensor) -> Tensor:
+    """The sum of all elements, a 0-d tensor: finite if and only if all of them are."""
+    return tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -23,10 +23,8 @@ from .schedulers import (
 )
 from .seam.layouts import LayoutError
 from .seam.noise_levels import UnknownSchedulerError, noise_level
-from .seam.support import LAYOUTS
 
 __all__ = [
-    "LAYOUTS",
     "AnalyticDenoiserModel",
     "AnalyticDenoisingPipeline",
     "FusedDDIMScheduler",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import diffusers as df
 import torch
@@ -57,13 +58,15 @@ class Family:
         negated: The pipeline negates what the network returns before it steps.
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
-        norm_matched: The guided prediction is given the norm of the conditional one.
+        norm_matched: The guided prediction is given the norm of the conditional one ("capped":
+            where it is longer).
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
         steps: keyword arguments of the network -> whether this call is a branch of a step.
         latents: Argument of the network that holds what is denoised, if it is not the first.
         max_batch: How many samples a call can have, up to 3.
+        scheduler: Attribute of the pipeline that holds the loop's scheduler.
     """
 
     name: str
@@ -79,18 +82,19 @@ class Family:
     negated: bool = False
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
-    norm_matched: bool = False
+    norm_matched: bool | str = False
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
     steps: Callable[[dict], bool] = lambda kwargs: True
     latents: str = ""
     max_batch: int = 3
+    scheduler: str = "scheduler"
 
 
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
-    *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
+    *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch", "scheduler"),
 )
 
 
@@ -102,15 +106,17 @@ def family(
     call: Callable[..., dict] = c.text_call,
     scale_name: str = "guidance_scale",
     negative: bool = True,
+    module: str = "diffusers",
     **extra,
 ) -> Callable:
     """Registers a function that returns a pipeline's components (and attributes to be set).
 
-    `extra` holds the last fields of `Family`; the rest goes to its call.
+    `module` is where the class is imported from. `extra` holds the last fields of `Family`; the
+    rest goes to its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:
-        build = partial(_build, cls, parts)
+        build = partial(_build, module, cls, parts)
         spec = {key: extra[key] for key in SPEC if key in extra}
         arguments = partial(call, **{key: v for key, v in extra.items() if key not in SPEC})
         assert name not in FAMILIES, f"two families are called {name}"
@@ -122,12 +128,12 @@ def family(
     return register
 
 
-def _build(cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
+def _build(module: str, cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         components = parts()
         attributes = components.pop("attributes", {})
-        pipe = getattr(df, cls)(**components)
+        pipe = getattr(import_module(module), cls)(**components)
     for name, value in attributes.items():
         setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)

@@ -326,17 +326,8 @@ def unipc(shift: float = 3.0) -> df.UniPCMultistepScheduler:
 
 def eyes() -> dict:
     """The encoder of the first picture."""
-    config = tr.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
     return {
-        "image_encoder": tr.CLIPVisionModelWithProjection(config).eval(),
+        "image_encoder": c.clip_vision(),
         "image_processor": tr.CLIPImageProcessor(crop_size=16, size=16),
     }
 

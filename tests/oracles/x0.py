@@ -19,6 +19,11 @@ CONVERT = {  # schedulers whose convert_model_output() gives the denoised image
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
+PRECONDITIONED = {  # schedulers in the manner of Karras et al. (2022), with functions for it
+    "CosineDPMSolverMultistepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+}
 
 
 def own_x0(scheduler, index, pred, x_in):
@@ -34,6 +39,10 @@ def own_x0(scheduler, index, pred, x_in):
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred
         return x_in - sigma * pred
+    if name in PRECONDITIONED:
+        sigma = s.sigmas[index].double()
+        unit = s.precondition_inputs(torch.ones((), dtype=torch.float64), sigma)
+        return s.precondition_outputs(x_in / unit, pred, sigma)
     if name in OWN_STEP:
         # Undo the scaling with the scheduler's own function, which is linear.
         unit = copy.deepcopy(s).scale_model_input(torch.ones((), dtype=torch.float64), t)

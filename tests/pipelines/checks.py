@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
-from pilotage.pipelines import LAYOUTS, guided
+from pilotage.pipelines import guided
 
 from ..families import FAMILIES
 from ..oracles.apg import PaperMomentum, paper_apg
@@ -15,7 +15,7 @@ from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]
-COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
+COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
 
 
 def latents(pipe, name, batch=3, negative=None, **extra):
@@ -87,7 +87,8 @@ def ag_rows_ok(name):
         trace = pipe.guidance_trace
         steps = len(trace.steps)
         guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        if trace.nfe != [2 * k + (steps - k) for k in guided_steps]:
+        branches = len(FAMILIES[name].layout.split()) - 1
+        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
@@ -124,7 +125,8 @@ def forecast_error(name):
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    nfe = 2 * choices.count("both")
+    branches = len(FAMILIES[name].layout.split()) - 1
+    nfe = branches * choices.count("both")
     assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
     stock = FAMILIES[name].build()
     held_outputs(stock, choices)
@@ -139,10 +141,11 @@ def resting_rows_ok(name):
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
+    branches = len(FAMILIES[name].layout.split()) - 1
+    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
@@ -168,6 +171,7 @@ class PaperGuidance:
         how, names = family.layout.split(": ")
         self.names = names.split()
         self.sign = -1 if family.negated else 1
+        self.arguments = call()  # for the family's mix, which may keep in them what it must
         self.index, self.averages = family.first_step, None
         self.turn, self.seen, self.known = 0, [], []
         replace = {"batch": self.batched, "calls": self.in_turn}[how]
@@ -187,14 +191,18 @@ class PaperGuidance:
             except StepKnown:
                 pass
 
+    @property
+    def scheduler(self):
+        return getattr(self.pipe, self.family.scheduler)
+
     def mix(self, branches):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
-        call = self.call()
+        call = self.arguments
         if self.family.mix is not None:
             return self.family.mix(branches, call)
         scale = call[self.family.scale_name]
         if self.family.scale_at is not None:
-            scale = self.family.scale_at(call, float(self.pipe.scheduler.timesteps[self.index]))
+            scale = self.family.scale_at(call, float(self.scheduler.timesteps[self.index]))
         w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
@@ -206,15 +214,17 @@ class PaperGuidance:
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
         mixed, w = self.mix(branches)
-        # All that is added to cond, written as guidance away from one other prediction.
-        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        if self.family.mix is None:
+            away = branches["uncond"]
+        else:  # all that is added to cond, written as guidance away from one other prediction
+            away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
         self.averages = self.averages or [PaperMomentum(beta) for _ in x]
 
         def denoised(prediction):
             if self.family.x0 is not None:
-                return self.family.x0(self.pipe.scheduler, self.index, kwargs, prediction, x)
-            return own_x0(self.pipe.scheduler, self.index, prediction, x)
+                return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.scheduler, self.index, prediction, x)
 
         c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
@@ -223,13 +233,15 @@ class PaperGuidance:
         ]
         prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
-            norms = branches["cond"].norm(dim=-1, keepdim=True)
-            prediction = prediction * (norms / prediction.norm(dim=-1, keepdim=True))
+            norms = [v.norm(dim=-1, keepdim=True) for v in (branches["cond"], prediction)]
+            ratio = norms[0] / norms[1]
+            capped = self.family.norm_matched == "capped"
+            prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
         guided[part] = prediction
         self.index += 1
         # After one piece of a video the next starts, with the noisiest step. (Where every frame
         # has a noise level of its own there are more steps than timesteps; x0 is the family's.)
-        if self.index == len(self.pipe.scheduler.timesteps) and self.family.x0 is None:
+        if self.index == len(self.scheduler.timesteps) and self.family.x0 is None:
             self.index, self.averages = self.family.first_step, None
         return guided
 
@@ -264,6 +276,8 @@ class PaperGuidance:
             self.known.append(self.guide(x, outputs, kwargs).to(out.dtype))
             raise StepKnown
         guided = self.known[step]
+        if not listed:  # a branch may lack the tokens in front of those that are guided
+            guided = guided[:, -out.shape[1] :]
         return replaced(output, list(guided) if listed else guided)
 
 
