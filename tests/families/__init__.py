@@ -19,6 +19,7 @@ from . import (
     unets,
     videos,
     wan,
+    worlds,
 )
 from .base import FAMILIES, Family
 
@@ -38,4 +39,5 @@ __all__ = [
     "unets",
     "videos",
     "wan",
+    "worlds",
 ]

@@ -66,6 +66,7 @@ class Family:
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
         steps: keyword arguments of the network -> whether this call is a branch of a step.
+        latents: Argument of the network that holds what is denoised, if it is not the first.
         max_batch: How many samples a call can have, up to 3.
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
         second: What else is denoised, with the network's second output, and returned second: the
@@ -89,6 +90,7 @@ class Family:
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
     steps: Callable[[dict], bool] = lambda kwargs: True
+    latents: str = ""
     max_batch: int = 3
     scheduler: str = "scheduler"
     second: tuple[str, str] | None = None
@@ -97,7 +99,8 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
-    *("norm_matched", "scale_at", "x0", "steps", "max_batch", "second", "scheduler"),
+    *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
+    *("second", "scheduler"),
 )
 
 
@@ -112,7 +115,7 @@ def family(
     module: str = "diffusers",
     **extra,
 ) -> Callable:
-    """Registers a function that returns a pipeline's components.
+    """Registers a function that returns a pipeline's components (and attributes to be set).
 
     `module` is where the class is imported from. `extra` holds the last fields of `Family`; the
     rest goes to its call.
@@ -134,7 +137,11 @@ def family(
 def _build(module: str, cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = getattr(import_module(module), cls)(**parts())
+        components = parts()
+        attributes = components.pop("attributes", {})
+        pipe = getattr(import_module(module), cls)(**components)
+    for name, value in attributes.items():
+        setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -263,7 +263,7 @@ def any_flow_far() -> dict:
     """One chunk of frames after another, the finished ones in a cache."""
     return wan(
         transformer=wan_like(
-            df.AnyFlowFARTransformer3DModel, full_chunk_limit=2, chunk_partition=(1, 1, 1)
+            df.AnyFlowFARTransformer3DModel, full_chunk_limit=2, chunk_partition=(1, 2)
         ),
         scheduler=df.FlowMapEulerDiscreteScheduler(shift=5.0),
     )
@@ -285,6 +285,39 @@ def helios(**parts) -> dict:
     return wan(transformer=transformer, scheduler=scheduler) | parts
 
 
+def zero_star(branches: dict[str, Tensor], call: dict) -> tuple[Tensor, float]:
+    """CFG-Zero*: away from the part of the conditional prediction that lies along the other."""
+    cond, uncond = branches["cond"], branches["uncond"]
+    dims = tuple(range(1, cond.ndim))
+    share = (cond * uncond).sum(dims, keepdim=True) / (uncond**2).sum(dims, keepdim=True)
+    w = call["guidance_scale"]
+    return share * uncond + w * (cond - share * uncond), w
+
+
+@family(
+    "helios_pyramid",
+    "HeliosPyramidPipeline",
+    CALLS,
+    TRANSFORMER,
+    mix=zero_star,
+    use_zero_init=False,
+    pyramid_num_inference_steps_list=[2, 2],
+    num_latent_frames_per_chunk=3,
+    history_sizes=[4, 2, 1],
+    **(VIDEO | {"num_inference_steps": None, "height": 64, "width": 64}),
+)
+def helios_pyramid() -> dict:
+    """From coarse to fine: each stage goes to a picture with some noise, not to a clean one.
+
+    The published gamma, 1/3, gives the noise between stages a singular covariance, whose Cholesky
+    factor torch does not find on every machine.
+    """
+    scheduler = df.HeliosScheduler(
+        stages=2, stage_range=[0, 0.5, 1], gamma=0.3, use_dynamic_shifting=True
+    )
+    return helios(scheduler=scheduler, is_cfg_zero_star=True)
+
+
 def unipc(shift: float = 3.0) -> df.UniPCMultistepScheduler:
     return df.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
@@ -293,17 +326,8 @@ def unipc(shift: float = 3.0) -> df.UniPCMultistepScheduler:
 
 def eyes() -> dict:
     """The encoder of the first picture."""
-    config = tr.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
     return {
-        "image_encoder": tr.CLIPVisionModelWithProjection(config).eval(),
+        "image_encoder": c.clip_vision(),
         "image_processor": tr.CLIPImageProcessor(crop_size=16, size=16),
     }
 

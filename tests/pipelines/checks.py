@@ -254,8 +254,10 @@ class PaperGuidance:
     def step(self, noisy, outputs, kwargs):
         """All that is guided in one step; `outputs` holds the networks' by branch."""
         begun = getattr(self.scheduler, "step_index", None) is not None
-        if self.index == len(self.scheduler.timesteps) or (self.begun and not begun):
-            # Some pipelines go through the timesteps once for every piece of a video.
+        # Some pipelines go through the timesteps once for every piece of a video. (Where every frame
+        # has a noise level of its own there are more steps than timesteps; x0 is the family's.)
+        through = self.index == len(self.scheduler.timesteps) and self.family.x0 is None
+        if through or (self.begun and not begun):
             self.index, self.averages = self.family.first_step, {}
         self.begun = begun
         results = [
@@ -267,7 +269,8 @@ class PaperGuidance:
 
     def tensors(self, args, kwargs, output, count):
         """The noisy inputs of a call, and by branch what it made of them."""
-        noisy = [args[0] if args else next(iter(kwargs.values()))]
+        first = args[0] if args else next(iter(kwargs.values()))
+        noisy = [kwargs[self.family.latents] if self.family.latents else first]
         noisy += [kwargs[self.family.second[0]]] if self.family.second else []
         found = [output] if isinstance(output, torch.Tensor) else list(output)[: len(noisy)]
         if not isinstance(output, (torch.Tensor, tuple)):
