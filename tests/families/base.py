@@ -58,6 +58,7 @@ class Family:
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one.
+        max_batch: How many samples one call makes at most.
     """
 
     name: str
@@ -74,10 +75,11 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool = False
+    max_batch: int = 3
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched")
+SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched", "max_batch")
 
 
 def family(
