@@ -5,7 +5,7 @@
 return latents). Both are seeded: the same build and call give the same numbers.
 """
 
-from . import flux, images, qwen, stable_diffusion, unets, videos, wan
+from . import flux, images, language, qwen, stable_diffusion, unets, videos, wan
 from .base import FAMILIES, Family
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Family",
     "flux",
     "images",
+    "language",
     "qwen",
     "stable_diffusion",
     "unets",

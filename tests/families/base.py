@@ -58,7 +58,9 @@ class Family:
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one.
+        norm_axis: The axis of that norm.
         max_batch: How many samples one call makes at most.
+        aside: Keyword arguments of a network's call -> whether it is none of a step's branches.
     """
 
     name: str
@@ -75,11 +77,14 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool = False
+    norm_axis: int = -1
     max_batch: int = 3
+    aside: Callable[[dict], bool] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched", "max_batch")
+SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched", "norm_axis", "max_batch")
+SPEC += ("aside",)
 
 
 def family(
@@ -90,15 +95,16 @@ def family(
     call: Callable[..., dict] = c.text_call,
     scale_name: str = "guidance_scale",
     negative: bool = True,
+    settings: dict | None = None,
     **extra,
 ) -> Callable:
     """Registers a function that returns a pipeline's components.
 
-    `extra` holds the last fields of `Family`; the rest goes to its call.
+    `settings` are attributes that the built pipeline is given, such as its default size. `extra` holds the last fields of `Family`; the rest goes to its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:
-        build = partial(_build, cls, parts)
+        build = partial(_build, cls, parts, settings or {})
         spec = {key: extra[key] for key in SPEC if key in extra}
         arguments = partial(call, **{key: v for key, v in extra.items() if key not in SPEC})
         assert name not in FAMILIES, f"two families are called {name}"
@@ -110,10 +116,13 @@ def family(
     return register
 
 
-def _build(cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
+def _build(cls: str, parts: Callable[[], dict], settings: dict) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = getattr(df, cls)(**parts())
+    for name, value in settings.items():
+        assert hasattr(pipe, name)
+        setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -145,7 +145,8 @@ def qwen_transformer(**config) -> df.QwenImageTransformer2DModel:
         axes_dims_rope=(8, 4, 4),
         **config,
     )
-    return c.condition_loudly(c.wake(transformer))
+    # The template is most of what the text says: attention that picks tokens hears the prompt.
+    return c.amplify(c.condition_loudly(c.wake(transformer)), ("norm_added_k",), 8.0)
 
 
 def big(call, **pictures):
@@ -240,29 +241,27 @@ def leading_tokens(count: int):
     return part
 
 
-class PictureReader(tr.Qwen2VLProcessor):
-    """Reads no videos, so that it works without torchvision."""
-
-    def check_argument_for_proper_class(self, *_):
-        return None
+def without_videos(cls: type) -> type:
+    """A processor that reads no videos, so that transformers can build it without torchvision."""
+    return type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda *_: None})
 
 
-def seeing() -> dict:
-    """Text encoder, tokenizer and processor that take pictures, four tokens each."""
+def seeing(encoder, processor: type = tr.Qwen2VLProcessor) -> dict:
+    """A text encoder, its tokenizer and its processor that take pictures, four tokens each."""
     tokenizer = c.qwen_tokenizer()
     marks = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
     tokenizer.add_tokens(marks, special_tokens=True)
-    encoder = c.qwen_vl()
     names = ("vision_start_token_id", "image_token_id", "video_token_id", "vision_end_token_id")
     for name, mark in zip(names, marks, strict=True):
         setattr(encoder.config, name, tokenizer.convert_tokens_to_ids(mark))
     reader = getattr(tr, "Qwen2VLImageProcessorPil", tr.Qwen2VLImageProcessor)
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-    processor = PictureReader(reader(size=pixels), tokenizer)
-    return {"text_encoder": encoder, "tokenizer": tokenizer, "processor": processor}
+    template = {"chat_template": c.CHAT_TEMPLATE}
+    read = without_videos(processor)(reader(size=pixels), tokenizer, **template)
+    return {"text_encoder": encoder, "tokenizer": tokenizer, "processor": read}
 
 
-def coarse_vae(blocks: int, **config) -> df.AutoencoderKLQwenImage:
+def coarse_vae(blocks: int) -> df.AutoencoderKLQwenImage:
     """For pipelines that bring every picture to a million pixels: few latents remain of it."""
     model = df.AutoencoderKLQwenImage(
         base_dim=2,
@@ -272,7 +271,6 @@ def coarse_vae(blocks: int, **config) -> df.AutoencoderKLQwenImage:
         temperal_downsample=[False] * blocks,
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-        **config,
     )
     return model.eval()
 
@@ -288,9 +286,8 @@ def edit_inpaint_call(batch: int, negative: bool, **extra) -> dict:
 
 
 def layered_call(batch: int, negative: bool, **extra) -> dict:
-    pictures = [picture(400 + i).convert("RGBA") for i in range(batch)]
-    extra |= {"image": pictures, "layers": 1, "output_type": "pt"}
-    return c.text_call(batch, negative, **extra)
+    extra |= {"layers": 1, "output_type": "pt"}
+    return edit_call(batch, negative, **extra)
 
 
 EDIT = QWEN_GUIDES | {"height": 1024, "width": 1024, "max_sequence_length": 1024}
@@ -305,7 +302,7 @@ EDIT = QWEN_GUIDES | {"height": 1024, "width": 1024, "max_sequence_length": 1024
     **EDIT,
 )
 def qwen_image_edit(**parts) -> dict:
-    return qwen_image(**seeing(), vae=coarse_vae(7), **parts)
+    return qwen_image(**seeing(c.qwen_vl()), vae=coarse_vae(7), **parts)
 
 
 family(
@@ -346,5 +343,5 @@ def qwen_image_layered() -> dict:
     mixed up.
     """
     transformer = qwen_transformer(use_additional_t_cond=True, use_layer3d_rope=True)
-    vae = coarse_vae(6, input_channels=4)
-    return qwen_image(**seeing(), transformer=transformer, vae=vae)
+    vae = coarse_vae(6)
+    return qwen_image(**seeing(c.qwen_vl()), transformer=transformer, vae=vae)

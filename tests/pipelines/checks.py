@@ -214,6 +214,8 @@ class PaperGuidance:
         return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
 
     def in_turn(self, module, args, kwargs, output):
+        if self.family.aside is not None and self.family.aside(kwargs):
+            return output
         first = output if isinstance(output, torch.Tensor) else output[0]
         self.seen.append(first)
         if len(self.seen) < len(self.names):
@@ -241,6 +243,8 @@ class Rehearsed(PaperGuidance):
         self.rehearsed, self.calls = rehearsal, 0
 
     def in_turn(self, module, args, kwargs, output):
+        if self.family.aside is not None and self.family.aside(kwargs):
+            return output
         count = len(self.names)
         if self.calls % count == 0:
             outputs = self.rehearsed[self.calls : self.calls + count]
@@ -248,7 +252,8 @@ class Rehearsed(PaperGuidance):
             self.guided = self.guide(x, outputs).to(outputs[0].dtype)
             if self.family.norm_matched:
                 part = self.family.part(self.guided, x)
-                norms = (v[part].norm(dim=-1, keepdim=True) for v in (outputs[0], self.guided))
+                axis = self.family.norm_axis
+                norms = (v[part].norm(dim=axis, keepdim=True) for v in (outputs[0], self.guided))
                 self.guided[part] *= next(norms) / next(norms)
         self.calls += 1
         return self.guided if isinstance(output, torch.Tensor) else (self.guided, *output[1:])
@@ -258,11 +263,12 @@ def rehearsal(family, call):
     """What the networks of a stock pipeline return in a call, in order."""
     pipe, outputs = family.build(), []
 
-    def listen(module, args, output):
-        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+    def listen(module, args, kwargs, output):
+        if family.aside is None or not family.aside(kwargs):
+            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
 
     for denoiser in family.denoisers:
-        getattr(pipe, denoiser).register_forward_hook(listen)
+        getattr(pipe, denoiser).register_forward_hook(listen, with_kwargs=True)
     pipe(**call)
     return outputs
 

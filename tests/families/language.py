@@ -1,0 +1,315 @@
+"""Pictures from transformers whose prompts a language model reads."""
+
+import diffusers as df
+import torch
+import transformers as tr
+
+from .. import components as c
+from .base import HEADS, SHORT, TRANSFORMER, family, flow
+from .qwen import picture, seeing
+
+
+@family(
+    "hidream",
+    "HiDreamImagePipeline",
+    "batch: uncond cond",
+    TRANSFORMER,
+    negated=True,
+    settings={"default_sample_size": 8},
+    **SHORT,
+)
+def hidream() -> dict:
+    """Its Llama embeddings have layers in front of samples; every picture gets the default area."""
+    transformer = df.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        **HEADS,
+        caption_channels=[c.WIDTH, c.WIDTH],
+        text_emb_dim=32,
+        num_routed_experts=4,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(8, 8),
+        llama_layers=(0, 1),
+    )
+    llama = c.language_model(tr.LlamaForCausalLM, tr.LlamaConfig, c.llama_tokenizer())
+    return {
+        "scheduler": df.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        "vae": c.flow_vae(),
+        **c.texts(c.clip(projection=True), c.clip(projection=True), c.t5(), llama),
+        "transformer": c.wake(transformer),
+    }
+
+
+def quoted(batch: int) -> list[str]:
+    """Prompts whose quoted parts have one length: their padding is not masked."""
+    words = ("'red hen'", "'hen red'", "'her end'")
+    return [words[i % 3] for i in range(batch)]
+
+
+def glm_call(batch: int, negative: bool, **extra) -> dict:
+    """The language model would draw the prior tokens of a whole batch from one seed."""
+    tokens = c.per_sample(batch, 16, seed=700, low=0.0).mul(31).long()
+    extra |= {"prompt": quoted(batch), "prior_token_ids": tokens}
+    return c.text_call(batch, False, **extra)
+
+
+@family(
+    "glm_image",
+    "GlmImagePipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    glm_call,
+    negative=False,
+    **SHORT,
+)
+def glm_image() -> dict:
+    """Without its language model, whose picture of the prompt the call brings along."""
+    transformer = df.GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        **HEADS,
+        text_embed_dim=c.WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        prior_vq_quantizer_codebook_size=32,
+    )
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    return {
+        **c.texts((c.t5()[0], tr.ByT5Tokenizer())),
+        "processor": None,
+        "vision_language_encoder": None,
+        "vae": c.vae(**statistics),
+        "transformer": c.wake(transformer),
+        "scheduler": flow(use_dynamic_shifting=True, base_shift=0.25, time_shift_type="linear"),
+    }
+
+
+def glm_edit_call(batch: int, negative: bool, **extra) -> dict:
+    tokens = list(c.per_sample(batch, 16, seed=800, low=0.0).mul(31).long())
+    grid = torch.tensor([[1, 4, 4]])
+    pictures = [[picture(400 + i, 16)] for i in range(batch)]
+    extra |= {"image": pictures, "prior_token_image_ids": tokens}  # read before the first step
+    return glm_call(batch, negative, source_image_grid_thw=[grid] * batch, **extra)
+
+
+family(
+    "glm_image_edit",
+    "GlmImagePipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    glm_edit_call,
+    negative=False,
+    aside=lambda arguments: not arguments["timestep"].any(),
+    **SHORT,
+)(glm_image)
+
+
+@family("ernie_image", "ErnieImagePipeline", "batch: uncond cond", TRANSFORMER)
+def ernie_image() -> dict:
+    transformer = df.ErnieImageTransformer2DModel(
+        hidden_size=64,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=64,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=c.WIDTH,
+        rope_axes_dim=(8, 12, 12),
+    )
+    loud = ("text_proj", "to_v", "final_linear.weight")
+    return {
+        **c.texts(c.language_model(tr.MistralModel, tr.MistralConfig, c.llama_tokenizer())),
+        "vae": df.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(4,),
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=16,
+        ).eval(),
+        "transformer": c.amplify(c.wake(transformer), loud, 4.0),
+        "scheduler": flow(shift=3.0),
+    }
+
+
+HUNYUAN = {"guidance_scale": None, "height": 64, "width": 64}
+HUNYUAN_SETTINGS = {"tokenizer_max_length": 220, "tokenizer_2_max_length": 32}
+HUNYUAN_SCALE = "distilled_guidance_scale"
+
+
+def hunyuan_call(batch: int, negative: bool, **extra) -> dict:
+    """With words between quotes, which a second encoder reads."""
+    prompts = [p.replace("green hill", "'hill'") for p in c.cycle(c.PROMPTS, batch)]
+    return c.text_call(batch, negative, prompt=prompts, distilled_guidance_scale=3.25, **extra)
+
+
+def refiner_call(batch: int, negative: bool, **extra) -> dict:
+    pictures = c.per_sample(batch, 3, 64, 64, low=0.0)
+    return hunyuan_call(batch, negative, image=pictures, **extra) | {"height": 32, "width": 32}
+
+
+def hunyuan_transformer(**config) -> df.HunyuanImageTransformer2DModel:
+    sizes = {"in_channels": 4, "out_channels": 4, "patch_size": (1, 1), "rope_axes_dim": (4, 4)}
+    transformer = df.HunyuanImageTransformer2DModel(
+        **HEADS,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=c.WIDTH,
+        **(sizes | config),
+    )
+    return c.amplify(c.condition_loudly(c.wake(transformer)), ("norm_added_k",), 8.0)
+
+
+def byte_t5() -> tuple:
+    sizes = {"d_model": c.WIDTH, "d_kv": 8, "d_ff": c.WIDTH, "num_layers": 1, "num_heads": 2}
+    encoder = tr.T5EncoderModel(tr.T5Config(vocab_size=384, **sizes))
+    return encoder.eval(), tr.ByT5Tokenizer()
+
+
+@family(
+    "hunyuan_image",
+    "HunyuanImagePipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    hunyuan_call,
+    scale_name=HUNYUAN_SCALE,
+    w=lambda scale: 3.5,
+    settings=HUNYUAN_SETTINGS,
+    **HUNYUAN,
+)
+def hunyuan_image(**parts) -> dict:
+    """A guider of diffusers makes its branches and mixes them, at a scale of its own."""
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+
+    vae = df.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        scaling_factor=0.476986,
+        spatial_compression_ratio=8,
+        sample_size=64,
+    )
+    return {
+        "scheduler": flow(shift=5.0),
+        "vae": vae.eval(),
+        **c.texts((c.qwen_vl(), c.qwen_tokenizer()), byte_t5()),
+        "transformer": hunyuan_transformer(text_embed_2_dim=c.WIDTH),
+        "guider": AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+        "ocr_guider": AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+    } | parts
+
+
+@family(
+    "hunyuan_image_distilled",
+    "HunyuanImagePipeline",
+    "one",
+    TRANSFORMER,
+    hunyuan_call,
+    scale_name=HUNYUAN_SCALE,
+    settings=HUNYUAN_SETTINGS,
+    **HUNYUAN,
+)
+def hunyuan_image_distilled() -> dict:
+    options = {"guidance_embeds": True, "use_meanflow": True}
+    transformer = hunyuan_transformer(text_embed_2_dim=c.WIDTH, **options)
+    return hunyuan_image(transformer=transformer, guider=None, ocr_guider=None)
+
+
+@family(
+    "hunyuan_image_refiner",
+    "HunyuanImageRefinerPipeline",
+    "one",
+    TRANSFORMER,
+    refiner_call,
+    scale_name=HUNYUAN_SCALE,
+    settings={"tokenizer_max_length": 220},
+    **HUNYUAN,
+)
+def hunyuan_image_refiner() -> dict:
+    vae = df.AutoencoderKLHunyuanImageRefiner(
+        latent_channels=4,
+        block_out_channels=(32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    sizes = {"in_channels": 16, "out_channels": 8, "rope_axes_dim": (2, 2, 4)}
+    return {
+        "scheduler": flow(shift=4.0),
+        "vae": vae.eval(),
+        **c.texts((c.qwen_vl(), c.qwen_tokenizer())),
+        "transformer": hunyuan_transformer(patch_size=(1, 1, 1), guidance_embeds=True, **sizes),
+    }
+
+
+def qwen3_vl(layers: int = 2) -> tr.Qwen3VLForConditionalGeneration:
+    text = {
+        "vocab_size": c.VOCAB,
+        "hidden_size": c.WIDTH,
+        "intermediate_size": c.WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 1e4},
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": c.WIDTH,
+        "patch_size": 14,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = tr.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return tr.Qwen3VLForConditionalGeneration(config).eval()
+
+
+@family(
+    "nucleus",
+    "NucleusMoEImagePipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    height=32,
+    width=32,
+    max_sequence_length=512,
+    return_index=-1,
+    negated=True,
+    norm_matched=True,
+)
+def nucleus() -> dict:
+    """Each expert chooses among the tokens of one sample; norms as in Qwen-Image."""
+    transformer = df.NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=5,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=c.WIDTH,
+        axes_dims_rope=(8, 4, 4),
+        num_experts=4,
+        moe_intermediate_dim=16,
+        capacity_factors=2.0,
+    )
+    parts = seeing(qwen3_vl(), tr.Qwen3VLProcessor)
+    return {
+        "transformer": c.condition_loudly(c.wake(transformer)),
+        "scheduler": flow(use_dynamic_shifting=True),
+        "vae": c.qwen_vae(),
+        "text_encoder": parts["text_encoder"],
+        "processor": parts["processor"],
+    }
