@@ -95,7 +95,7 @@ def glm_image() -> dict:
 def glm_edit_call(batch: int, negative: bool, **extra) -> dict:
     tokens = list(c.per_sample(batch, 16, seed=800, low=0.0).mul(31).long())
     grid = torch.tensor([[1, 4, 4]])
-    pictures = [[picture(400 + i, 16)] for i in range(batch)]
+    pictures = [[picture(400 + i, 16, 16)] for i in range(batch)]
     extra |= {"image": pictures, "prior_token_image_ids": tokens}  # read before the first step
     return glm_call(batch, negative, source_image_grid_thw=[grid] * batch, **extra)
 
@@ -301,10 +301,14 @@ def nucleus() -> dict:
         attention_head_dim=16,
         joint_attention_dim=c.WIDTH,
         axes_dims_rope=(8, 4, 4),
+        mlp_ratio=8.0,
         num_experts=4,
         moe_intermediate_dim=16,
         capacity_factors=2.0,
     )
+    for block in (b for b in transformer.transformer_blocks if b.moe_enabled):
+        for weight in block.img_mlp.experts.parameters():  # uninitialised memory
+            torch.nn.init.normal_(weight, std=0.2)
     parts = seeing(qwen3_vl(), tr.Qwen3VLProcessor)
     return {
         "transformer": c.condition_loudly(c.wake(transformer)),
