@@ -100,7 +100,8 @@ def family(
 ) -> Callable:
     """Registers a function that returns a pipeline's components.
 
-    `settings` are attributes that the built pipeline is given, such as its default size. `extra` holds the last fields of `Family`; the rest goes to its call.
+    `settings` are attributes that the built pipeline is given, such as its default size. `extra`
+    holds the last fields of `Family`; the rest goes to its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:

@@ -5,8 +5,8 @@ import torch
 import transformers as tr
 
 from .. import components as c
-from .base import HEADS, SHORT, TRANSFORMER, family, flow
-from .qwen import picture, seeing
+from .base import HEADS, SHORT, TRANSFORMER, UNET, family, flow
+from .qwen import picture, seeing, settled
 
 
 @family(
@@ -317,3 +317,171 @@ def nucleus() -> dict:
         "text_encoder": parts["text_encoder"],
         "processor": parts["processor"],
     }
+
+
+def coarse_wan_vae() -> df.AutoencoderKLWan:
+    """Eight latents a side of the million pixels to which every picture is brought."""
+    model = df.AutoencoderKLWan(
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=0,
+        temperal_downsample=[False] * 4,
+        patch_size=8,
+        in_channels=3 * 8 * 8,
+        out_channels=3 * 8 * 8,
+        scale_factor_spatial=128,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return c.amplify(model.eval(), ("weight",), 2.0)
+
+
+def joy_call(batch: int, negative: bool, **extra) -> dict:
+    """Prompts of one length, as the network is told of no padding."""
+    prompts = (
+        "a red cat on a green hill",
+        "a green cat on a red hill",
+        "a red hill on a green cat",
+    )
+    extra |= {"prompt": c.cycle(prompts, batch), "image": joy_pictures(batch)}
+    call = c.text_call(batch, False, **extra)
+    unwanted = ("too dark blurry text", "too blurry dark text", "text too dark blurry")
+    return call | ({"negative_prompt": c.cycle(unwanted, batch)} if negative else {})
+
+
+def joy_pictures(batch: int) -> list:
+    return [picture(400 + i, 32, 32) for i in range(batch)]
+
+
+JOY = {"height": 1024, "width": 1024, "max_sequence_length": 512}
+JOY_GUIDES = {"norm_matched": True, "norm_axis": 2}
+
+
+@family(
+    "joy_image_edit",
+    "JoyImageEditPipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    joy_call,
+    part=lambda output, x: (slice(None), slice(-1, None)),
+    **JOY,
+    **JOY_GUIDES,
+)
+def joy_image_edit(transformer: type = df.JoyImageEditTransformer3DModel) -> dict:
+    """The picture comes after the one it is made from, which every step puts back."""
+    network = transformer(
+        patch_size=[1, 2, 2],
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=c.WIDTH,
+        num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    )
+    loud = ("txt_attn_qkv.weight", "img_attn_proj.weight")
+    return {
+        "transformer": c.amplify(c.amplify(c.wake(network), loud, 4.0), ("txt_attn_k_norm",), 8.0),
+        "scheduler": flow(shift=4.0),
+        "vae": settled(coarse_wan_vae()),
+        **seeing(qwen3_vl(), tr.Qwen3VLProcessor),
+    }
+
+
+def joy_plus_call(batch: int, negative: bool, **extra) -> dict:
+    """One picture for every other sample, two for the rest and for the first."""
+    pictures = [[p] * (2 - i % 2) for i, p in enumerate(joy_pictures(batch))]
+    return c.text_call(batch, negative, images=pictures, **extra)
+
+
+@family(
+    "joy_image_edit_plus",
+    "JoyImageEditPlusPipeline",
+    "batch: uncond cond",
+    TRANSFORMER,
+    joy_plus_call,
+    **JOY,
+    **JOY_GUIDES,
+)
+def joy_image_edit_plus() -> dict:
+    """Patches of the picture, of those it is made from, and padding: guided and returned alike."""
+    return joy_image_edit(df.JoyImageEditPlusTransformer3DModel)
+
+
+def left_half(output, x) -> tuple[slice, ...]:
+    return (slice(None), slice(None), slice(None), slice(x.shape[3] // 2))
+
+
+def one_prompt(batch: int, negative: bool, **extra) -> dict:
+    call = c.text_call(batch, negative, **extra)
+    texts = {"prompt", "negative_prompt"}
+    return call | {name: value[0] for name, value in call.items() if name in texts}
+
+
+def dreamlite_edit_call(batch: int, negative: bool, **extra) -> dict:
+    extra |= {"image": picture(400, 16, 16), "image_guidance_scale": 1.5}
+    return one_prompt(batch, negative, **extra)
+
+
+def dreamlite_mix(branches: dict, call: dict):
+    uncond, image = branches["uncond"], branches["image"]
+    text, picture = call["guidance_scale"], call["image_guidance_scale"]
+    mixed = uncond + text * (branches["cond"] - image) + picture * (image - uncond)
+    return mixed, text
+
+
+DREAMLITE = {"max_batch": 1, "part": left_half}
+
+
+@family("dreamlite", "DreamLitePipeline", "batch: uncond cond", UNET, one_prompt, **DREAMLITE)
+def dreamlite() -> dict:
+    """Beside the picture lies the one it is made from, or zeros, along the width."""
+    unet = df.DreamLiteUNetModel(
+        sample_size=8,
+        down_block_types=(
+            "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
+            "DreamLiteCrossAttnDownBlock2D",
+        ),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        block_out_channels=(8, 16),
+        cross_attention_dim=c.WIDTH,
+        attention_head_dim=2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        addition_embed_type="time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16,
+    )
+    vae = df.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    return {
+        **seeing(qwen3_vl(), tr.Qwen3VLProcessor),
+        "vae": vae.eval(),
+        "unet": c.condition_loudly(c.wake(unet)),
+        "scheduler": flow(use_dynamic_shifting=True),
+    }
+
+
+family(
+    "dreamlite_edit",
+    "DreamLitePipeline",
+    "batch: uncond image cond",
+    UNET,
+    dreamlite_edit_call,
+    mix=dreamlite_mix,
+    **DREAMLITE,
+)(dreamlite)
+
+family(
+    "dreamlite_mobile",
+    "DreamLiteMobilePipeline",
+    "one",
+    UNET,
+    one_prompt,
+    negative=False,
+    **DREAMLITE,
+)(dreamlite)

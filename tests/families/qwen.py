@@ -212,17 +212,20 @@ def qwen_image_controlnet(extra: int = 0, **parts) -> dict:
     **QWEN_GUIDES,
 )
 def qwen_image_controlnet_inpaint() -> dict:
-    """It draws from the posterior without a generator: this one is too narrow to show it.
+    return qwen_image_controlnet(extra=4, vae=settled(c.qwen_vae()))
+
+
+def settled(vae):
+    """For pipelines that draw from the posterior without a generator: too narrow to show it.
 
     Its means lie around 1000, where adding 3e-7 changes no float32.
     """
-    vae = c.qwen_vae()
-    vae.register_to_config(latents_mean=[1000.0] * 4)
-    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    half = vae.config.z_dim
+    vae.register_to_config(latents_mean=[1000.0] * half, latents_std=[1.0] * half)
     with torch.no_grad():
-        weight[4:] = 0
-        bias[:4], bias[4:] = 1000.0, -30.0
-    return qwen_image_controlnet(extra=4, vae=vae)
+        vae.quant_conv.weight[half:] = 0
+        vae.quant_conv.bias[:half], vae.quant_conv.bias[half:] = 1000.0, -30.0
+    return vae
 
 
 def picture(seed: int, width: int, height: int):

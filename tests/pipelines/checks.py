@@ -197,6 +197,14 @@ class PaperGuidance:
         self.index += 1
         return guided
 
+    def matched(self, guided, cond, x):
+        """The guided output with the norm of the conditional one, where the pipeline sees to it."""
+        if self.family.norm_matched:
+            part, axis = self.family.part(cond, x), self.family.norm_axis
+            norms = (v[part].double().norm(dim=axis, keepdim=True) for v in (cond, guided))
+            guided[part] *= next(norms) / next(norms)
+        return guided.to(cond.dtype)
+
     def batched(self, module, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
         out = output if isinstance(output, torch.Tensor) else output[0]
@@ -205,7 +213,9 @@ class PaperGuidance:
             x = torch.stack([row[-1] if isinstance(row, list) else row for row in x])
             out = torch.stack(list(out))
         count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count)).to(out.dtype)
+        x, branches = x.chunk(count)[0], out.chunk(count)
+        cond = branches[self.names.index("cond")]
+        guided = self.matched(self.guide(x, branches), cond, x)
         all_equal = torch.cat([guided] * count)
         all_equal = list(all_equal) if listed else all_equal
         if isinstance(output, torch.Tensor):
@@ -249,12 +259,8 @@ class Rehearsed(PaperGuidance):
         if self.calls % count == 0:
             outputs = self.rehearsed[self.calls : self.calls + count]
             x = args[0] if args else next(iter(kwargs.values()))
-            self.guided = self.guide(x, outputs).to(outputs[0].dtype)
-            if self.family.norm_matched:
-                part = self.family.part(self.guided, x)
-                axis = self.family.norm_axis
-                norms = (v[part].norm(dim=axis, keepdim=True) for v in (outputs[0], self.guided))
-                self.guided[part] *= next(norms) / next(norms)
+            cond = outputs[self.names.index("cond")]
+            self.guided = self.matched(self.guide(x, outputs), cond, x)
         self.calls += 1
         return self.guided if isinstance(output, torch.Tensor) else (self.guided, *output[1:])
 
