@@ -3,9 +3,11 @@
 import diffusers as df
 import torch
 import transformers as tr
+from diffusers.utils import is_torchvision_available
+from tokenizers import processors
 
 from .. import components as c
-from .base import HEADS, SHORT, TRANSFORMER, UNET, family, flow
+from .base import HEADS, JOINT_HEADS, SHORT, TRANSFORMER, UNET, family, flow
 from .qwen import picture, seeing, settled
 
 
@@ -319,6 +321,89 @@ def nucleus() -> dict:
     }
 
 
+def level_call(batch: int, negative: bool, **extra) -> dict:
+    """Prompts of one length: for networks that make something of the padding."""
+    prompts = (
+        "a red cat on a green hill",
+        "a green cat on a red hill",
+        "a red hill on a green cat",
+    )
+    call = c.text_call(batch, False, prompt=c.cycle(prompts, batch), **extra)
+    unwanted = ("too dark blurry text", "too blurry dark text", "text too dark blurry")
+    return call | ({"negative_prompt": c.cycle(unwanted, batch)} if negative else {})
+
+
+def qwen_21_edit_call(batch: int, negative: bool, **extra) -> dict:
+    pictures = [picture(401, 64, 64), picture(402, 64, 64)]
+    return level_call(batch, negative, image=pictures, **extra)
+
+
+QWEN_21 = {
+    "scale_name": "true_cfg_scale",
+    "part": lambda output, x: (slice(None), slice(-16, None)),
+    "true_cfg_scale": 4.0,
+    "guidance_scale": None,
+    "height": 64,
+    "width": 64,
+    "output_resolution": 64,
+}
+
+
+@family(
+    "qwen_image_21",
+    "QwenImage21Pipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    level_call,
+    **QWEN_21,
+)
+def qwen_image_21() -> dict:
+    """The first step fills a cache for each branch, the later ones read it; no norm is matched.
+
+    The picture's tokens come last, after those of the text in what the first step returns.
+    """
+    transformer = df.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        **JOINT_HEADS,
+        context_in_dim=c.WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    loud = ("to_v", "to_out.0.weight", "proj_out")
+    vae = df.AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        is_residual=False,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    parts = seeing(qwen3_vl(), tr.Qwen3VLProcessor)
+    tokenizer = parts.pop("tokenizer")
+    nothing = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = nothing
+    return {
+        **parts,
+        "transformer": c.amplify(c.amplify(c.wake(transformer), loud, 4.0), ("norm_k",), 8.0),
+        "vae": vae.eval(),
+        "scheduler": flow(use_dynamic_shifting=True, shift_terminal=0.02),
+    }
+
+
+family(
+    "qwen_image_21_edit",
+    "QwenImage21Pipeline",
+    "calls: cond uncond",
+    TRANSFORMER,
+    qwen_21_edit_call,
+    **QWEN_21,
+)(qwen_image_21)
+
+
 def coarse_wan_vae() -> df.AutoencoderKLWan:
     """Eight latents a side of the million pixels to which every picture is brought."""
     model = df.AutoencoderKLWan(
@@ -338,16 +423,7 @@ def coarse_wan_vae() -> df.AutoencoderKLWan:
 
 
 def joy_call(batch: int, negative: bool, **extra) -> dict:
-    """Prompts of one length, as the network is told of no padding."""
-    prompts = (
-        "a red cat on a green hill",
-        "a green cat on a red hill",
-        "a red hill on a green cat",
-    )
-    extra |= {"prompt": c.cycle(prompts, batch), "image": joy_pictures(batch)}
-    call = c.text_call(batch, False, **extra)
-    unwanted = ("too dark blurry text", "too blurry dark text", "text too dark blurry")
-    return call | ({"negative_prompt": c.cycle(unwanted, batch)} if negative else {})
+    return level_call(batch, negative, image=joy_pictures(batch), **extra)
 
 
 def joy_pictures(batch: int) -> list:
@@ -485,3 +561,74 @@ family(
     negative=False,
     **DREAMLITE,
 )(dreamlite)
+
+
+def omnigen_mix(branches: dict, call: dict):
+    uncond, image = branches["uncond"], branches["image"]
+    text, picture = call["guidance_scale"], call["img_guidance_scale"]
+    return uncond + picture * (image - uncond) + text * (branches["cond"] - image), text
+
+
+def level_tokens(batch: int) -> list[str]:
+    """All rows are given the positions of the first, those of a text of its length."""
+    prompts = ("red hill, green cat", "green cat, red hill", "a green cat on a red hill")
+    return c.cycle(prompts, batch)
+
+
+def omnigen_call(batch: int, negative: bool, **extra) -> dict:
+    return c.text_call(batch, False, prompt=level_tokens(batch), **extra)
+
+
+def omnigen_edit_call(batch: int, negative: bool, **extra) -> dict:
+    prompts = [f"<img><|image_1|></img> {prompt}" for prompt in level_tokens(batch)]
+    pictures = [[picture(400 + i, 32, 32)] for i in range(batch)]
+    extra |= {"input_images": pictures, "img_guidance_scale": 1.6}
+    return c.text_call(batch, False, prompt=prompts, **extra)
+
+
+def omnigen() -> dict:
+    """The network reads prompts itself; the pictures it is given are not in rows of the batch."""
+    transformer = df.OmniGenTransformer2DModel(
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_layers=2,
+        pad_token_id=2,
+        vocab_size=c.VOCAB,
+        rope_scaling={"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+        time_step_dim=16,
+    )
+    vae = c.vae(blocks=4, scaling_factor=0.001)
+    with torch.no_grad():  # as `settled`: it draws from the posterior without a generator
+        vae.quant_conv.weight[:4] *= 1000.0
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[:4], vae.quant_conv.bias[4:] = 1000.0, -30.0
+    return {
+        "transformer": c.wake(transformer),
+        "scheduler": flow(invert_sigmas=True, num_train_timesteps=1),
+        "vae": vae,
+        "tokenizer": c.llama_tokenizer(),
+    }
+
+
+OMNIGEN = {"negative": False, "height": 64, "width": 64}
+if is_torchvision_available():  # its pipeline cannot be built without
+    family(
+        "omnigen",
+        "OmniGenPipeline",
+        "batch: cond uncond",
+        TRANSFORMER,
+        omnigen_call,
+        **OMNIGEN,
+    )(omnigen)
+    family(
+        "omnigen_edit",
+        "OmniGenPipeline",
+        "batch: cond uncond image",
+        TRANSFORMER,
+        omnigen_edit_call,
+        mix=omnigen_mix,
+        **OMNIGEN,
+    )(omnigen)

@@ -244,6 +244,11 @@ def leading_tokens(count: int):
     return part
 
 
+LISTED = c.CHAT_TEMPLATE.replace(
+    "m['content'] }}", "m['content'] if m['content'] is string else m['content'][0]['text'] }}"
+)
+
+
 def without_videos(cls: type) -> type:
     """A processor that reads no videos, so that transformers can build it without torchvision."""
     return type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda *_: None})
@@ -259,8 +264,7 @@ def seeing(encoder, processor: type = tr.Qwen2VLProcessor) -> dict:
         setattr(encoder.config, name, tokenizer.convert_tokens_to_ids(mark))
     reader = getattr(tr, "Qwen2VLImageProcessorPil", tr.Qwen2VLImageProcessor)
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-    template = {"chat_template": c.CHAT_TEMPLATE}
-    read = without_videos(processor)(reader(size=pixels), tokenizer, **template)
+    read = without_videos(processor)(reader(size=pixels), tokenizer, chat_template=LISTED)
     return {"text_encoder": encoder, "tokenizer": tokenizer, "processor": read}
 
 
