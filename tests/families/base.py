@@ -62,6 +62,8 @@ class Family:
         first_step: The first of the scheduler's timesteps that the call uses.
         norm_matched: The guided prediction is given the norm of the conditional one ("capped":
             where it is longer).
+        norm_axis: The axis of that norm.
+        norm_axis: The axis of that norm.
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
@@ -87,6 +89,8 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool | str = False
+    norm_axis: int = -1
+    norm_axis: int = -1
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
     steps: Callable[[dict], bool] = lambda kwargs: True
@@ -100,7 +104,7 @@ FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
     *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
-    *("second", "scheduler"),
+    *("norm_axis", "second", "scheduler"),
 )
 
 
@@ -113,16 +117,18 @@ def family(
     scale_name: str = "guidance_scale",
     negative: bool = True,
     module: str = "diffusers",
+    settings: dict | None = None,
     **extra,
 ) -> Callable:
     """Registers a function that returns a pipeline's components (and attributes to be set).
 
-    `module` is where the class is imported from. `extra` holds the last fields of `Family`; the
-    rest goes to its call.
+    `module` is where the class is imported from, `settings` are attributes that the built pipeline
+    is given, such as its default size. `extra` holds the last fields of `Family`; the rest goes to
+    its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:
-        build = partial(_build, module, cls, parts)
+        build = partial(_build, module, cls, parts, settings or {})
         spec = {key: extra[key] for key in SPEC if key in extra}
         arguments = partial(call, **{key: v for key, v in extra.items() if key not in SPEC})
         assert name not in FAMILIES, f"two families are called {name}"
@@ -134,13 +140,14 @@ def family(
     return register
 
 
-def _build(module: str, cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
+def _build(module: str, cls: str, parts: Callable[[], dict], settings: dict) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         components = parts()
-        attributes = components.pop("attributes", {})
+        settings = settings | components.pop("attributes", {})
         pipe = getattr(import_module(module), cls)(**components)
-    for name, value in attributes.items():
+    for name, value in settings.items():
+        assert hasattr(pipe, name)
         setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe

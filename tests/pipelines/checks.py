@@ -244,7 +244,8 @@ class PaperGuidance:
         rows = [paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(averages)]
         prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
-            norms = [v.norm(dim=-1, keepdim=True) for v in (branches["cond"], prediction)]
+            axis = self.family.norm_axis
+            norms = [v.norm(dim=axis, keepdim=True) for v in (branches["cond"], prediction)]
             ratio = norms[0] / norms[1]
             capped = self.family.norm_matched == "capped"
             prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
@@ -254,8 +255,8 @@ class PaperGuidance:
     def step(self, noisy, outputs, kwargs):
         """All that is guided in one step; `outputs` holds the networks' by branch."""
         begun = getattr(self.scheduler, "step_index", None) is not None
-        # Some pipelines go through the timesteps once for every piece of a video. (Where every frame
-        # has a noise level of its own there are more steps than timesteps; x0 is the family's.)
+        # Some pipelines go through the timesteps once for every piece of a video. (Where every
+        # frame has a noise level of its own there are more of them; x0 is then the family's.)
         through = self.index == len(self.scheduler.timesteps) and self.family.x0 is None
         if through or (self.begun and not begun):
             self.index, self.averages = self.family.first_step, {}
@@ -276,7 +277,7 @@ class PaperGuidance:
         if not isinstance(output, (torch.Tensor, tuple)):
             found = [output[i] for i in range(len(noisy))]
         noisy, found = (
-            [torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in values]
+            [stacked(v) if isinstance(v, (list, tuple)) else v for v in values]
             for values in (noisy, found)
         )
         branches = zip(*(out.chunk(count) for out in found), strict=True)
@@ -306,6 +307,11 @@ class PaperGuidance:
         return replaced(output, [torch.cat([v] * self.counts[turn]) for v in values])
 
 
+def stacked(rows):
+    """Samples that come as a list; a sample may come with pictures in front of it."""
+    return torch.stack([row[-1] if isinstance(row, list) else row for row in rows])
+
+
 def replaced(output, values):
     """What a network returned, in the same wrapping, with other first values."""
     if isinstance(output, torch.Tensor):
@@ -325,7 +331,21 @@ def run(pipe, call):
     return pipe(**{name: value for name, value in call.items() if "." not in name})
 
 
-def paper_call(name, batch=3, **extra):
+def rehearsal(family, call):
+    """What the networks of a stock pipeline return in a call, in order."""
+    pipe, outputs = family.build(), []
+
+    def listen(module, args, kwargs, output):
+        if family.aside is None or not family.aside(kwargs):
+            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    for denoiser in family.denoisers:
+        getattr(pipe, denoiser).register_forward_hook(listen, with_kwargs=True)
+    pipe(**call)
+    return outputs
+
+
+def paper_call(name, batch=None, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
     batch = min(batch, family.max_batch)
