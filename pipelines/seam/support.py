@@ -16,22 +16,41 @@ NAMES: dict[Layout, str] = {
     Layout(conflicts=("guidance_rescale", "skip_guidance_layers")): """
         StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
         StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3Pipeline""",
-    Layout(scale_offset=1.0): "Kandinsky3Img2ImgPipeline Kandinsky3Pipeline",
     Layout(scale_offset=1.0, conflicts=RENORM): """
         ZImageControlNetInpaintPipeline ZImageControlNetPipeline ZImageImg2ImgPipeline
         ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
     Layout(doubled=True): "DiTPipeline",
     Layout(channels=3): "LuminaPipeline",
-    Layout(preconditioned=True): "StableDiffusionLatentUpscalePipeline",
+    Layout(preconditioned=True): "PRXPixelPipeline StableDiffusionLatentUpscalePipeline",
+    Layout(preconditioned=True, scale_offset=1.0): "Cosmos2TextToImagePipeline",
+    Layout(scale_offset=1.0): """
+        Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Kandinsky3Img2ImgPipeline
+        Kandinsky3Pipeline Krea2Pipeline""",
     Layout(main=0): """
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",
     Layout(scale="guidance_scale"): "ChromaInpaintPipeline",
+    Layout(denoisers=("transformer", "unconditional_transformer")): "Ideogram4Pipeline",
+    Layout(inner="decoder_pipe"): """
+        KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyInpaintCombinedPipeline
+        KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline
+        KandinskyV22InpaintCombinedPipeline""",
+    Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
+    Layout(others="sound"): """
+        Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
+        LTX2InContextPipeline LTX2Pipeline""",
 }
 LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.split()}
 
 # Pipelines that are not to be guided, with the reason.
-REFUSED: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "its scheduler is handed a denoised image that the pipeline has made up itself": """
+        CosmosTextToWorldPipeline CosmosVideoToWorldPipeline""",
+    "every frame has a noise level and a scheduler of its own": """
+        SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline""",
+}
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
 def layout_of(pipeline_class: type) -> Layout:

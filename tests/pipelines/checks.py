@@ -8,6 +8,7 @@ import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import guided
+from pilotage.pipelines.seam.support import REFUSED
 
 from ..families import FAMILIES
 from ..families.base import leading_channels
@@ -16,7 +17,11 @@ from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]
-COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
+COVERED = [
+    name
+    for name, family in FAMILIES.items()
+    if family.layout != "one" and family.scheduler == "scheduler" and family.cls not in REFUSED
+]
 
 
 def latents(pipe, name, batch=3, negative=None, **extra):
