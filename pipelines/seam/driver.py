@@ -30,6 +30,7 @@ from .patterns import (
     view,
     weights_of,
 )
+from .support import denoisers_of
 
 # What is left of a combination that its branches do not explain, in units of rounding.
 ROUNDING = 16.0
@@ -100,12 +101,19 @@ class Driver:
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
         self.where = _positions(self.scheduler)
+        self.name = ""  # of the network called last
+        # What perturbed attention takes the place of.
+        self.attention: dict[str, dict[str, Any]] = {}
+        if isinstance(pipe, PAGMixin):
+            self.attention = {
+                n: getattr(pipe, n).attn_processors for n in denoisers_of(pipe, layout)
+            }
 
     # Calls of the network
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
-        call = Call(network, args, kwargs)
+        call, self.name = Call(network, args, kwargs), name
         if self.free:
             output = call()
             self.made.append(Made(call.rows, output, prediction_of(output)))
@@ -182,12 +190,12 @@ class Driver:
         )
         return Made(call.rows, output, prediction_of(output))
 
-    def rows_of(self, call: Call, keep: list[int], pattern: Pattern) -> Any:
+    def rows_of(self, call: Call, keep: list[int]) -> Any:
         """The network's output for some rows."""
         run = self.run
         assert run is not None
         try:
-            if not isinstance(self.pipe, PAGMixin):
+            if not self.attention:
                 return call(keep)
             # Perturbed attention takes the batch for its branches: the samples that have all of
             # them make one call, those that have one another, without it.
@@ -195,7 +203,7 @@ class Driver:
             alone = [k for k in keep if k % run.batch not in run.rows]
             outputs = [call(whole)] if whole else []
             if alone:
-                with unperturbed(self.pipe, call.network):
+                with unperturbed(call.network, self.attention[self.name]):
                     outputs.append(call(alone))
             order = [*whole, *alone]
             places = [order.index(k) for k in keep]
@@ -655,10 +663,10 @@ class Driver:
 
 
 @contextlib.contextmanager
-def unperturbed(pipe: Any, network: Any) -> Iterator[None]:
-    """The network's own attention, for rows without a branch of perturbed attention."""
+def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
+    """A network's own attention, for rows without a branch of perturbed attention."""
     before = network.attn_processors
-    network.set_attn_processor(dict(pipe.original_attn_proc))
+    network.set_attn_processor(dict(own))
     try:
         yield
     finally:

@@ -84,6 +84,9 @@ class GuidedScheduler(StandIn):
 
         object.__setattr__(self, "_stepper", stepper)
         object.__setattr__(self, "step", step)
+        if not hasattr(scheduler, "scale_model_input"):
+            # Flow matching has none, which some pipelines tell by comparing the type itself.
+            object.__setattr__(self, "scale_model_input", lambda sample, *_: sample)
 
 
 @contextlib.contextmanager
@@ -128,6 +131,9 @@ class Runs:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.depth = 0
+
+    def __deepcopy__(self, memo: dict) -> Runs:
+        return Runs()  # a copy of the pipeline is in the middle of nothing
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ class Pattern:
 
 Part = Literal["", "behind", "tokens", "pixels", "pixels behind"]
 """Which part of a network's output is guided, and in which form its scheduler steps it: the
-leading block; the block at the end; pictures as tokens (channels last); tokens as pictures; both."""
+leading block; the block behind; pictures as tokens (channels last); tokens as pictures; both."""
 PARTS: tuple[Part, ...] = get_args(Part)
 
 

@@ -12,12 +12,14 @@ from . import (
     flux,
     flux_like,
     images,
+    ltx2,
     pag,
     qwen,
     stable_diffusion,
     unets,
     videos,
     wan,
+    worlds,
 )
 from .base import FAMILIES, Family
 
@@ -30,10 +32,12 @@ __all__ = [
     "flux",
     "flux_like",
     "images",
+    "ltx2",
     "pag",
     "qwen",
     "stable_diffusion",
     "unets",
     "videos",
     "wan",
+    "worlds",
 ]

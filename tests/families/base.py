@@ -47,9 +47,11 @@ class Family:
         cls: The pipeline's class in diffusers.
         build: Makes the stock pipeline, with random weights in float32.
         call: (batch, negative prompts?) -> the arguments of a call that returns latents.
-        scale_name: Argument of the call for the guidance scale.
+        scale_name: Argument of the call for the guidance scale ("guider.guidance_scale": an
+            attribute of a component).
         layout: How a step evaluates its branches: "batch: " or "calls: " and the branches in order
-            (cond, uncond, and names of others), or "one".
+            (cond, uncond, and names of others), or "one". A "|" after "batch: " starts a
+            new call.
         denoisers: Attributes of the pipeline that hold the networks of the loop.
         negative: Whether the call takes negative prompts.
         w: The call's scale -> w in ``uncond + w * (cond - uncond)``.
@@ -63,8 +65,12 @@ class Family:
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
+        steps: keyword arguments of the network -> whether this call is a branch of a step.
+        latents: Argument of the network that holds what is denoised, if it is not the first.
         max_batch: How many samples a call can have, up to 3.
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
+        second: What else is denoised, with the network's second output, and returned second: the
+            network's argument that holds it, and how the names of its scales start in the call.
     """
 
     name: str
@@ -83,14 +89,18 @@ class Family:
     norm_matched: bool | str = False
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None
+    steps: Callable[[dict], bool] = lambda kwargs: True
+    latents: str = ""
     max_batch: int = 3
     scheduler: str = "scheduler"
+    second: tuple[str, str] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
-    *("norm_matched", "scale_at", "x0", "max_batch", "scheduler"),
+    *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
+    *("second", "scheduler"),
 )
 
 
@@ -105,7 +115,7 @@ def family(
     module: str = "diffusers",
     **extra,
 ) -> Callable:
-    """Registers a function that returns a pipeline's components.
+    """Registers a function that returns a pipeline's components (and attributes to be set).
 
     `module` is where the class is imported from. `extra` holds the last fields of `Family`; the
     rest goes to its call.
@@ -127,7 +137,11 @@ def family(
 def _build(module: str, cls: str, parts: Callable[[], dict]) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = getattr(import_module(module), cls)(**parts())
+        components = parts()
+        attributes = components.pop("attributes", {})
+        pipe = getattr(import_module(module), cls)(**components)
+    for name, value in attributes.items():
+        setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -35,12 +35,6 @@ def own_x0(scheduler, index, pred, x_in):
     s = duplicate(scheduler)
     name, t = type(s).__name__, s.timesteps[index]
     pred, x_in = pred.double(), x_in.double()
-    if name in ("CosineDPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
-        x = x_in / scale_of_ones(s, t)
-        return s.convert_model_output(pred, sample=x)
-    if name == "EDMEulerScheduler":
-        x = x_in / scale_of_ones(s, t)
-        return s.step(pred, t, x).pred_original_sample
     if name == "IPNDMScheduler":
         return first_step_to_the_end(s, t, pred, x_in)
     if name == "HeliosDMDScheduler":
@@ -50,7 +44,7 @@ def own_x0(scheduler, index, pred, x_in):
         s.sigmas = s.sigmas.clone().double()
         s.sigmas[index + 1] = 0
         return s.step(pred, t, x_in, return_dict=False)[0]
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         sigma = float(s.sigmas[index])
         if s.config.get("invert_sigmas", False):  # Mochi: t is the picture's share, v = x0 - noise
             return x_in + (1 - sigma) * pred

@@ -10,6 +10,7 @@ from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import guided
 
 from ..families import FAMILIES
+from ..families.base import leading_channels
 from ..oracles.apg import PaperMomentum, paper_apg
 from ..oracles.x0 import own_prediction, own_x0
 
@@ -21,6 +22,7 @@ COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
 def latents(pipe, name, batch=3, negative=None, **extra):
     if negative is None:  # true CFG means a second branch only where there is a negative prompt
         negative = FAMILIES[name].scale_name == "true_cfg_scale"
+    batch = min(batch, FAMILIES[name].max_batch)
     return pipe(**(FAMILIES[name].call(batch, negative) | extra))[0]
 
 
@@ -52,7 +54,7 @@ class Rows:
 def cfg_bit_equal(name):
     """Whether guidance="cfg" and guidance=None give the stock pipeline's output exactly."""
     pipe = FAMILIES[name].build()
-    for batch in (1, 3):
+    for batch in {1, FAMILIES[name].max_batch}:
         for negative in {False, FAMILIES[name].negative}:
             pipe.__class__ = getattr(type(pipe), "stock_class", type(pipe))
             stock = latents(pipe, name, batch, negative)
@@ -70,15 +72,22 @@ def parting_policy(pipe, name, **extra):
     for low, high in zip(gammas, gammas[1:], strict=False):
         policy = AdaptiveGuidance((low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        if len(set(pipe.guidance_trace.nfe)) > 1:
+        stops = len(set(pipe.guidance_trace.nfe))
+        if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
 
 
+def branches_of(name):
+    """How many branches a family evaluates."""
+    return len(FAMILIES[name].layout.replace("|", " ").split()) - 1
+
+
 def ag_rows_ok(name):
-    """Whether the rows counted at the network are 2 * (guided steps) + (the rest), per sample."""
+    """Whether the rows counted at the network are all branches of the guided steps and the rest."""
     pipe = guided(FAMILIES[name].build())
     never, at_once = AdaptiveGuidance(1.5), AdaptiveGuidance(-1.0)
+    batch, branches = FAMILIES[name].max_batch, branches_of(name)
     for policy in (never, at_once, parting_policy(pipe, name)):
         if policy is None:
             return False
@@ -86,22 +95,22 @@ def ag_rows_ok(name):
             latents(pipe, name, guidance=policy)
         trace = pipe.guidance_trace
         steps = len(trace.steps)
-        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        branches = len(FAMILIES[name].layout.split()) - 1
+        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
         if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
-        if policy is never and guided_steps != [steps] * 3:
+        if policy is never and guided_steps != [steps] * batch:
             return False
-        if policy is at_once and guided_steps != [1] * 3:
+        if policy is at_once and guided_steps != [1] * batch:
             return False
     return True
 
 
-def held_outputs(pipe, choices):
+def held_outputs(pipe, name, choices):
     """Make a stock pipeline's scheduler take, at forecast steps, the output of the last other."""
-    stock, index, last = pipe.scheduler.step, -1, None
+    scheduler = getattr(pipe, FAMILIES[name].scheduler)
+    stock, index, last = scheduler.step, -1, None
 
     @functools.wraps(stock)
     def step(model_output, *args, **kwargs):
@@ -110,7 +119,7 @@ def held_outputs(pipe, choices):
         last = last if choices[index] == "forecast" else model_output
         return stock(last, *args, **kwargs)
 
-    pipe.scheduler.step = step
+    scheduler.step = step
 
 
 def forecast_error(name):
@@ -119,17 +128,16 @@ def forecast_error(name):
     Every other step evaluates nothing; the rows counted at the network must say so. In units of
     what holding changes.
     """
-    pipe = guided(FAMILIES[name].build())
+    pipe, batch = guided(FAMILIES[name].build()), FAMILIES[name].max_batch
     plain = latents(pipe, name, guidance="cfg")
     total = len(pipe.guidance_trace.steps)
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    branches = len(FAMILIES[name].layout.split()) - 1
-    nfe = branches * choices.count("both")
-    assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
+    nfe = branches_of(name) * choices.count("both")
+    assert pipe.guidance_trace.nfe == [nfe] * batch and sum(rows.calls) == batch * nfe
     stock = FAMILIES[name].build()
-    held_outputs(stock, choices)
+    held_outputs(stock, name, choices)
     values = (ours, latents(stock, name), plain)
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     return ((ours - expected).norm() / (plain - expected).norm()).item()
@@ -137,11 +145,10 @@ def forecast_error(name):
 
 def resting_rows_ok(name):
     """Whether samples that rest, each at its own pace, reach no network and count as they cost."""
-    pipe = guided(FAMILIES[name].build())
+    pipe, branches = guided(FAMILIES[name].build()), branches_of(name)
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    branches = len(FAMILIES[name].layout.split()) - 1
     guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
@@ -169,20 +176,28 @@ class PaperGuidance:
         self.pipe, self.family, self.call = family.build(), family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
-        self.names = names.split()
+        self.names = names.replace("|", " ").split()
+        calls = names.split("|") if how == "batch" else self.names
+        self.counts = [len(call.split()) for call in calls]  # branches of each call of a step
         self.sign = -1 if family.negated else 1
         self.arguments = call()  # for the family's mix, which may keep in them what it must
-        self.index, self.averages = family.first_step, None
-        self.turn, self.seen, self.known = 0, [], []
-        hook = {"batch": self.batched, "calls": self.in_turn}[how]
+        self.parts = [family.part] + [leading_channels] * (family.second is not None)
+        self.index, self.averages, self.begun = family.first_step, {}, False
+        self.turn, self.seen, self.known, self.noisy = 0, [], [], None
+        replace = self.batched if len(calls) == 1 else self.in_turn
+
+        def hook(module, args, kwargs, output):
+            return replace(args, kwargs, output) if family.steps(kwargs) else output
+
         for denoiser in family.denoisers:
             getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
     def run(self):
+        """What the led pipeline returns."""
         while True:
             self.turn = 0
             try:
-                return self.pipe(**self.call())[0]
+                return run(self.pipe, self.call())
             except StepKnown:
                 pass
 
@@ -190,9 +205,12 @@ class PaperGuidance:
     def scheduler(self):
         return getattr(self.pipe, self.family.scheduler)
 
-    def mix(self, branches):
+    def mix(self, branches, which):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
         call = self.arguments
+        if which:
+            prefix = self.family.second[1]
+            call = call | {key: call[prefix + key] for key in call if prefix + key in call}
         if self.family.mix is not None:
             return self.family.mix(branches, call)
         scale = call[self.family.scale_name]
@@ -201,20 +219,20 @@ class PaperGuidance:
         w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs, kwargs):
+    def guide(self, which, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
-        part = self.family.part(branches["cond"], x)
+        part = self.parts[which](branches["cond"], x)
         guided = branches["cond"].double()
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
-        mixed, w = self.mix(branches)
+        mixed, w = self.mix(branches, which)
         if self.family.mix is None:
             away = branches["uncond"]
         else:  # all that is added to cond, written as guidance away from one other prediction
             away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
-        self.averages = self.averages or [PaperMomentum(beta) for _ in x]
+        averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
 
         def denoised(prediction):
             if self.family.x0 is not None:
@@ -223,9 +241,7 @@ class PaperGuidance:
 
         c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
-        rows = [
-            paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
-        ]
+        rows = [paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(averages)]
         prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
             norms = [v.norm(dim=-1, keepdim=True) for v in (branches["cond"], prediction)]
@@ -233,46 +249,80 @@ class PaperGuidance:
             capped = self.family.norm_matched == "capped"
             prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
         guided[part] = prediction
+        return guided.to(outputs[0].dtype)
+
+    def step(self, noisy, outputs, kwargs):
+        """All that is guided in one step; `outputs` holds the networks' by branch."""
+        begun = getattr(self.scheduler, "step_index", None) is not None
+        # Some pipelines go through the timesteps once for every piece of a video. (Where every frame
+        # has a noise level of its own there are more steps than timesteps; x0 is the family's.)
+        through = self.index == len(self.scheduler.timesteps) and self.family.x0 is None
+        if through or (self.begun and not begun):
+            self.index, self.averages = self.family.first_step, {}
+        self.begun = begun
+        results = [
+            self.guide(which, x, [output[which] for output in outputs], kwargs)
+            for which, x in enumerate(noisy)
+        ]
         self.index += 1
-        return guided
+        return results
 
-    def batched(self, module, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
-        out = output if isinstance(output, torch.Tensor) else output[0]
-        listed = isinstance(x, list)
-        x, out = (torch.stack(list(v)) if listed else v for v in (x, out))
-        count = len(self.names)
-        guided = self.guide(x.chunk(count)[0], out.chunk(count), kwargs).to(out.dtype)
-        all_equal = torch.cat([guided] * count)
-        return replaced(output, list(all_equal) if listed else all_equal)
+    def tensors(self, args, kwargs, output, count):
+        """The noisy inputs of a call, and by branch what it made of them."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        noisy = [kwargs[self.family.latents] if self.family.latents else first]
+        noisy += [kwargs[self.family.second[0]]] if self.family.second else []
+        found = [output] if isinstance(output, torch.Tensor) else list(output)[: len(noisy)]
+        if not isinstance(output, (torch.Tensor, tuple)):
+            found = [output[i] for i in range(len(noisy))]
+        noisy, found = (
+            [torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in values]
+            for values in (noisy, found)
+        )
+        branches = zip(*(out.chunk(count) for out in found), strict=True)
+        return [x.chunk(count)[0] for x in noisy], list(branches)
 
-    def in_turn(self, module, args, kwargs, output):
-        step, turn = divmod(self.turn, len(self.names))
+    def batched(self, args, kwargs, output):
+        count = self.counts[0]
+        guided = self.step(*self.tensors(args, kwargs, output, count), kwargs)
+        return replaced(output, [torch.cat([value] * count) for value in guided])
+
+    def in_turn(self, args, kwargs, output):
+        step, turn = divmod(self.turn, len(self.counts))
         self.turn += 1
-        out = output if isinstance(output, torch.Tensor) else output[0]
-        listed = isinstance(out, (list, tuple))
         if step == len(self.known):
-            x = args[0] if args else next(iter(kwargs.values()))
-            x, out = (torch.stack(list(v)) if isinstance(v, (list, tuple)) else v for v in (x, out))
-            self.seen.append(out)
-            if turn + 1 < len(self.names):
+            noisy, outputs = self.tensors(args, kwargs, output, self.counts[turn])
+            self.noisy = self.noisy if turn else noisy
+            self.seen += outputs
+            if turn + 1 < len(self.counts):
                 return output
             outputs, self.seen = self.seen, []
-            self.known.append(self.guide(x, outputs, kwargs).to(out.dtype))
+            self.known.append(self.step(self.noisy, outputs, kwargs))
             raise StepKnown
-        guided = self.known[step]
-        if not listed:  # a branch may lack the tokens in front of those that are guided
-            guided = guided[:, -out.shape[1] :]
-        return replaced(output, list(guided) if listed else guided)
+        values = self.known[step]
+        if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
+            # A branch may lack the tokens in front of those that are guided.
+            values = [v[:, -out.shape[1] :] for v, out in zip(values, output, strict=False)]
+        return replaced(output, [torch.cat([v] * self.counts[turn]) for v in values])
 
 
-def replaced(output, value):
-    """What a network returned, in the same wrapping, with another first value."""
+def replaced(output, values):
+    """What a network returned, in the same wrapping, with other first values."""
     if isinstance(output, torch.Tensor):
-        return value
+        return values[0]
+    if isinstance(output[0], (list, tuple)):
+        values = [list(value) for value in values]
     if isinstance(output, tuple):
-        return (value, *output[1:])
-    return type(output)(**(dict(output) | {next(iter(output)): value}))
+        return (*values, *output[len(values) :])
+    return type(output)(**(dict(output) | dict(zip(output, values, strict=False))))
+
+
+def run(pipe, call):
+    """A call of the pipeline; a dotted argument is an attribute of a component (a guider's)."""
+    for name in [name for name in call if "." in name]:
+        component, attribute = name.split(".")
+        setattr(getattr(pipe, component), attribute, call[name])
+    return pipe(**{name: value for name, value in call.items() if "." not in name})
 
 
 def paper_call(name, batch=3, **extra):
@@ -284,7 +334,7 @@ def paper_call(name, batch=3, **extra):
 
 
 def led(name, *settings):
-    """Latents of the stock pipeline led by the oracle."""
+    """What the stock pipeline led by the oracle returns."""
     return PaperGuidance(FAMILIES[name], lambda: paper_call(name), *settings).run()
 
 
@@ -293,9 +343,13 @@ def oracle_error(name):
 
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
-    results = FAMILIES[name].build()(**paper_call(name))[0], led(name)
-    expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
-    return ((found - expected).norm() / expected.norm()).item()
+    results = run(FAMILIES[name].build(), paper_call(name)), led(name)
+    errors = []
+    for which in range(1 if FAMILIES[name].second is None else 2):
+        values = (torch.as_tensor(np.asarray(result[which])).double() for result in results)
+        expected, found = values
+        errors.append((found - expected).norm() / expected.norm())
+    return max(errors).item()
 
 
 def apg_error(name):
@@ -303,8 +357,8 @@ def apg_error(name):
     family = FAMILIES[name]
     eta, r, beta = 0.2, 2.0, -0.6
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
-    ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
-    values = (ours, led(name, eta, r, beta), family.build()(**paper_call(name))[0])
+    ours = run(guided(family.build()), paper_call(name) | {"guidance": rule})[0]
+    values = (ours, led(name, eta, r, beta)[0], run(family.build(), paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
