@@ -33,13 +33,13 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
         if guidance.rule.space != "x0":
             if step.noise is None:
                 return None
-            factor = _x0_factor(step.noise, scheduler)
+            factor = x0_factor(step.noise, scheduler)
         totals[step.guided] += factor * step.update_norm.double().cpu()
     means = totals / counts
     return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
 
 
-def _x0_factor(noise: float, scheduler: Any) -> float:
+def x0_factor(noise: float, scheduler: Any) -> float:
     """|a_p| of `NoiseLevel.coefficients` from sigma / alpha: what differences are multiplied by."""
     match prediction_type_of(scheduler):
         case "epsilon":

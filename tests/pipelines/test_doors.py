@@ -161,11 +161,11 @@ def test_guided_classes_make_one_of_a_stock_pipeline(source, cls, target):
 
 @pytest.mark.parametrize("door", ["DiffusionPipeline", "StableDiffusionPipeline"])
 def test_custom_pipelines_are_made_guided(stock, door, tmp_path):
-    (tmp_path / "pipeline.py").write_text(
+    (tmp_path / "quiet.py").write_text(
         "from diffusers import StableDiffusionPipeline\n\n\n"
         "class QuietPipeline(StableDiffusionPipeline):\n    pass\n"
     )
-    options = {"custom_pipeline": str(tmp_path), "trust_remote_code": True}
+    options = {"custom_pipeline": str(tmp_path / "quiet.py"), "trust_remote_code": True}
     for given in (stock.to(torch.bfloat16), guided(stock)):
         found = ours(door).from_pipe(given, **options)
         assert type(found).__name__ == "QuietPipeline"

@@ -8,6 +8,8 @@ import pickle
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import pilotage.pipelines
 from pilotage.guidance import APG
@@ -132,14 +134,23 @@ def test_pipeline_without_guidance_is_refused():
 def test_unknown_scheduler_is_refused_for_x0_rules_only():
     pipe = guided(FAMILIES["sd"].build())
 
-    class HomeMadeScheduler(diffusers.DDIMScheduler):
-        pass
-
-    pipe.scheduler = HomeMadeScheduler.from_config(pipe.scheduler.config)
+    # A copy of the code is of no known class; a subclass would be.
+    members = {k: v for k, v in vars(diffusers.DDIMScheduler).items() if "dict" not in k}
+    home_made = type("HomeMadeScheduler", (SchedulerMixin, ConfigMixin), members)
+    pipe.scheduler = home_made.from_config(pipe.scheduler.config)
     call = FAMILIES["sd"].call(1, False)
-    with pytest.raises(UnknownSchedulerError, match="HomeMadeScheduler.*DDIMScheduler"):
+    with pytest.raises(UnknownSchedulerError, match="HomeMadeScheduler are not known.*\n.*DDIM"):
         pipe(**call, guidance="apg")
     pipe(**FAMILIES["sd"].call(1, False), guidance=APG(space="native"))
+
+
+def test_a_subclass_of_a_known_scheduler_guides_as_that():
+    results = []
+    for cls in (diffusers.DDIMScheduler, type("Mine", (diffusers.DDIMScheduler,), {})):
+        pipe = guided(FAMILIES["sd"].build())
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        results.append(pipe(**FAMILIES["sd"].call(2, False), guidance="apg")[0])
+    assert torch.equal(*results)
 
 
 def test_model_families():

@@ -2,19 +2,20 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pilotage.eval.comparison import sampling
-from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_norms
+from pilotage.eval.comparison.cost import evaluations, steps_for_nfe, update_norms, x0_factor
 from pilotage.eval.comparison.plan import Plan, Setting, sample_seed
 from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import APG, AdaptiveGuidance, Gram, fit_coefficients, forecast, linear_ag
 from pilotage.guidance.files import write_json
-from pilotage.pipelines import guided
+from pilotage.pipelines import guided, noise_level
 from pilotage.pipelines.fitting.identity import pipeline_identity
 from pilotage.pipelines.quantization.quantize import quantize
 
@@ -122,6 +123,24 @@ def test_update_norm_is_that_of_denoised_images(pipe, tmp_path):
         pipe, plan(settings=[Setting("cfg", 5.0, 3), same], seeds=(0,)), tmp_path, progress=False
     )
     assert one.update == pytest.approx(two.update, rel=1e-3) and min(one.update) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("EDMEulerScheduler", {"sigma_data": 0.6}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("IPNDMScheduler", {}),
+    ],
+)
+def test_differences_become_those_of_denoised_images(name, settings):
+    scheduler = getattr(diffusers, name)(**settings)
+    scheduler.set_timesteps(5)
+    level = noise_level(scheduler, scheduler.timesteps[2])
+    _, weight = level.coefficients()
+    assert x0_factor(level.ratio, scheduler) == pytest.approx(abs(float(weight)), rel=1e-5)
 
 
 @pytest.mark.parametrize("policy", [forecast(first=0), AdaptiveGuidance(-1.0, then="forecast")])

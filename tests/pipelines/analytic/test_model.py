@@ -15,6 +15,7 @@ from pilotage.pipelines import (
     AnalyticDenoiserModel,
     AnalyticDenoisingPipeline,
     GaussianTeleport,
+    UnknownSchedulerError,
     noise_level,
 )
 from pilotage.pipelines.analytic import encode_images
@@ -244,6 +245,9 @@ def test_the_name_of_the_output_is_checked_before_anything_is_loaded(
 
 def test_bad_input_is_refused(data):
     images, labels = data
+    for scheduler in (diffusers.EDMEulerScheduler(), diffusers.IPNDMScheduler()):
+        with pytest.raises(UnknownSchedulerError, match="not those of a training table"):
+            AnalyticDenoiserModel.from_images(*data, method="optimal", scheduler=scheduler)
     with pytest.raises(ValueError, match="unknown method 'magic'.*wiener"):
         AnalyticDenoiserModel.from_images(images, method="magic")
     with pytest.raises(ValueError, match="either unet or images"):
