@@ -203,6 +203,8 @@ class PaperGuidance:
             part, axis = self.family.part(cond, x), self.family.norm_axis
             norms = (v[part].double().norm(dim=axis, keepdim=True) for v in (cond, guided))
             guided[part] *= next(norms) / next(norms)
+        part = self.family.part(cond, x)
+        self.last = guided[part], x[part], part
         return guided.to(cond.dtype)
 
     def batched(self, module, args, kwargs, output):
@@ -293,14 +295,52 @@ def oracle_error(name):
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
     family = FAMILIES[name]
-    stock, led = family.build(), family.build()
-    if family.layout.startswith("calls"):
-        Rehearsed(led, family, paper_call(name), rehearsal(family, paper_call(name)))
-    else:
-        PaperGuidance(led, family, paper_call(name))
+    stock, (led, _) = family.build(), led_by_oracle(family, lambda: paper_call(name))
     results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
     expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def led_by_oracle(family, call):
+    """A pipeline that the oracle's plain guidance leads, and the oracle."""
+    pipe = family.build()
+    if family.layout.startswith("calls"):
+        return pipe, Rehearsed(pipe, family, call(), rehearsal(family, call()))
+    return pipe, PaperGuidance(pipe, family, call())
+
+
+def step_error(name):
+    """How far what the scheduler is given is from what the family says is guided, and of which x.
+
+    Plain guidance comes out the same whatever the sign of the prediction, its part or its step:
+    this looks at them. As one minus a cosine; infinite for another step.
+    """
+    family = FAMILIES[name]
+    pipe, oracle = led_by_oracle(family, lambda: paper_call(name))
+    scheduler, errors = pipe.scheduler, []
+
+    class Watched(type(scheduler)):
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            if self is scheduler:  # and no copy of the oracle's
+                *pair, part = oracle.last
+                expected = oracle.sign * pair[0], pair[1]
+                for given, value in zip((model_output, sample), expected, strict=True):
+                    given = given[: len(value)]  # DiT steps doubled latents
+                    given = given if given.numel() == value.numel() else given[part]
+                    errors.append(1 - _cosine(given, value))
+                t = torch.as_tensor(timestep).flatten()[0]
+                errors.append(0.0 if t == scheduler.timesteps[oracle.index - 1] else float("inf"))
+            return super().step(model_output, timestep, sample, *args, **kwargs)
+
+    Watched.__name__ = type(scheduler).__name__
+    scheduler.__class__ = Watched
+    pipe(**paper_call(name))
+    return max(errors)
+
+
+def _cosine(a, b):
+    a, b = (v.double().flatten() for v in (a, b))
+    return (a @ b / (a.norm() * b.norm())).item()
 
 
 def apg_error(name):
