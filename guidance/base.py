@@ -441,6 +441,14 @@ class Guidance:
         return self.rule.is_pipelines_own
 
     @property
+    def policy_alone(self) -> bool:
+        """Whether there is something to do where a pipeline evaluates one branch: skipping steps.
+
+        Plain guidance included, which does nothing.
+        """
+        return self.keeps_combination and not self.policy.needs_gamma
+
+    @property
     def needs_level(self) -> bool:
         """Whether the scheduler's noise levels are needed."""
         return (

@@ -8,7 +8,8 @@ for each of the four conventions in use (epsilon, v, flow velocity, sample).
 
 References:
     Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
-    https://arxiv.org/abs/2202.00512 (v-prediction).
+    https://arxiv.org/abs/2202.00512 (v-prediction); Karras et al., "Elucidating the Design Space of
+    Diffusion-Based Generative Models", https://arxiv.org/abs/2206.00364 (sigma_data).
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class NoiseLevel:
         sigma: Noise coefficient :math:`\sigma_t` of the network's input (float or 0-d tensor).
         prediction: What the network predicts.
         sign: -1 if the network outputs the negative of that (some flow models do).
+        sigma_data: Standard deviation of the data that a v-prediction was trained for: v is
+            :math:`\alpha_t \sigma_{data} \varepsilon - \sigma_t x_0 / \sigma_{data}`, as in the
+            preconditioning of Karras et al. (2022), and
+            :math:`\alpha_t^2 \sigma_{data}^2 + \sigma_t^2 = 1`.
 
     Variance-exploding schedulers scale the network's input by :math:`1/\sqrt{\sigma^2 + 1}`; the
     coefficients here are those of the scaled input, so that :math:`\alpha^2 + \sigma^2 = 1`.
@@ -45,6 +50,7 @@ class NoiseLevel:
     sigma: float | Tensor
     prediction: PredictionType
     sign: int = 1
+    sigma_data: float = 1.0
 
     @property
     def ratio(self) -> float:
@@ -63,7 +69,7 @@ class NoiseLevel:
             case "epsilon":
                 return 1 / alpha, -sign * sigma / alpha
             case "v_prediction":
-                return alpha, -sign * sigma
+                return alpha * self.sigma_data**2, -sign * sigma * self.sigma_data
             case "flow":
                 return 1.0, -sign * sigma
             case "sample":
@@ -120,10 +126,9 @@ def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
     return ratio.where(product > 0, (norm(pred_cond) == norm(pred_uncond)).to(ratio))
 
 
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether no element is NaN or infinite, a 0-d tensor; in one pass, without a mask."""
-    low, high = tensor.aminmax()
-    return torch.isfinite(low) & torch.isfinite(high)
+def sum_of(tensor: Tensor) -> Tensor:
+    """The sum of all elements, a 0-d tensor: finite if and only if all of them are."""
+    return tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

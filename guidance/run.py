@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base import Decision, Guidance, Kept, Kind, Predictions, Step, Weights
+from .base import COND, Decision, Guidance, Kept, Kind, Predictions, Step, Weights
 from .device import LaggedReads, row_index
 from .ops import guide_step
-from .prediction import NoiseLevel, Space, accumulate, all_finite, norm
+from .prediction import NoiseLevel, Space, accumulate, norm, sum_of
 from .trace import StepRecord, Trace
 
 KINDS: dict[Kind, str] = {"cond": "conditional", "uncond": "unconditional", "guided": "guided"}
@@ -30,18 +31,27 @@ class Run:
         total: Number of network evaluations planned.
         on_cpu: Whether the predictions live on the CPU (device values are then read at once).
         detailed: Record cosines and norms at every step.
+        one_branch: The pipeline evaluates the conditional branch alone, guided by its own means or
+            not at all: all that a policy can do is to skip steps.
 
     Each step is `plan`, which says what to evaluate, then `combine`. Skipped samples take part in
     `combine` with what `reused` gives for them; where all are skipped, it alone ends the step.
 
     Attributes:
+        branches: How many branches a step has.
         step: The step begun last.
         rows: The samples whose both branches are to be evaluated at it.
         skipped: The samples that evaluate nothing at it.
     """
 
     def __init__(
-        self, guidance: Guidance, batch: int, total: int, on_cpu: bool, detailed: bool = False
+        self,
+        guidance: Guidance,
+        batch: int,
+        total: int,
+        on_cpu: bool,
+        detailed: bool = False,
+        one_branch: bool = False,
     ) -> None:
         self.guidance, self.batch, self.total, self.detailed = guidance, batch, total, detailed
         guidance.check_decisions(guidance.policy.decisions(total) or ())
@@ -52,6 +62,7 @@ class Run:
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total)
+        self.one_branch, self.branches = one_branch, 2
         self.decisions: Sequence[Decision] = ()
         self.rows: list[int] = []
         self.skipped: list[int] = []
@@ -71,6 +82,8 @@ class Run:
         """
         self.begin(x_t, level, next_level)
         self.decisions = self.policy_state.decide(self.step)
+        if self.one_branch:
+            self.decisions = [d if d.skips else COND for d in self.decisions]
         whole = len(self.decisions) == self.batch
         if not whole or not all(isinstance(d, Decision) for d in self.decisions):
             raise ValueError(
@@ -100,27 +113,35 @@ class Run:
         return len(self.skipped) == self.batch
 
     def combine(
-        self, pred_cond: Tensor, pred_uncond: Tensor | None, w: float | Tensor, x_t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """End a step: predictions for which classifier-free guidance yields the guided one.
+        self,
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None,
+        w: float | Tensor,
+        x_t: Tensor,
+        own: Tensor | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """End a step: the guided prediction.
 
         Args:
-            pred_cond: Network output of the conditional branch, with shape (B, \\*); of skipped
+            pred_cond: Prediction of the conditional branch, with shape (B, \\*); of skipped
                 samples, what `reused` gives.
-            pred_uncond: Network output of the unconditional branch of the samples in `rows`, with
-                shape (len(rows), \\*); None if there are none.
-            w: The guidance scale; 1 means no guidance.
-            x_t: The network's input, with shape (B, \\*), as far as its channels are guided.
+            pred_uncond: Prediction of the unconditional branch of the samples in `rows`, with shape
+                (len(rows), \\*); None if there are none.
+            w: The guidance scale; 1 means no guidance. A number, a 0-d tensor, or a tensor that
+                broadcasts.
+            x_t: The network's input, with shape (B, \\*), as far as it is guided.
+            own: What the pipeline itself made of its predictions, with shape (B, \\*), where
+                samples that are not guided have their conditional prediction; None if it made
+                nothing. It is the result wherever guidance is the pipeline's own.
+            after: What the pipeline does to a guided prediction afterwards, if anything.
 
         Returns:
-            (cond, uncond), both with shape (B, \\*) and the dtype of `pred_cond`, such that
-            ``uncond + w * (cond - uncond)`` is the guided prediction. For `CFG` at the scale given
-            these are the predictions themselves, untouched; otherwise both are the guided
-            prediction.
+            The guided prediction, with shape (B, \\*) and the dtype of `pred_cond`.
 
         Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite (on other devices than the
-                CPU one step later, or from `finish`).
+            NonFinitePredictionError: the guided prediction is NaN or infinite, as it is if one of
+                the predictions is (on other devices than the CPU one step later, or from `finish`).
         """
         self.step = replace(self.step, x_t=x_t)
         estimated = [row for row, d in enumerate(self.decisions) if d.estimates]
@@ -128,25 +149,25 @@ class Run:
         every_row, skipped = set(range(self.batch)), set(self.skipped)
         self._keep("cond", pred_cond, x_t, every_row - skipped)
         guided_rows = record.guided
-        if len(guided_rows) < self.batch or estimated:
-            self._check_finite(pred_cond)
         if not guided_rows:
-            self._keep("guided", pred_cond, x_t, every_row)
+            guided = pred_cond if own is None or skipped else own
+            self._end(guided, x_t)
             self._forget()
-            return pred_cond, pred_cond
+            return guided
         every = len(guided_rows) == self.batch
         index = None if every else row_index(guided_rows, pred_cond.device)
         cond = pred_cond if index is None else pred_cond[index]
         uncond = self._with_estimates(pred_uncond, estimated, guided_rows, pred_cond)
         factor, untouched = self._factor(guided_rows, cond)
-        if index is not None and isinstance(w, Tensor) and w.ndim:
+        if index is not None and isinstance(w, Tensor) and w.ndim and len(w) > 1:
             w = w[index]  # a scale for every sample
         if not untouched:
             w = 1 + factor * (w - 1)
         step = replace(self.step, x_t=x_t if index is None else x_t[index])
         predictions = Predictions({"cond": cond, "uncond": uncond}, step)
-        untouched = untouched and self.guidance.keeps_combination
-        wanted = not untouched or self._keeps("guided")
+        evaluates_all = not (estimated or skipped)
+        keep_own = untouched and self.guidance.keeps_combination and evaluates_all
+        keep_own = keep_own and own is not None
         result = guide_step(
             self.guidance.rule,
             predictions,
@@ -154,26 +175,28 @@ class Run:
             w,
             self._state_of(index),
             gamma_space=self._gamma_space,
-            want_prediction=wanted,
+            want_prediction=not keep_own,
             want_update=self.detailed,
         )
-        self._push_finite(result.finite)
         self._keep_state(result.state, index)
         record.gamma = result.gamma
         if result.update is not None:
             _measure(record, predictions, self.guidance.rule.space, result.update, w)
-        if index is not None and (untouched or self._keeps("uncond")):
-            uncond = pred_cond.index_copy(0, index, uncond)
-        self._keep("uncond", uncond, x_t, set(guided_rows))
-        guided = pred_cond
+        if self._keeps("uncond"):
+            if index is not None:
+                uncond = pred_cond.index_copy(0, index, uncond)
+            self._keep("uncond", uncond, x_t, set(guided_rows))
+        guided = own if keep_own and own is not None else pred_cond
         if result.prediction is not None:
             guided = result.prediction
             if index is not None:
                 guided = pred_cond.index_copy(0, index, guided)
-            self._keep("guided", guided, x_t, every_row)
+            if after is not None:
+                guided = after(guided)
+        self._end(guided, x_t, result.finite)
         self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
         self._forget()
-        return (pred_cond, uncond) if untouched else (guided, guided)
+        return guided
 
     def reused(self, x_t: Tensor) -> Tensor:
         """Guided predictions of skipped samples; the end of the step if all are skipped.
@@ -189,8 +212,7 @@ class Run:
             guided = self._level().from_x0(guided, x_t)
         if self.all_skipped:
             self._record([])
-            self._check_finite(guided)
-            self._keep("guided", guided, x_t, set(range(self.batch)))
+            self._end(guided, x_t)
             self._forget()
         return guided
 
@@ -204,8 +226,7 @@ class Run:
         """
         self.rows, self.skipped = [], []
         self._record([])
-        self._check_finite(prediction)
-        self._keep("guided", prediction, x_t, set(range(self.batch)))
+        self._end(prediction, x_t)
         self._forget()
 
     def finish(self) -> None:
@@ -216,7 +237,9 @@ class Run:
         wants_noise = self.guidance.policy.needs_noise or self.detailed
         level = self.step.level if wants_noise else None
         noise = None if level is None else level.ratio
-        record = StepRecord(self.step.index, noise, self.rows, self.skipped, estimated)
+        record = StepRecord(
+            self.step.index, noise, self.rows, self.skipped, estimated, self.branches
+        )
         self.trace.steps.append(record)
         return record
 
@@ -333,16 +356,17 @@ class Run:
             self.rule_state = state.new_zeros(self.batch, *state.shape[1:])
         self.rule_state = self.rule_state.index_copy(0, index, state)
 
-    def _check_finite(self, prediction: Tensor) -> None:
-        self._push_finite(all_finite(prediction))
-
-    def _push_finite(self, finite: Tensor) -> None:
+    def _end(self, guided: Tensor, x_t: Tensor, finite: Tensor | None = None) -> None:
+        """Keep a step's guided prediction, with shape (B, \\*), and see that it is finite."""
+        finite = sum_of(guided) if finite is None else finite
         self.finite.push(self.step.index, self.step.index, finite)
         self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+        if self._keeps("guided"):
+            self._keep("guided", guided, x_t, set(range(self.batch)))
 
-    def _raise_if_not_finite(self, values: Iterable[tuple[int, bool]]) -> None:
-        for step, finite in values:
-            if not finite:
+    def _raise_if_not_finite(self, values: Iterable[tuple[int, float | bool]]) -> None:
+        for step, value in values:
+            if not (value if isinstance(value, bool) else math.isfinite(value)):
                 raise NonFinitePredictionError(
                     f"a prediction is not finite (NaN or infinity) at step {step} of {self.total}, "
                     "counted from 0: the network's (in fp16, try bfloat16 or float32), or what "

@@ -20,6 +20,9 @@ class StepRecord:
         rows: The samples whose both branches were evaluated.
         skipped: The samples that evaluated nothing and reused past guided predictions.
         estimated: The samples whose unconditional prediction is an estimate.
+        branches: How many branches a guided sample evaluates.
+        unused: The samples whose unconditional branch was evaluated all the same, to learn how the
+            pipeline guides.
         gamma: Cosine of the two predictions of the `guided` samples, with shape (len(guided),): in
             the policy's space, or for policies without one on denoised images where the noise level
             is known.
@@ -38,6 +41,8 @@ class StepRecord:
     rows: list[int]
     skipped: list[int] = field(default_factory=list)
     estimated: list[int] = field(default_factory=list)
+    branches: int = 2
+    unused: list[int] = field(default_factory=list)
     gamma: Tensor | None = None
     cond_norm: Tensor | None = None
     update_norm: Tensor | None = None
@@ -54,7 +59,8 @@ class StepRecord:
         values = {name: getattr(self, name) for name in MEASURED}
         lists = {name: v.float().tolist() for name, v in values.items() if v is not None}
         plain = {"step": self.index, "noise": self.noise, "rows": self.rows}
-        return plain | {"skipped": self.skipped, "estimated": self.estimated} | lists
+        plain |= {name: getattr(self, name) for name in ("skipped", "estimated", "unused")}
+        return plain | lists
 
 
 @dataclass
@@ -66,11 +72,11 @@ class Trace:
 
     @property
     def nfe(self) -> list[int]:
-        """Network evaluations of every sample: 1 a step, 2 with both branches, 0 if skipped."""
+        """Network evaluations of every sample: 1 a step, all branches if guided, 0 if skipped."""
         counts = [len(self.steps)] * self.batch
         for step in self.steps:
-            for row in step.rows:
-                counts[row] += 1
+            for row in (*step.rows, *step.unused):
+                counts[row] += step.branches - 1
             for row in step.skipped:
                 counts[row] -= 1
         return counts

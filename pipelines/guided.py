@@ -15,19 +15,20 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..guidance import Guidance, Policy, Rule, Trace, load_guidance
+from .doors import check_reader, custom_class
 from .families import resolve_for
 from .fitting.fitted import check_identity
+from .seam.driver import Driver
 from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
-from .seam.patch import attached
-from .seam.support import DRIVERS, layout_of
+from .seam.patch import aside, attached, one_at_a_time
+from .seam.patterns import Pattern
+from .seam.support import SCALE_ARGUMENTS, denoisers_of, layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 
 # Set while from_pipe() builds a pipeline whose modules are to stay as they are.
 _KEEP_DTYPE: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_dtype", default=False)
-
-SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 
 CALL_DOCUMENTATION = """
         guidance (`str`, rule, policy or `Guidance`, *optional*):
@@ -49,11 +50,14 @@ class GuidedMixin(_Stock):
 
     Attributes:
         stock_class: The class of diffusers that it is mixed into.
+        guidance_pattern: How it evaluates its branches and combines them, as far as that had to be
+            learned by the last call with ``guidance=``.
     """
 
     stock_class: ClassVar[Any]
     scheduler: Any
     _guidance_trace: Trace | None = None
+    guidance_pattern: Pattern | None = None
 
     @property
     def guidance_trace(self) -> Trace | None:
@@ -75,11 +79,20 @@ class GuidedMixin(_Stock):
 
         Stock ``from_pipe`` casts them to float32, in place and so for the first pipeline as well.
         """
+        if kwargs.get("custom_pipeline") is not None:
+            found: Any = guided_class(custom_class(kwargs))
+            return found.from_pipe(pipeline, **kwargs)
         token = _KEEP_DTYPE.set("dtype" not in kwargs and "torch_dtype" not in kwargs)
         try:
             return super().from_pipe(pipeline, **kwargs)
         finally:
             _KEEP_DTYPE.reset(token)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """See the stock pipeline; refused to ``from_pipe`` of a class that is not guided."""
+        check_reader(self)
+        return super().components
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """See the stock pipeline."""
@@ -114,28 +127,28 @@ class GuidedMixin(_Stock):
             guidance, detailed_trace: As of the guided pipeline's call.
         """
         settings = self.resolve_guidance(guidance)
-        scale_argument(type(self))  # refuses pipelines without guidance
+        asked = guidance if isinstance(guidance, str) else str(settings)
         layout = layout_of(type(self))
         signature = inspect.signature(type(self).stock_class.__call__)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        scales = _checked_scales(type(self), settings, layout, bound.arguments)
+        scale = _checked_scale(type(self), settings, asked, layout, bound.arguments)
         for identity in settings.policy.identities:
-            scale = scales[layout.denoisers[0]] + layout.scale_offset
-            check_identity(self, identity, bound.arguments, scale)
+            check_identity(self, identity, bound.arguments, scale + layout.scale_offset)
+        loop = getattr(self, layout.inner) if layout.inner else self
         eta = bound.arguments.get("eta") or 0.0
-        check_guidance(settings, self.scheduler, detailed_trace, eta)
-        driver = DRIVERS[type(layout)](
-            self, settings, layout, scales, bound.arguments, detailed_trace
-        )
         self._guidance_trace = None
-        try:
-            with attached(self, layout.denoisers, driver):
-                output = stock_call(self, *args, **kwargs)
-            driver.finish()
-        finally:
-            if driver.begun:
-                self._guidance_trace = driver.run.trace
+        with one_at_a_time(loop):
+            check_guidance(settings, loop.scheduler, detailed_trace, eta)
+            driver = Driver(loop, settings, layout, asked, bound.arguments, detailed_trace)
+            try:
+                with attached(loop, denoisers_of(loop, layout), driver, driver.step):
+                    output = stock_call(self, *args, **kwargs)
+                driver.finish()
+            finally:
+                self.guidance_pattern = driver.pattern
+                if driver.run is not None:
+                    self._guidance_trace = driver.run.trace
         return output
 
 
@@ -149,11 +162,12 @@ def scale_argument(pipeline_class: type) -> str:
     """Name of the argument of a pipeline's call for the guidance scale, else LayoutError."""
     call: Any = pipeline_class.__call__
     parameters = inspect.signature(call).parameters
-    found = [name for name in SCALE_ARGUMENTS if name in parameters]
+    known = layout_of(pipeline_class).scale
+    found = [name for name in ((known,) if known else SCALE_ARGUMENTS) if name in parameters]
     if not found:
         raise LayoutError(
-            f"{pipeline_class.__name__} has no classifier-free guidance: "
-            f"its call takes none of {', '.join(SCALE_ARGUMENTS)}"
+            f"{pipeline_class.__name__} has no classifier-free guidance: its call takes none of "
+            f"{', '.join(SCALE_ARGUMENTS)}"
         )
     return found[0]
 
@@ -165,32 +179,31 @@ def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, fl
     return {scale_argument(pipeline_class): guidance_scale - offset}
 
 
-def _checked_scales(
-    pipeline_class: type, guidance: Guidance, layout: Layout, arguments: dict[str, Any]
-) -> dict[str, float]:
-    """The checked scale of every denoiser, and under its own name if the pipeline may change it."""
+def _checked_scale(
+    pipeline_class: type, guidance: Guidance, asked: str, layout: Layout, options: dict[str, Any]
+) -> float:
+    """The scale of a call, if it and the other options leave the guidance something to do."""
     name = scale_argument(pipeline_class)
-    scale = positive_scale(name, arguments[name], layout.scale_offset)
-    nothing = f"so that '{guidance}' has nothing to act on: use"
-    if not guidance.is_plain and scale + layout.scale_offset <= 1:
+    given = options[name]
+    if guidance.is_plain:  # whatever the stock pipeline makes of it
+        return given
+    scale = positive_scale(name, given, layout.scale_offset)
+    if not guidance.keeps_combination:
+        layout.check_options(options, asked)
+    if guidance.policy_alone:
+        return scale
+    nothing = f"so that '{asked}' has nothing to act on: use"
+    if scale + layout.scale_offset <= 1:
         raise ValueError(
             f"{name}={scale} switches guidance off, {nothing} {name} > 1, or guidance=None"
         )
-    negatives = [arguments.get(key) for key in ("negative_prompt", "negative_prompt_embeds")]
-    one_branch = name == "true_cfg_scale" and all(value is None for value in negatives)
-    if one_branch and not guidance.is_plain:
+    negatives = [options.get(key) for key in ("negative_prompt", "negative_prompt_embeds")]
+    if name == "true_cfg_scale" and all(value is None for value in negatives):
         raise ValueError(
             f"without a negative prompt {pipeline_class.__name__} evaluates one branch, {nothing} "
             "negative_prompt='', or guidance=None"
         )
-    if not guidance.keeps_combination:
-        layout.check_options(arguments, guidance)
-    scales = dict.fromkeys(layout.denoisers, scale)
-    second = arguments.get("guidance_scale_2")
-    if second is not None:
-        second = positive_scale("guidance_scale_2", second, layout.scale_offset)
-        return scales | {layout.denoisers[-1]: second}
-    return scales | {name: scale}
+    return scale
 
 
 def positive_scale(name: str, scale: Any, offset: float = 0.0) -> float:
@@ -221,7 +234,8 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         **kwargs: Any,
     ) -> Any:
         if guidance is None:
-            return stock_call(self, *args, **kwargs)
+            with aside(self):
+                return stock_call(self, *args, **kwargs)
         return self.call_guided(
             stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs
         )

@@ -248,12 +248,12 @@ class Guider(BaseGuidance):
         scale = self.guidance_scale
         if self.num_conditions == 1:
             run.unguided(pred_cond, x_t)
-            cond = uncond = pred_cond
+            pred = pred_cond
         else:
-            cond, uncond = run.combine(pred_cond, kept, scale, x_t)
+            own = None if pred_uncond is None else cfg(pred_cond, pred_uncond, scale)
+            pred = run.combine(pred_cond, kept, scale, x_t, own=own)
         self._rows = self._level = self._sample = None
         self._shared.end_step()
-        pred = cond if cond is uncond else cfg(cond, uncond, scale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property

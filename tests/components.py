@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers as df
 import torch
 import transformers as tr
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -469,3 +470,173 @@ def class_call(batch: int, negative: bool, **extra) -> dict:
     labels = [(207 + 31 * i) % 1000 for i in range(batch)]
     free = {"prompt": None, "height": None, "width": None, "output_type": "pt"}
     return text_call(batch, False, **free, **extra) | {"class_labels": labels}
+
+
+# Stable Diffusion's relatives.
+
+
+def clip_vision(size: int = 16, width: int = 16) -> nn.Module:
+    """An image encoder for pictures of `size` x `size`, four patches each."""
+    config = tr.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=size // 2,
+        initializer_range=0.2,
+    )
+    return tr.CLIPVisionModelWithProjection(config).eval()
+
+
+def t2i_adapter(kind: str, downscale_factor: int) -> df.T2IAdapter:
+    sizes = {"channels": [8, 16], "num_res_blocks": 1, "downscale_factor": downscale_factor}
+    return wake(df.T2IAdapter(in_channels=3, adapter_type=kind, **sizes))
+
+
+# For tests/families/images.py
+
+
+def certain(vae: nn.Module, mean: float = 128.0, gain: float = 32.0) -> nn.Module:
+    """An autoencoder whose posterior is a point, for pipelines that draw from it unseeded.
+
+    Its latents lie around `mean`, where the smallest standard deviation that diffusers allows,
+    exp(-15), is lost in rounding; `gain` spreads them, and the scaling factor takes it back.
+    """
+    channels = vae.config.latent_channels
+    last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+    with torch.no_grad():
+        last.weight[:channels] *= gain
+        last.bias[:channels] = mean
+        last.weight[channels:] = 0.0
+        last.bias[channels:] = -30.0
+    vae.register_to_config(shift_factor=mean, scaling_factor=1 / gain)
+    return vae
+
+
+def allegro_vae() -> nn.Module:
+    model = df.AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return model.eval()
+
+
+def magvit_vae() -> nn.Module:
+    blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
+    model = df.AutoencoderKLMagvit(
+        down_block_types=tuple(block.format("Down") for block in blocks),
+        up_block_types=tuple(block.format("Up") for block in blocks),
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return model.eval()
+
+
+# Of Kandinsky's priors and decoders, and of the audio pipelines.
+
+
+def xlm_roberta_tokenizer():
+    letters, merges = pieces()
+    inner = [*letters, *(a + b for a, b in merges)]
+    scored = [(mark + piece, -1.0 / len(piece)) for piece in inner for mark in ("", "▁")]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, ("▁", -2.0), *scored, ("<mask>", 0.0)]
+    return tr.XLMRobertaTokenizer(vocab=vocab, model_max_length=77)
+
+
+def siglip(size: int = 16) -> tuple:
+    """An encoder of pictures, and what prepares them for it."""
+    config = tr.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=8,
+    )
+    processor = tr.SiglipImageProcessor(size={"height": size, "width": size})
+    return tr.SiglipVisionModel(config).eval(), processor
+
+
+def hunyuan15_vae() -> nn.Module:
+    model = df.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return model.eval()
+
+
+def gemma3() -> tuple:
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = tr.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    tokenizer = trained(tr.GemmaTokenizer, "<bos>", "left")
+    return tr.Gemma3ForConditionalGeneration(config).eval(), tokenizer
+
+
+def ltx2_vae() -> nn.Module:
+    model = df.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False, False, False),
+        downsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_residual=(True, True),
+        upsample_factor=(2, 2),
+        patch_size=1,
+    )
+    return model.eval()
+
+
+def ltx2_audio_vae() -> nn.Module:
+    model = df.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=None,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    )
+    return model.eval()
+
+
+def photo(seed: int = 0, size: int = 32) -> Image.Image:
+    values = (noise(size, size, 3, seed=seed, low=0.0) * 255).to(torch.uint8)
+    return Image.fromarray(values.numpy())

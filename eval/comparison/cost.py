@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...guidance import Guidance, PredictionType, Trace
+from ...guidance import Guidance, Trace
 from ...pipelines.seam.noise_levels import prediction_type_of
 
 
@@ -23,7 +23,6 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
         guidance: What made it.
         scheduler: The scheduler it was made with.
     """
-    prediction = prediction_type_of(scheduler)
     totals = torch.zeros(trace.batch, dtype=torch.float64)
     counts = torch.full((trace.batch,), len(trace.steps))
     for step in trace.steps:
@@ -34,19 +33,20 @@ def update_norms(trace: Trace, guidance: Guidance, scheduler: Any) -> list[float
         if guidance.rule.space != "x0":
             if step.noise is None:
                 return None
-            factor = _x0_factor(step.noise, prediction)
+            factor = _x0_factor(step.noise, scheduler)
         totals[step.guided] += factor * step.update_norm.double().cpu()
     means = totals / counts
     return [round(value, 6) for value in means.tolist()] if means.isfinite().all() else None
 
 
-def _x0_factor(noise: float, prediction: PredictionType) -> float:
+def _x0_factor(noise: float, scheduler: Any) -> float:
     """|a_p| of `NoiseLevel.coefficients` from sigma / alpha: what differences are multiplied by."""
-    match prediction:
+    match prediction_type_of(scheduler):
         case "epsilon":
             return noise
         case "v_prediction":
-            return math.sin(math.atan(noise))  # sigma, where alpha^2 + sigma^2 = 1
+            spread = scheduler.config.get("sigma_data", 1.0)
+            return spread * math.sin(math.atan(noise / spread))  # sigma * sigma_data
         case "flow":
             return 1 - 1 / (1 + noise)  # sigma, where alpha + sigma = 1
     return 1.0

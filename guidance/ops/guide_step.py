@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base import Predictions, Rule, Step
-from ..prediction import Space, accumulate, all_finite, cosine
+from ..prediction import Space, accumulate, cosine
 from .solver import Impl, fused_by_default
 
 
@@ -16,18 +16,18 @@ class GuideStep(NamedTuple):
     """The result of `guide_step`; what was not asked for is None, but for the state.
 
     Args:
-        finite: Whether all predictions are finite, a 0-d tensor; eagerly also the guided one.
         prediction: The guided prediction, with shape (B, \\*) and the network's dtype.
         state: The rule's new state; without a prediction, the one given.
         gamma: Cosine of the two predictions, with shape (B,), at least float32.
         update: Guided minus conditional prediction in the rule's space, with shape (B, \\*).
+        finite: Whether all predictions are finite, a 0-d tensor, where the kernel tells.
     """
 
-    finite: Tensor
     prediction: Tensor | None = None
     state: Tensor | None = None
     gamma: Tensor | None = None
     update: Tensor | None = None
+    finite: Tensor | None = None
 
 
 def guide_step(
@@ -73,20 +73,18 @@ def guide_step(
         if has_kernel(rule, step) and not want_update:
             with torch.cuda.device_of(cond):  # Triton launches on the current device
                 done = launch(rule, predictions, step, w, state, gamma_space, want_prediction)
-            return GuideStep(*done)
+            return GuideStep(*done[1:], finite=done[0])
         if impl == "fused":
             raise ValueError(f"there is no fused kernel for {rule} at this step")
-    finite = all_finite(cond) & all_finite(uncond)
     gamma = None if gamma_space is None else cosine(*predictions.pair(gamma_space))
     prediction = update = None
     if want_prediction or want_update:
         guided, state = _checked(rule, rule.combine(predictions, step, w, state), cond)
         if want_prediction:
             prediction = predictions.to_native(guided, rule.space)
-            finite = finite & all_finite(prediction)
         if want_update:
             update = accumulate(guided) - accumulate(predictions.get("cond", rule.space))
-    return GuideStep(finite, prediction, state, gamma, update)
+    return GuideStep(prediction, state, gamma, update)
 
 
 def _checked(rule: Rule, made: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:

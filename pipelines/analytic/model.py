@@ -14,8 +14,18 @@ from torch import Tensor
 
 from ...guidance import NoiseLevel
 from ...guidance.analytic import DENOISERS, DatasetStatistics, Denoiser, load_images
-from ..seam.noise_levels import BY_FLOW_SIGMA, check_scheduler, prediction_type_of
+from ..seam.noise_levels import (
+    BY_FLOW_SIGMA,
+    BY_STEP,
+    EDM,
+    UnknownSchedulerError,
+    check_scheduler,
+    prediction_type_of,
+    scheduler_name,
+)
 
+# What `AnalyticDenoiserModel.levels` cannot read a noise level from.
+OWN_TIMES = EDM | BY_STEP | {"HeliosDMDScheduler", "HeliosScheduler", "MiniMaxH3Scheduler"}
 NOISE_SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -29,8 +39,10 @@ NOISE_SCHEDULE = (
 def noise_schedule_of(scheduler: Any) -> dict[str, Any]:
     """What a model must know of its scheduler, as arguments; UnknownSchedulerError if unknown."""
     check_scheduler(scheduler)
-    config = scheduler.config
-    flow = type(scheduler).__name__ in BY_FLOW_SIGMA or config.get("use_flow_sigmas", False)
+    config, name = scheduler.config, scheduler_name(scheduler)
+    if name in OWN_TIMES:
+        raise UnknownSchedulerError(f"the timesteps of {name} are not those of a training table")
+    flow = name in BY_FLOW_SIGMA or config.get("use_flow_sigmas", False)
     known = {name: config[name] for name in NOISE_SCHEDULE if name in config}
     return known | {"prediction_type": prediction_type_of(scheduler), "flow": bool(flow)}
 

@@ -23,22 +23,34 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ...guidance.analytic import DatasetStatistics, Level
-from ..seam.noise_levels import BY_TIMESTEP, EXPLODING, KNOWN, of_sigma
+from ..seam.noise_levels import (
+    BY_STEP,
+    BY_TIMESTEP,
+    EDM,
+    EXPLODING,
+    KNOWN,
+    of_sigma,
+    scheduler_name,
+)
 
 EXPLAINED = 0.999  # share of the score that the Gaussian explains at sigma_skip="auto"
 
-# Those that cannot begin in the middle of their grid are left out.
+# Those that cannot begin in the middle of their grid, or whose grid is more than a table, are left
+# out.
 SCHEDULERS = sorted(
     KNOWN
-    - {"CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "FlowMatchLCMScheduler"}
-    - {"LCMScheduler", "PNDMScheduler", "TCDScheduler"}
+    - (EDM | BY_STEP)
+    - {"CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "DPMSolverSDEScheduler"}
+    - {"FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LCMScheduler"}
+    - {"LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PNDMScheduler", "TCDScheduler"}
+    - {"UnCLIPScheduler"}
 )
 TABLES = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "order_list")
 
 
 def levels(scheduler: Any) -> list[Level]:
     """(alpha, sigma) of the pipeline's samples at every entry of ``scheduler.timesteps``."""
-    name = type(scheduler).__name__
+    name = scheduler_name(scheduler)
     if name in BY_TIMESTEP:
         squares = scheduler.alphas_cumprod.cpu().double()[scheduler.timesteps.cpu().long()]
         return [(math.sqrt(square), math.sqrt(1 - square)) for square in squares.tolist()]
@@ -103,7 +115,7 @@ class GaussianTeleport:
         name = type(scheduler).__name__
         if isinstance(scheduler, GaussianTeleport):
             raise ValueError(f"this {name} teleports already: wrap the stock scheduler")
-        if name not in SCHEDULERS:
+        if scheduler_name(scheduler) not in SCHEDULERS:
             raise ValueError(
                 f"{name} cannot start in the middle of its grid, or its noise levels are not "
                 f"known: use one of {', '.join(SCHEDULERS)}"
@@ -132,7 +144,7 @@ class GaussianTeleport:
             raise ValueError(f"sigma_skip must be 'auto' or a number > 0, got {sigma_skip!r}")
         if not scales:
             jump = "step"
-        elif type(scheduler).__name__ in EXPLODING:
+        elif scheduler_name(scheduler) in EXPLODING:
             jump = "input"  # no pipeline can use them without scale_model_input
         self.statistics, self.sigma_skip, self.jump = statistics, float(sigma_skip), jump
         self.skipped = 0
@@ -170,7 +182,7 @@ class GaussianTeleport:
         """Restrict every table of the grid to some steps."""
         count = len(self.timesteps)
         # Schedulers by timestep have one table; what else they hold is of training.
-        for name in TABLES[:1] if type(self).__name__ in BY_TIMESTEP else TABLES:
+        for name in TABLES[:1] if scheduler_name(self) in BY_TIMESTEP else TABLES:
             table = getattr(self, name, None)
             if table is None:
                 continue

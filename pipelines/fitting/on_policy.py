@@ -20,10 +20,9 @@ from ...guidance import Coefficients
 from ...guidance.fitting.on_policy import FitOnPolicy
 from ...guidance.policies.schedule import Choice
 from ..guided import GuidanceLike
-from ..seam.calls import Call, prediction_of, with_prediction
-from ..seam.layouts import TwoCalls
+from ..seam.calls import Call, with_rows
 from ..seam.patch import attached
-from ..seam.support import layout_of
+from ..seam.support import denoisers_of, layout_of
 from .fit import Fit
 from .runs import Runs, check_fit, held_out
 
@@ -53,14 +52,14 @@ class ScheduleFitter:
         pipeline = type(runs.pipe)
         if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
             raise ValueError(f"{pipeline.__name__} does not tell its states on the way")
-        self.layout = layout_of(pipeline)
-        matches_norm = isinstance(self.layout, TwoCalls) and self.layout.matches_norm
-        if self.layout.sign < 0 or self.layout.channels or matches_norm:
+        self.denoisers = denoisers_of(runs.pipe, layout_of(pipeline))
+        self.states: list[Tensor] = []
+        self.pictures = self._run("cfg", self.states, detailed_trace=True)
+        pattern = runs.pipe.guidance_pattern
+        if pattern is None or pattern.norm or pattern.reason:
             raise ValueError(
                 f"{pipeline.__name__} changes the guided prediction before its scheduler has it"
             )
-        self.states: list[Tensor] = []
-        self.pictures = self._run("cfg", self.states)
 
     @property
     def total(self) -> int:
@@ -105,7 +104,7 @@ class ScheduleFitter:
         coefficients = replace(found[0], identity=self.runs.identity())
         return Fit(coefficients, figures, len(kept), len(left_out)), pictures
 
-    def _run(self, guidance: GuidanceLike, states: list[Tensor]) -> Any:
+    def _run(self, guidance: GuidanceLike, states: list[Tensor], **extra: Any) -> Any:
         """Pictures of all prompts; the state after every step is appended to `states`."""
 
         def callback(
@@ -115,9 +114,10 @@ class ScheduleFitter:
             return {}
 
         call = self.runs.call(range(len(self.runs.prompts)))
-        with attached(self.runs.pipe, self.layout.denoisers, self._in_parts):
+        with attached(self.runs.pipe, self.denoisers, self._in_parts):
             return self.runs.pipe(
                 guidance=guidance,
+                **extra,
                 output_type=self.output_type,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["latents"],
@@ -126,14 +126,12 @@ class ScheduleFitter:
 
     def _in_parts(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, made of some rows at a time."""
-        listed = self.layout.listed
-        call = Call(network, args, kwargs, listed)
+        call = Call(network, args, kwargs)
         rows, size = list(range(call.rows)), 2 * self.runs.batch_size
         if len(rows) <= size:
             return call()
-        outputs = [call(rows[i : i + size]) for i in rows[::size]]
-        parts = torch.cat([prediction_of(output, listed) for output in outputs])
-        return with_prediction(outputs[0], parts, listed)
+        parts = [rows[i : i + size] for i in rows[::size]]
+        return with_rows([call(part) for part in parts], torch.cat, [len(part) for part in parts])
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,8 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def coefficients(self) -> Tensor:
         """One row per training timestep."""
-        if not self._squares:  # read once: `add_noise` moves the tensor to the device
-            self._squares = self.alphas_cumprod.tolist()
-            self._last_square = float(self.final_alpha_cumprod)
-        square = torch.tensor(self._squares, dtype=torch.float64)
+        self.check_begun()
+        square = torch.tensor(self._training_squares(), dtype=torch.float64)
         stride = self.config["num_train_timesteps"] // self.num_inference_steps
         last = torch.full((stride,), self._last_square, dtype=torch.float64)
         square_next = torch.cat([last, square])[: len(square)]
@@ -67,7 +65,7 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """See `FusedScheduler.noise_level`."""
-        square = self._squares[self._row(timestep)]
+        square = self._training_squares()[self._row(timestep)]
         return NoiseLevel(square**0.5, (1 - square) ** 0.5, prediction_type_of(self))
 
     def step(
@@ -100,6 +98,12 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
         if not return_dict:
             return prev_sample, denoised
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
+
+    def _training_squares(self) -> list[float]:
+        if not self._squares:  # read once: `add_noise` moves the tensor to the device
+            self._squares = self.alphas_cumprod.tolist()
+            self._last_square = float(self.final_alpha_cumprod)
+        return self._squares
 
     def _row(self, timestep: Tensor | float) -> int:
         value = self.host_timestep(timestep)

@@ -24,6 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ...guidance import NoiseLevel
 from ...guidance.ops.solver import network_step
 from ..seam.noise_levels import of_sigma
 from .fused import FusedScheduler, table_of
@@ -52,6 +53,7 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
 
     def coefficients(self) -> Tensor:
         """The rows of the first order, then those of the second."""
+        self.check_begun()
         sigmas = self.sigmas.double()
         now, following = of_sigma(self, sigmas[:-1]), of_sigma(self, sigmas[1:])
         d_x, d_p = now.coefficients()
@@ -74,6 +76,11 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         change = weight * h / before
         second = table_of(count, k_d=phi + change, k_p=-change, **share)
         return torch.cat([first, second])
+
+    def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
+        """See `FusedScheduler.noise_level`."""
+        self.check_begun()  # until then the sigmas run the other way
+        return super().noise_level(timestep)
 
     def step(
         self,

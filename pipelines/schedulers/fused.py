@@ -24,15 +24,18 @@ class FusedScheduler:
     """
 
     stock_class: ClassVar[Any]
-    timesteps: Any  # this and the next two are the stock scheduler's
+    timesteps: Any  # this and the next three are the stock scheduler's
+    num_inference_steps: Any
     _step_index: Any
     _begin_index: Any
     _steps: tuple[Tensor, list[float]] | None = None
     _levels: list[float]
-    _table: Tensor
+    _table: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if FusedScheduler not in cls.__bases__:
+            return  # a user's subclass of one of ours
         stock: Any = cls.__bases__[1]
         cls.stock_class = stock
         # diffusers writes these two into saved pipelines, which then load without Pilotage, and
@@ -53,7 +56,10 @@ class FusedScheduler:
             setattr(cls, wrapped.__name__, wrapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (type(self).__qualname__,), self.__dict__.copy()
+        cls = type(self)
+        # Ours have the stock classes' names.
+        by_name = FusedScheduler in cls.__bases__
+        return _unpickled, (cls.__qualname__ if by_name else cls,), self.__dict__.copy()
 
     def check_config(self) -> None:
         """Raise ValueError for settings that the fused step does not have."""
@@ -65,7 +71,9 @@ class FusedScheduler:
 
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """The noise level of the network's input at the current step, without a device read."""
-        return of_sigma(self, self._levels[self.current_index(timestep, default=0)])
+        index = self.current_index(timestep, default=0)
+        self.known_steps()
+        return of_sigma(self, self._levels[index])
 
     def tabulate(self, device: torch.device | str | None = None) -> None:
         """Compute the tables again, after the timesteps or sigmas were changed by hand."""
@@ -74,15 +82,34 @@ class FusedScheduler:
         self._steps = (self.timesteps, values)
         sigmas: Tensor | None = getattr(self, "sigmas", None)
         self._levels = [] if sigmas is None else sigmas.tolist()
-        self._table = to_device(self.coefficients().float(), self.timesteps.device)
+        self._table = None
+        if getattr(self, "num_inference_steps", None) is not None:
+            self.table()
+
+    def table(self) -> Tensor:
+        """The coefficients, on the device of the timesteps; computed once.
+
+        Raises:
+            ValueError: they depend on ``set_timesteps``, and it was not called.
+        """
+        if self._table is None:
+            self._table = to_device(self.coefficients().float(), self.timesteps.device)
+        return self._table
 
     def known_steps(self) -> tuple[Tensor, list[float]]:
-        """The timesteps and their values on the host; tables follow if they were exchanged."""
-        if self._steps is not None and self._steps[0] is not self.timesteps:
+        """The timesteps and their values on the host; tables follow if they were exchanged.
+
+        Before ``set_timesteps`` they are those of the stock scheduler, its whole training.
+        """
+        if self._steps is None or self._steps[0] is not self.timesteps:
             self.tabulate()
-        if self._steps is None:
-            raise ValueError("call set_timesteps first")
+        assert self._steps is not None
         return self._steps
+
+    def check_begun(self) -> None:
+        """Raise ValueError before ``set_timesteps``, for those that have no table until then."""
+        if self.num_inference_steps is None:
+            raise ValueError(f"{type(self).__qualname__}: call set_timesteps first")
 
     def host_timestep(self, timestep: Tensor | float) -> float | None:
         """The value of a timestep; None if only the device knows it."""
@@ -126,9 +153,10 @@ class FusedScheduler:
     def solver_row(self, row: int, device: torch.device, has_previous: bool = False) -> SolverStep:
         """A row of the table, on the device of the samples (moved there once if need be)."""
         self.known_steps()
-        if self._table.device != device:
-            self._table = to_device(self._table.cpu(), device)
-        return SolverStep(self._table[row], has_previous)
+        table = self.table()
+        if table.device != device:
+            table = self._table = to_device(table.cpu(), device)
+        return SolverStep(table[row], has_previous)
 
 
 def table_of(
@@ -162,7 +190,8 @@ def refuse_integer(timestep: Any) -> None:
         )
 
 
-def _unpickled(name: str) -> FusedScheduler:
-    """A scheduler whose state follows; its class is found by our name for it."""
-    cls = next(cls for cls in FusedScheduler.__subclasses__() if cls.__qualname__ == name)
+def _unpickled(found: str | type[FusedScheduler]) -> FusedScheduler:
+    """A scheduler whose state follows; the class of one of ours is found by our name for it."""
+    ours = {cls.__qualname__: cls for cls in FusedScheduler.__subclasses__()}
+    cls = ours[found] if isinstance(found, str) else found
     return cls.__new__(cls)

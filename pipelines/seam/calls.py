@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,21 +11,34 @@ from torch import Tensor, nn
 
 from ...guidance.device import row_index
 
-# Inputs that hold no samples, whatever the size of their first dimension.
-SHARED_INPUTS = {"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks", "return_dict"}
+# Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
+# and by parts of them.
+SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "return_dict", "num_frames"}
+SHARED_PARTS = ("rotary", "freqs_cis")
+
+
+class RowsError(RuntimeError):
+    """A network did not give back as many rows as it was asked for."""
 
 
 class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
-    If `listed`, samples come as items of lists, not as rows of tensors.
+    Attributes:
+        listed: Samples come as items of lists, not as rows of tensors.
+        rows: Number of rows, of one or more branches.
     """
 
-    def __init__(
-        self, network: Callable, args: tuple, kwargs: dict[str, Any], listed: bool = False
-    ) -> None:
-        self.network, self.args, self.kwargs, self.listed = network, args, kwargs, listed
-        self.names = _parameter_names(network)
+    def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.network, self.args, self.kwargs = network, args, kwargs
+        first = args[0] if args else self[self.names[0]]
+        self.listed = isinstance(first, (list, tuple))
+        self.rows = len(first)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the inputs of the network's forward, in order."""
+        return _parameter_names(self.network)
 
     def __getitem__(self, name: str) -> Any:
         if name in self.kwargs:
@@ -33,49 +46,80 @@ class Call:
         return self.args[self.names.index(name)]
 
     @property
-    def sample(self) -> Tensor:
-        """The network's input (its first argument), with shape (rows, \\*)."""
-        value = self[self.names[0]]
-        return torch.stack(value) if self.listed else value
-
-    @property
     def timestep(self) -> Tensor:
         """The timestep as the pipeline passes it (its second argument, or the one so named)."""
-        return self["timestep" if "timestep" in self.names else self.names[1]]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, of one or both branches."""
-        return len(self[self.names[0]])
+        for name in ("timestep", "t", "timesteps"):
+            if name in self.kwargs:
+                return self.kwargs[name]
+        names = self.names
+        return self["timestep" if "timestep" in names else names[1]]
 
     def __call__(self, keep: list[int] | None = None) -> Any:
-        """Call the network, on the rows `keep` of every per-sample input (None: on all)."""
+        """Call the network, on the rows `keep` of every per-sample input (None: on all).
+
+        What is per sample is told by an input's name and kind: tensors by their first dimension
+        (or a multiple of it, where a network is given its text once a frame), lists of tensors
+        likewise, other lists by their own length; what lies deeper in lists is never cut.
+
+        Raises:
+            RowsError: other rows came back than were asked for.
+        """
         if keep is None:
             return self.network(*self.args, **self.kwargs)
-        rows, listed = self.rows, self.listed
-        indices: dict[torch.device, Tensor] = {}  # one for all inputs of the call
-
-        def select(value: Any, name: str = "") -> Any:
-            if name in SHARED_INPUTS:
-                return value
-            if isinstance(value, Tensor):
-                if value.ndim == 0 or value.shape[0] != rows:
-                    return value
-                if value.device not in indices:
-                    indices[value.device] = row_index(keep, value.device)
-                return value.index_select(0, indices[value.device])
-            if isinstance(value, dict):
-                return {key: select(item, key) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                tensors = any(isinstance(item, Tensor) for item in value)
-                if len(value) == rows and (listed or not tensors):
-                    return type(value)(value[row] for row in keep)
-                return type(value)(select(item) for item in value)
-            return value
-
-        args = [select(value, name) for name, value in zip(self.names, self.args, strict=False)]
+        select = _Selection(keep, self.rows, self.listed)
+        named = zip(self.names, self.args, strict=False)
+        args = [select(value, name) for name, value in named]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
-        return self.network(*args, **kwargs)
+        output = self.network(*args, **kwargs)
+        found = len(output if isinstance(output, Tensor) else output[0])
+        if found != len(keep):
+            raise RowsError(f"{found} rows came back where {len(keep)} of {self.rows} were asked")
+        return output
+
+
+class _Selection:
+    """Picks rows of the inputs of one call."""
+
+    def __init__(self, keep: list[int], rows: int, listed: bool) -> None:
+        self.keep, self.rows, self.listed = keep, rows, listed
+        first, last = keep[0], keep[-1] + 1
+        together = keep == list(range(first, last))
+        self.slice = slice(first, last) if together else None
+        self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
+
+    def __call__(self, value: Any, name: str) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if name in SHARED_INPUTS or any(part in name for part in SHARED_PARTS):
+            return value
+        if isinstance(value, Tensor):
+            return self._of_tensor(value)
+        if isinstance(value, Mapping):
+            return type(value)({key: self(item, key) for key, item in value.items()})
+        if isinstance(value, (list, tuple)):
+            whole = len(value) == self.rows
+            if not any(isinstance(item, Tensor) for item in value):
+                return type(value)(value[row] for row in self.keep) if whole else value
+            if self.listed and whole:
+                return type(value)(value[row] for row in self.keep)
+            return type(value)(
+                self._of_tensor(item) if isinstance(item, Tensor) else item for item in value
+            )
+        return value
+
+    def _of_tensor(self, value: Tensor) -> Tensor:
+        if value.ndim == 0 or len(value) < self.rows or len(value) % self.rows:
+            return value
+        each = len(value) // self.rows
+        if each > 1 and value.ndim < 3:  # a table or a list of tokens, not text once a frame
+            return value
+        if self.slice is not None:
+            return value[self.slice.start * each : self.slice.stop * each]
+        key = value.device, each
+        if key not in self.indices:
+            rows = [row * each + i for row in self.keep for i in range(each)]
+            self.indices[key] = row_index(rows, value.device)
+        return value.index_select(0, self.indices[key])
 
 
 def _parameter_names(network: Any) -> list[str]:
@@ -102,17 +146,34 @@ def _named(forward: Any) -> list[str]:
     return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
 
 
-def prediction_of(output: Any, listed: bool = False) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
     """The prediction within what a denoiser returned (tensor, tuple or output object)."""
     value = output if isinstance(output, Tensor) else output[0]
-    return torch.stack(tuple(value)) if listed else value
+    return torch.stack(tuple(value)) if isinstance(value, (list, tuple)) else value
 
 
-def with_prediction(output: Any, prediction: Tensor, listed: bool = False) -> Any:
-    """The same kind of output with another prediction."""
-    value = list(prediction.unbind()) if listed else prediction
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, tuple):
-        return (value, *output[1:])
-    return type(output)(**{**output, next(iter(output)): value})
+def with_rows(outputs: list[Any], make: Callable[[list[Tensor]], Tensor], rows: list[int]) -> Any:
+    """An output like the first of `outputs`, its tensors made from theirs by `make`.
+
+    Args:
+        outputs: Outputs of one network; of each, every tensor with as many rows as `rows` says
+            (or list of so many tensors) takes part, anything else is the first one's.
+        make: Tensors at the same place of all `outputs` -> the new tensor.
+        rows: Number of rows of each.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        whole = all(o.ndim and len(o) == n for o, n in zip(outputs, rows, strict=True))
+        return make(outputs) if whole else first
+    if isinstance(first, Mapping):  # an output object of diffusers
+        names = [name for name, value in first.items() if value is not None]
+        return type(first)(
+            **{name: with_rows([o[name] for o in outputs], make, rows) for name in names}
+        )
+    if isinstance(first, (list, tuple)):
+        listed = first and all(isinstance(item, Tensor) and item.ndim for item in first)
+        if listed and [len(o) for o in outputs] == rows and isinstance(first, list):
+            return list(make([torch.stack(o) for o in outputs]).unbind())
+        parts = [with_rows(list(items), make, rows) for items in zip(*outputs, strict=True)]
+        return type(first)(parts)
+    return first

@@ -1,32 +1,76 @@
-"""Drivers: what stands in front of a pipeline's denoiser for the length of one call."""
+"""The driver: what stands in front of a pipeline's denoiser and scheduler for one call."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
-from ...guidance import Always, Guidance, NoiseLevel, Run
-from ...guidance.device import row_index
-from .calls import Call, prediction_of, with_prediction
-from .layouts import Batched, Layout, LayoutError
+from ...guidance import Guidance, NoiseLevel, Run
+from ...guidance.device import LaggedReads, row_index
+from .calls import Call, prediction_of, with_rows
+from .hooks import check_caches
+from .layouts import Layout, LayoutError
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
+from .patterns import (
+    PARTS,
+    Part,
+    Pattern,
+    learn,
+    learn_norm,
+    normed,
+    scale_of,
+    scale_of_normed,
+    view,
+    weights_of,
+)
+from .support import denoisers_of
+
+# What is left of a combination that its branches do not explain, in units of rounding.
+ROUNDING = 16.0
+# Calls of a network without a step of the scheduler, after which none is expected any more.
+MANY_CALLS = 64
+
+# (pipeline class, its call's options) -> pattern: for the first step of a later call, which may
+# then leave branches out already.
+_LEARNED: dict[Any, Pattern] = {}
+
+
+@dataclass
+class Made:
+    """What one call of the network gave to the pipeline.
+
+    Args:
+        rows: Number of rows.
+        output: As the pipeline has it.
+        prediction: The prediction in it, with shape (rows, \\*).
+    """
+
+    rows: int
+    output: Any
+    prediction: Tensor
 
 
 class Driver:
-    """One call of one pipeline under one guidance; it owns the run, made at the first call.
+    """One call of one pipeline under one guidance.
 
-    Subclasses say how the pipeline calls its denoiser. They evaluate the rows that the policy wants
-    and return outputs for which the pipeline's own guidance line, whichever affine form it has,
-    yields the guided prediction: where both branches are given equal predictions, so is their
-    combination.
+    The pipeline evaluates its branches as it always does; of each call of the network only the
+    rows that the policy wants are evaluated. It combines what it is given, and where its scheduler
+    is to step, the guided prediction takes the place of that combination.
+
+    Which branch is which, and what the pipeline makes of them, is learned at the first step at
+    which the branches differ, and looked at again at every step: see `patterns`. The guidance scale
+    is measured, not read.
 
     Args:
-        pipe, guidance, layout: The pipeline, the rule and policy, where the branches are.
-        scales: Denoiser -> the pipeline's own guidance scale as given to the call. A pipeline that
-            exposes its current scale (and may change it on the way) is asked at every step.
+        pipe, guidance, layout: The pipeline, the rule and policy, what is known of the pipeline.
+        asked: What the user wrote for `guidance`.
         options: All arguments of the call, by name.
         detailed: Record cosines and norms at every step.
     """
@@ -36,169 +80,597 @@ class Driver:
         pipe: Any,
         guidance: Guidance,
         layout: Layout,
-        scales: dict[str, float],
+        asked: str,
         options: dict[str, Any],
         detailed: bool = False,
     ) -> None:
         self.pipe, self.guidance, self.layout = pipe, guidance, layout
-        self.scales, self.options, self.detailed = scales, options, detailed
-        self.denoiser = layout.denoisers[0]
-        self.begun = False
-        self.example: Any = None  # one row of an output of the network, for skipped steps
-        self.channels: int | None = None  # how many are guided
-        self.rest: Tensor | None = None  # the others of the last output; likewise
+        self.asked, self.options, self.detailed = asked, options, detailed
+        self.scheduler = pipe.scheduler
+        self.run: Run | None = None
+        self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
+        self.key = None if self.free else _key(pipe, options)
+        self.pattern: Pattern | None = None if self.key is None else _LEARNED.get(self.key)
+        self.patterns: dict[tuple[int, ...], Pattern] = {}
+        self.made: list[Made] = []  # of this step
+        self.last: list[Made] = []  # of the step before
+        self.planned = False
+        self.stale = False  # rows of this step have predictions of an earlier one
+        self.scheduler_timestep: Any = None
+        self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
+        self.first_call: Call | None = None
+        self.looks = LaggedReads(0)
+        self.where = _positions(self.scheduler)
+        self.name = ""  # of the network called last
+        # What perturbed attention takes the place of.
+        self.attention: dict[str, dict[str, Any]] = {}
+        if isinstance(pipe, PAGMixin):
+            self.attention = {
+                n: getattr(pipe, n).attn_processors for n in denoisers_of(pipe, layout)
+            }
+
+    # Calls of the network
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
-        if kwargs.get("skip_layers") is not None:  # skip-layer guidance: not a branch of ours
-            return network(*args, **kwargs)
-        self.denoiser = name
-        return self.evaluate(Call(network, args, kwargs, self.layout.listed))
-
-    def evaluate(self, call: Call) -> Any:
-        """Take the place of one call of the denoiser."""
-        raise NotImplementedError
-
-    def close_step(self) -> None:
-        """The pipeline has made its last call."""
-
-    def start(self, batch: int, call: Call) -> None:
-        """Begin the run at the first call."""
-        if not (self.guided or self.guidance.is_plain):
+        call, self.name = Call(network, args, kwargs), name
+        if self.free:
+            output = call()
+            self.made.append(Made(call.rows, output, prediction_of(output)))
+            return output
+        if not self.made:
+            self.begin_step(call)
+        place = len(self.made)
+        if place >= MANY_CALLS:
             raise LayoutError(
-                f"{type(self.pipe).__name__} evaluates one branch, so that '{self.guidance}' has "
-                "nothing to act on: its guidance is off at this scale, or built into the network "
-                "(a distilled model)"
+                f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
+                f"step of its scheduler: '{self.asked}' has no place to act"
             )
-        total = getattr(self.pipe, "num_timesteps", None)
-        total = total or run_length(self.pipe.scheduler, call.timestep, self.options)
-        on_cpu = call.sample.device.type == "cpu"
-        policy = self.guidance.policy
+        made = self.evaluate(call, place)
+        self.made.append(made)
+        return made.output
+
+    def begin_step(self, call: Call) -> None:
+        """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
+        self.first_call, self.planned, self.stale = call, False, False
+        run, pattern = self.run, self.pattern
+        if run is None:
+            if pattern is None or call.rows % pattern.calls[0]:
+                self.pattern = None
+                return
+            run = self.start(call.rows // pattern.calls[0], pattern)
+        elif pattern is None or pattern.calls[0] * run.batch != call.rows:
+            known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
+            self.pattern = pattern = known[0] if known else None
+        if pattern is not None and (pattern.branches > 1 or run.one_branch):
+            self.plan(run, call)
+
+    def plan(self, run: Run, call: Call) -> None:
+        """Ask the policy what this step is to evaluate."""
+        first = call.args[0] if call.args else None
+        x_t = first[: run.batch] if isinstance(first, Tensor) else None
+        run.plan(x_t, *self.levels(call.timestep))
+        self.planned = True
+        if run.skipped or any(d.estimates for d in run.decisions):
+            self.check_others()
+
+    def evaluate(self, call: Call, place: int) -> Made:
+        """Evaluate the wanted rows of a call; the others get what does no harm."""
+        run, pattern = self.run, self.pattern
+        whole = not self.planned or run is None or pattern is None
+        if whole or place >= len(pattern.calls):
+            if not whole and len(run.rows) < run.batch:
+                raise LayoutError(self.irregular(f"evaluates its network {place + 1} times"))
+            output = call()
+            return Made(call.rows, output, prediction_of(output))
+        batch, count = run.batch, pattern.calls[place]
+        if call.rows != count * batch:
+            raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
+        start = sum(pattern.calls[:place])
+        active = [row for row in range(batch) if row not in run.skipped]
+        wanted = [active if start + i == pattern.main else run.rows for i in range(count)]
+        keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
+        if len(keep) == call.rows:
+            output = call()
+            return Made(call.rows, output, prediction_of(output))
+        last = self.last[place] if place < len(self.last) else None
+        if not keep:
+            if last is None:
+                raise LayoutError(self.irregular("has no prediction that a skipped call can give"))
+            return self.filled(last, pattern, start, count)
+        output = self.rows_of(call, keep)
+        estimated = any(d.estimates for d in run.decisions)
+        output = self.complete(
+            output,
+            keep,
+            wanted,
+            -1 if pattern.main is None else pattern.main - start,
+            estimated,
+            last,
+        )
+        return Made(call.rows, output, prediction_of(output))
+
+    def rows_of(self, call: Call, keep: list[int]) -> Any:
+        """The network's output for some rows."""
+        run = self.run
+        assert run is not None
+        try:
+            if not self.attention:
+                return call(keep)
+            # Perturbed attention takes the batch for its branches: the samples that have all of
+            # them make one call, those that have one another, without it.
+            whole = [k for k in keep if k % run.batch in run.rows]
+            alone = [k for k in keep if k % run.batch not in run.rows]
+            outputs = [call(whole)] if whole else []
+            if alone:
+                with unperturbed(call.network, self.attention[self.name]):
+                    outputs.append(call(alone))
+            order = [*whole, *alone]
+            places = [order.index(k) for k in keep]
+            sizes = [len(rows) for rows in (whole, alone) if rows]
+            return with_rows(outputs, lambda t: torch.cat(t)[row_index(places, t[0].device)], sizes)
+        except (RuntimeError, ValueError) as error:
+            raise LayoutError(
+                f"the network of {type(self.pipe).__name__} cannot evaluate {len(keep)} of its "
+                f"{call.rows} rows ({error}): something in it holds state over the batch, such as "
+                f"a cache or shared attention. Disable it, or leave out '{self.asked}'"
+            ) from error
+
+    def complete(
+        self,
+        output: Any,
+        keep: list[int],
+        wanted: list[list[int]],
+        main: int,
+        estimated: bool,
+        last: Made | None,
+    ) -> Any:
+        """An output of all rows of a call, of one that has the rows `keep`.
+
+        Rows that were not evaluated are given the conditional prediction, so that what the pipeline
+        makes of both is that again; where the scale is to be measured on them, and where there is
+        no conditional prediction, what they had last.
+        """
+        assert self.run is not None
+        batch, count = self.run.batch, len(wanted)
+        known = 0 <= main < count and len(wanted[main]) == batch
+        if known and not estimated:
+            begin = sum(map(len, wanted[:main]))
+
+            def fill(tensors: list[Tensor]) -> Tensor:
+                (made,) = tensors
+                cond, parts, at = made[begin : begin + batch], [], 0
+                for i, rows in enumerate(wanted):
+                    part = made[at : at + len(rows)]
+                    at += len(rows)
+                    if i != main and len(rows) < batch:
+                        index = row_index(rows, made.device)
+                        part = cond.index_copy(0, index, part) if rows else cond
+                    parts.append(part)
+                return torch.cat(parts)
+
+            return with_rows([output], fill, [len(keep)])
+        if last is None:
+            raise LayoutError(self.irregular("leaves rows out before it has evaluated them all"))
+        self.stale = True
+
+        def insert(tensors: list[Tensor]) -> Tensor:
+            made, before = tensors
+            return before.index_copy(0, row_index(keep, made.device), made.to(before.dtype))
+
+        return with_rows([output, last.output], insert, [len(keep), last.rows])
+
+    def filled(self, last: Made, pattern: Pattern, start: int, count: int) -> Made:
+        """What a call gives that evaluates nothing."""
+        run = self.run
+        assert run is not None
+        estimated = any(d.estimates for d in run.decisions)
+        if pattern.main is not None and pattern.main < start and not run.skipped and not estimated:
+            # The conditional branch came in an earlier call: its prediction once more.
+            place, before = 0, 0
+            while before + pattern.calls[place] <= pattern.main:
+                before += pattern.calls[place]
+                place += 1
+            cond = self.made[place]
+            begin = (pattern.main - before) * run.batch
+            block = slice(begin, begin + run.batch)
+            like = last.output
+
+            def repeat(tensors: list[Tensor]) -> Tensor:
+                part = tensors[0][block]
+                return torch.cat([part] * count) if count > 1 else part.clone()
+
+            output = with_rows([cond.output], repeat, [cond.rows])
+            if type(output) is type(like):
+                return Made(count * run.batch, output, prediction_of(output))
+        self.stale = True
+        copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
+        return Made(last.rows, copied, prediction_of(copied))
+
+    # Steps of the scheduler
+
+    def step(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Take the place of ``scheduler.step(*args, **kwargs)``."""
+        made, self.made = self.made, []
+        at, sample_at = self.where
+        mixed = args[at] if len(args) > at else kwargs["model_output"]
+        if not made:
+            self.without_calls()
+            return stock(*args, **kwargs)
+        sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
+        self.sample = sample
+        self.scheduler_timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
+        guided = self.end_step(made, mixed, sample)
+        self.last = made
+        if guided is not mixed:
+            if len(args) > at:
+                args = (*args[:at], guided, *args[at + 1 :])
+            else:
+                kwargs = kwargs | {"model_output": guided}
+        return stock(*args, **kwargs)
+
+    def without_calls(self) -> None:
+        """The scheduler steps, and the network was not asked."""
+        if self.run is None or self.free or self.layout.others:
+            return
+        raise LayoutError(
+            f"step {self.run.step.index + 1} of {type(self.pipe).__name__} went past "
+            f"'{self.asked}': its network was exchanged on the way. Exchange it before the call"
+        )
+
+    def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
+        """What the scheduler is to step instead of `mixed`."""
+        if self.free:
+            return self.end_free(made, mixed, sample)
+        part = self.part_of(mixed, sample)
+        batch = len(part)
+        calls = tuple(m.rows // batch for m in made)
+        if any(m.rows % batch for m in made) or (self.run and self.run.batch != batch):
+            raise LayoutError(self.irregular(f"steps {batch} samples"))
+        pattern = self.pattern
+        if pattern is not None and pattern.calls != calls:
+            pattern = self.changed_pattern(pattern, calls)
+        fresh = pattern is None
+        if pattern is None:
+            pattern = self.learned(made, calls, part, sample)
+        run = self.run or self.start(batch, pattern)
+        x_t = self.network_input(sample, part)
+        if pattern is None or (pattern.branches == 1 and not run.one_branch):
+            guided = self.end_unguided(run, part, x_t, learned_nothing=pattern is None)
+        else:
+            if not self.planned:
+                assert self.first_call is not None
+                run.plan(x_t, *self.levels(self.first_call.timestep))
+            if run.one_branch:
+                guided = self.end_unguided(run, part, x_t)
+            else:
+                self.check_pattern(run, pattern)
+                run.branches = pattern.branches
+                guided = self.end_guided(run, pattern, made, part, x_t)
+        if fresh and sum(calls) > 1:
+            record = run.trace.steps[-1]
+            record.unused = [row for row in range(batch) if row not in record.rows]
+        return self.put(guided, mixed, part)
+
+    def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
+        """Plain guidance: only the trace is kept."""
+        batch = len(sample) // 2 if self.layout.doubled else len(sample)
+        if self.run is None:
+            self.run = self.new_run(batch, self.total(sample), mixed.device)
+        run = self.run
+        run.plan()
+        if sum(m.rows for m in made) <= batch:
+            run.unguided(mixed, sample)
+        else:
+            run.combine(mixed, mixed, 1.0, sample, own=mixed)
+        return mixed
+
+    def part_of(self, mixed: Tensor, sample: Tensor) -> Tensor:
+        """What is guided of what the scheduler steps, with shape (B, \\*)."""
+        sizes = list(mixed.shape)
+        if mixed.ndim == sample.ndim:
+            sizes = [min(pair) for pair in zip(mixed.shape, sample.shape, strict=True)]
+        if self.layout.doubled:
+            sizes[0] //= 2
+        if self.layout.channels:
+            sizes[1] = self.layout.channels
+        return mixed if sizes == list(mixed.shape) else mixed[tuple(slice(n) for n in sizes)]
+
+    def put(self, guided: Tensor, mixed: Tensor, part: Tensor) -> Tensor:
+        """What the scheduler steps, with the guided part in its place."""
+        if guided is part:
+            return mixed
+        guided = guided.to(mixed.dtype)
+        if part is mixed:
+            return guided
+        whole = mixed.clone()
+        batch, inside = len(part), tuple(slice(n) for n in part.shape[1:])
+        for start in range(0, batch * (2 if self.layout.doubled else 1), batch):
+            whole[(slice(start, start + batch), *inside)] = guided
+        return whole
+
+    def branches_of(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
+    ) -> list[Tensor] | None:
+        """The predictions of every branch as far as they are guided, each with shape (B, \\*).
+
+        None if the pipeline steps something of another shape.
+        """
+        batch, found = len(part), []
+        for one, count in zip(made, calls, strict=True):
+            for i in range(count):
+                seen = view(one.prediction[i * batch : (i + 1) * batch], part, which)
+                if seen is None:
+                    return None
+                found.append(seen if seen.dtype == part.dtype else seen.to(part.dtype))
+        return found
+
+    def learned(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
+    ) -> Pattern | None:
+        """The pattern of a step that was evaluated whole; None if it does not tell."""
+        known = self.patterns.get(calls)
+        if known is None:
+            known = Pattern(calls) if sum(calls) == 1 else self.learn(made, calls, part, sample)
+            if known is None:
+                return None
+            self.patterns[calls] = known
+            if self.key is not None and self.run is None:
+                _LEARNED[self.key] = known
+        self.pattern = known
+        return known
+
+    def learn(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
+    ) -> Pattern | None:
+        """What the branches of a step say of how they are combined."""
+        main, first = self.layout.main, None
+        added = view(sample, part) if self.layout.preconditioned else None
+        for which in PARTS:
+            branches = self.branches_of(made, calls, part, which)
+            if branches is None:
+                continue
+            found = learn(branches, part, calls, main, self.layout.frames, added)
+            if found is None:
+                return None
+            if found.reason and len(branches) == 2:
+                found = learn_norm(branches, part, calls, main) or found
+            found = replace(found, part=which)
+            if not found.reason:
+                return found
+            first = first or found
+        if first is None:
+            shapes = tuple(made[0].prediction.shape), tuple(part.shape)
+            reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
+            return Pattern(calls, main, reason=reason)
+        return first
+
+    def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
+        """What to make of a step that was planned as one pattern and went as another."""
+        run = self.run
+        assert run is not None
+        whole = not self.planned or (len(run.rows) == run.batch and not run.skipped)
+        stopped = len(calls) < len(planned.calls) and planned.calls[: len(calls)] == calls
+        if whole and not (stopped and sum(calls) == 1):
+            return None
+        if stopped and planned.main is not None and planned.main < sum(calls) == 1:
+            return Pattern(calls)  # the pipeline itself went without guidance
+        raise LayoutError(self.irregular(f"evaluates {calls} branches, not {planned.calls}"))
+
+    def check_pattern(self, run: Run, pattern: Pattern) -> None:
+        """Refuse what a pattern has no place for."""
+        guidance, name = self.guidance, type(self.pipe).__name__
+        decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
+        alone = any(d.evaluate == ("cond",) for d in decisions)
+        if pattern.main is None and (alone or not guidance.policy_alone):
+            why = pattern.reason or "which of its branches is the conditional one cannot be told"
+            raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")
+        combines = not guidance.keeps_combination or any(
+            d.estimates or (d.changes_combination and not d.skips) for d in decisions
+        )
+        if pattern.reason and combines:
+            raise LayoutError(
+                f"'{self.asked}' cannot guide this call of {name}: {pattern.reason}. Leave out "
+                "what changes it (guidance_rescale, for instance), or use guidance='cfg'"
+            )
+
+    def end_guided(
+        self, run: Run, pattern: Pattern, made: list[Made], part: Tensor, x_t: Tensor
+    ) -> Tensor:
+        """The guided prediction of a step with several branches, with shape (B, \\*)."""
+        if run.all_skipped:
+            return run.reused(x_t)
+        estimates = any(d.estimates for d in run.decisions)
+        if not run.rows and not estimates and not run.skipped and not self.stale:
+            return run.combine(part, None, 1.0, x_t, own=part)
+        if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
+            return self.end_unguided(run, part, x_t)
+        branches = self.branches_of(made, pattern.calls, part, pattern.part)
+        if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
+            branches = [part] * pattern.branches
+        if pattern.sign < 0 and not self.layout.preconditioned:
+            branches = [-branch for branch in branches]
+        cond, w = branches[pattern.main], 1.0
+        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
+        uncond = others[0]
+        measures = estimates or self.detailed or not self.guidance.keeps_combination
+        measures = measures or any(d.changes_combination for d in run.decisions)
+        if self.layout.preconditioned:
+            sample = view(self.sample, part)
+            assert sample is not None
+            *weights, added = weights_of([cond, *others, sample], part)
+            scale = sum(weights)
+            w = weights[0] / scale
+            self.look(run, w, 0.0)
+            cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
+        elif len(others) > 1:
+            w = weights_of(branches, part)[pattern.main]
+            self.look(run, w, 0.0)
+        elif pattern.norm and measures:
+            w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
+            self.look(run, w, 0.0)
+        elif measures and not pattern.reason:
+            w, left = scale_of(cond, uncond, part, self.layout.frames)
+            self.look(run, w, left)
+        if len(others) > 1:
+            uncond = cond - (part - cond) / (w - 1)
+        handed = cond
+        if run.skipped:
+            active = [row for row in range(run.batch) if row not in run.skipped]
+            index = row_index(active, cond.device)
+            cond = run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
+        rows = run.rows
+        evaluated: Tensor | None = uncond if rows else None
+        if rows and len(rows) < run.batch:
+            evaluated = uncond[row_index(rows, uncond.device)]
+        own: Tensor | None = part
+        if self.stale:
+            index = row_index(rows, part.device)
+            own = cond.index_copy(0, index, part[index]) if rows else None
+        norm = pattern.norm
+        after = (lambda guided: normed(guided, handed, norm)) if norm else None
+        return run.combine(cond, evaluated, w, x_t, own=own, after=after)
+
+    def end_unguided(
+        self, run: Run, part: Tensor, x_t: Tensor, learned_nothing: bool = False
+    ) -> Tensor:
+        """What is stepped where the pipeline evaluates one branch, or branches that are equal."""
+        if not self.planned and (learned_nothing or not run.one_branch):
+            assert self.first_call is not None
+            levels = self.levels(self.first_call.timestep)
+            (run.plan if learned_nothing else run.begin)(x_t, *levels)
+        if run.skipped and run.all_skipped:
+            return run.reused(x_t)
+        if run.skipped:
+            active = [row for row in range(run.batch) if row not in run.skipped]
+            index = row_index(active, part.device)
+            cond = run.reused(x_t).to(part.dtype).index_copy(0, index, part[index])
+            return run.combine(cond, None, 1.0, x_t)
+        run.unguided(part, x_t)
+        return part
+
+    # The run
+
+    def start(self, batch: int, pattern: Pattern | None) -> Run:
+        """Begin the run: its length, and what can be refused by now."""
+        assert self.first_call is not None
+        one_branch = pattern is not None and pattern.branches == 1
+        if one_branch and not self.guidance.policy_alone:
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                raise LayoutError(
+                    f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has "
+                    "nothing to act on: its guidance is off at this scale or without a negative "
+                    "prompt, or built into the network (a distilled model). Policies that skip "
+                    "steps work ('forecast')"
+                )
+            one_branch = False
+        total = self.total(self.first_call.timestep)
         if self.guidance.rule.needs_next_level:
-            check_falling_noise(self.pipe.scheduler)
+            check_falling_noise(self.scheduler)
         if self.guidance.changes_combination(total):
-            self.layout.check_options(self.options, self.guidance)
-        drops_rows = isinstance(self.layout, Batched) or (batch > 1 and policy.needs_gamma)
-        if (
-            getattr(call.network, "is_cache_enabled", False)
-            and drops_rows
-            and not isinstance(policy, Always)
-        ):
+            self.layout.check_options(self.options, self.asked)
+        decisions = self.guidance.policy.decisions(total)
+        if any(d.skips or d.estimates for d in decisions or ()):
+            self.check_others()
+        call = self.first_call
+        check_caches(call.network, self.guidance, self.asked, pattern, batch, decisions)
+        prediction_device = call.args[0] if call.args else next(iter(call.kwargs.values()))
+        while isinstance(prediction_device, (list, tuple)):
+            prediction_device = prediction_device[0]
+        self.run = self.new_run(batch, total, prediction_device.device, one_branch)
+        return self.run
+
+    def new_run(
+        self, batch: int, total: int, device: torch.device, one_branch: bool = False
+    ) -> Run:
+        """A run on `device`; what is measured arrives a step later if that is not the CPU."""
+        on_cpu = device.type == "cpu"
+        self.looks = LaggedReads(0 if on_cpu else 1)
+        return Run(self.guidance, batch, total, on_cpu, self.detailed, one_branch)
+
+    def total(self, timestep: Tensor | float) -> int:
+        """Number of evaluations of the run."""
+        known = getattr(self.pipe, "num_timesteps", None)
+        return known or run_length(self.scheduler, timestep, self.options)
+
+    def look(self, run: Run, w: float | Tensor, left: float | Tensor) -> None:
+        """Look at the scale and at what is left over, on the CPU at once, else a step later."""
+        index = run.step.index
+        if isinstance(w, Tensor) or isinstance(left, Tensor):
+            like = w if isinstance(w, Tensor) else left
+            assert isinstance(like, Tensor)
+            low = w.amin() if isinstance(w, Tensor) else like.new_tensor(w)
+            values = torch.stack([low, torch.as_tensor(left).to(low)])
+            self.looks.push(index, index, values)
+        else:
+            self.judge(index, w, left)
+        for step, (low, rest) in self.looks.due(index + 1):
+            self.judge(step, low, rest)
+
+    def judge(self, step: int, w: float, left: float) -> None:
+        """Raise LayoutError if the pipeline combined its branches otherwise than was learned."""
+        name = type(self.pipe).__name__
+        if left > ROUNDING:
             raise LayoutError(
-                f"a cache is enabled in the denoiser of {type(self.pipe).__name__}, which needs "
-                f"every row at every step: disable it, or leave out '{policy}'"
+                f"{name} changed the way it combines its branches at step {step}, under "
+                f"'{self.asked}': {left:.3g} times more than rounding is left over"
             )
-        if any(d.skips for d in policy.decisions(total) or ()):
-            self.check_skipping()
-        self.run = Run(self.guidance, batch, total, on_cpu, self.detailed)
-        self.begun = True
+        if w < 1 - 1e-2 and not self.guidance.keeps_combination:
+            raise LayoutError(
+                f"{name} used the guidance scale {w:.3g} at step {step}; below 1, '{self.asked}' "
+                "would guide towards the unconditional prediction"
+            )
 
-    def unguided(self, call: Call, prediction: Tensor) -> None:
-        """End a step that the pipeline does not guide."""
-        x_t = call.sample
-        channels = min(x_t.shape[1], prediction.shape[1], self.layout.channels or x_t.shape[1])
-        self.run.unguided(prediction[:, :channels], x_t[:, :channels])
-
-    def finish(self) -> None:
-        """Close the last step and raise what was still on its way from the device."""
-        if self.begun:
-            self.close_step()
-            self.run.finish()
-
-    @property
-    def guided(self) -> bool:
-        """Whether the pipeline evaluates both branches."""
-        return bool(getattr(self.pipe, "do_classifier_free_guidance", self.scale > 1))
-
-    @property
-    def scale(self) -> float:
-        """w at this step; 1 means no guidance."""
-        scale = self.scales[self.denoiser]
-        if "guidance_scale" in self.scales:  # the pipeline's argument of that name is w
-            current = getattr(self.pipe, "guidance_scale", None)
-            scale = scale if current is None else float(current)
-        return scale + self.layout.scale_offset
-
-    def levels(self, call: Call) -> tuple[NoiseLevel | None, NoiseLevel | None]:
+    def levels(self, timestep: Tensor) -> tuple[NoiseLevel | None, NoiseLevel | None]:
         """Noise levels now and next, as far as the guidance or the trace needs them."""
         if not (self.guidance.needs_level or self.detailed):
             return None, None
-        level = noise_level(self.pipe.scheduler, call.timestep)
-        level = replace(level, sign=level.sign * self.layout.sign)
+        level = noise_level(self.scheduler, timestep)
         if not self.guidance.rule.needs_next_level:
             return level, None
-        return level, next_noise_level(self.pipe.scheduler, call.timestep)
+        return level, next_noise_level(self.scheduler, timestep)
 
-    def plan(self, call: Call, x_t: Tensor) -> list[int]:
-        """The samples whose unconditional branch is to be evaluated at this step."""
-        rows = self.run.plan(x_t, *self.levels(call))
-        # Most is refused before the first step, but not every policy tells its decisions then.
-        if self.run.skipped:
-            self.layout.check_options(self.options, self.guidance)
-            self.check_skipping()
-        return rows
+    def network_input(self, sample: Tensor, part: Tensor) -> Tensor:
+        """x_t as far as it is guided, scaled as the network has it."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        if scale is not None and (self.guidance.needs_level or self.detailed):
+            sample = scale(sample, self.scheduler_timestep)
+        seen = view(sample[: len(part)], part)
+        return part if seen is None else seen
 
-    def check_skipping(self) -> None:
-        """Raise LayoutError if the pipeline needs the conditional prediction of every step."""
-        if self.layout.norm_matched(self.options):
+    def check_others(self) -> None:
+        """Raise LayoutError if the network predicts something beside that cannot be made up."""
+        if self.layout.others:
             raise LayoutError(
-                f"{type(self.pipe).__name__} gives its guided prediction the norm of the "
-                f"conditional one, which a skipped step does not evaluate: {self.guidance} cannot "
-                "guide it"
+                f"the network of {type(self.pipe).__name__} also predicts {self.layout.others}, "
+                f"which '{self.asked}' cannot make up for where it evaluates nothing"
             )
 
-    def combine(
-        self, rows: list[int], cond: Tensor, uncond: Tensor | None, x_t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Predictions for which the pipeline's own guidance line yields the guided one.
+    def irregular(self, what: str) -> str:
+        """The message of a step that does not go as those before."""
+        step = 0 if self.run is None else self.run.step.index
+        return (
+            f"{type(self.pipe).__name__} {what} at step {step}, otherwise than before, so that "
+            f"'{self.asked}' cannot go on"
+        )
 
-        Only the channels that the pipeline guides take part: extra input channels (masks,
-        reference images) are left out, extra output channels (a learned variance) go to the
-        pipeline as the network made them.
-        """
-        channels = min(x_t.shape[1], cond.shape[1], self.layout.channels or cond.shape[1])
-        self.channels, x_t = channels, x_t[:, :channels]
-        first, rest = cond[:, :channels], cond[:, channels:]
-        first_uncond = uncond[:, :channels] if uncond is not None else None
-        if cond.shape[1] == channels:
-            first, first_uncond = cond, uncond
-        pair = self.run.combine(first, first_uncond, self.scale, x_t)
-        if pair[0] is not first:
-            self.layout.check_options(self.options, self.guidance)
-        if cond.shape[1] == channels:
-            return pair
-        self.rest = rest
-        if uncond is not None and pair[0] is first and pair[1] is first_uncond:
-            return cond, uncond
-        uncond_rest = rest
-        if uncond is not None:
-            index = row_index(rows, cond.device)
-            uncond_rest = rest.index_copy(0, index, uncond[:, channels:])
-        return torch.cat([pair[0], rest], 1), torch.cat([pair[1], uncond_rest], 1)
+    def finish(self) -> None:
+        """Raise what was still on its way from the device."""
+        if self.run is not None:
+            for step, (low, rest) in self.looks.rest():
+                self.judge(step, low, rest)
+            self.run.finish()
 
-    def remember(self, output: Any) -> None:
-        """Remember what the network's outputs are like, for steps that are skipped."""
-        if self.example is None:
-            listed = self.layout.listed
-            one = prediction_of(output, listed)[:1].clone()  # the rest is not kept alive
-            self.example = with_prediction(output, one, listed)
 
-    def with_skipped(self, cond: Tensor, x_t: Tensor) -> Tensor:
-        """Conditional predictions of the samples evaluated, and what the others reuse."""
-        skipped = self.run.skipped
-        if not skipped:
-            return cond
-        active = [row for row in range(self.run.batch) if row not in skipped]
-        return self.reused(x_t).index_copy(0, row_index(active, cond.device), cond)
-
-    def reused(self, x_t: Tensor) -> Tensor:
-        """Guided predictions of skipped samples, shape (B, \\*); the others are not read.
-
-        Extra output channels are those of the last step that evaluated them.
-        """
-        guided = self.run.reused(x_t[:, : self.channels])
-        parts = [guided] if self.rest is None else [guided, self.rest]
-        return torch.cat(parts, 1).to(prediction_of(self.example, self.layout.listed).dtype)
+@contextlib.contextmanager
+def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
+    """A network's own attention, for rows without a branch of perturbed attention."""
+    before = network.attn_processors
+    network.set_attn_processor(dict(own))
+    try:
+        yield
+    finally:
+        network.set_attn_processor(before)
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
@@ -210,3 +682,17 @@ def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]
         steps = scheduler.config.num_train_timesteps
         left = left[left >= round(steps - options["denoising_end"] * steps)]
     return len(left)
+
+
+def _positions(scheduler: Any) -> tuple[int, int]:
+    """Where `step` of a scheduler takes the network's output, and the sample."""
+    names = [name for name in inspect.signature(scheduler.step).parameters if name != "self"]
+    return names.index("model_output"), names.index("sample")
+
+
+def _key(pipe: Any, options: dict[str, Any]) -> Any:
+    """What decides how a call guides: the class, and options as far as they are plain values."""
+    plain = (bool, int, float, type(None))
+    listed = sorted(options.items(), key=lambda item: item[0])
+    values = tuple((n, v if isinstance(v, plain) else type(v)) for n, v in listed if n != "self")
+    return (type(pipe), values)

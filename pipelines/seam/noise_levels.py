@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,21 +16,46 @@ TABLES: dict[str, str] = {
     "timestep": """
         CogVideoXDDIMScheduler CogVideoXDPMScheduler DDIMParallelScheduler DDIMScheduler
         DDPMParallelScheduler DDPMScheduler DDPMWuerstchenScheduler LCMScheduler PNDMScheduler
-        TCDScheduler""",
+        TCDScheduler UnCLIPScheduler""",
+    # alphas and betas by step, which are alpha and sigma.
+    "step": "IPNDMScheduler",
     # sigma / alpha by step; the network's input has unit variance, and so have samples ...
     "unit": """
         DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler
         SASolverScheduler UniPCMultistepScheduler""",
-    # ... or they are data plus sigma times noise, scaled for the network only.
+    # ... or they are data plus sigma times noise, scaled for the network only ...
     "exploding": """
-        EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler
-        KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler""",
+        DPMSolverSDEScheduler EulerAncestralDiscreteScheduler EulerDiscreteScheduler
+        HeunDiscreteScheduler KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler
+        LMSDiscreteScheduler""",
+    # ... or so they are, for a network preconditioned for data of a standard deviation sigma_data.
+    "edm": """
+        CosineDPMSolverMultistepScheduler EDMDPMSolverMultistepScheduler EDMEulerScheduler""",
     # sigma of flow matching: x_t = (1 - sigma) x_0 + sigma eps.
-    "flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler",
+    "flow": """
+        FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler
+        HeliosDMDScheduler HeliosScheduler LTXEulerAncestralRFScheduler MiniMaxH3Scheduler""",
 }
-BY_TIMESTEP, UNIT, EXPLODING, BY_FLOW_SIGMA = (set(names.split()) for names in TABLES.values())
+BY_TIMESTEP, BY_STEP, UNIT, EXPLODING, EDM, BY_FLOW_SIGMA = (
+    set(names.split()) for names in TABLES.values()
+)
 BY_SIGMA = UNIT | EXPLODING
-KNOWN = BY_TIMESTEP | BY_SIGMA | BY_FLOW_SIGMA
+KNOWN = BY_TIMESTEP | BY_STEP | BY_SIGMA | EDM | BY_FLOW_SIGMA
+TOKENS = "it samples tokens, not images"
+BACKWARDS = "it steps towards noise"
+# Those of diffusers that pipelines have and that give no denoised image of a network's output.
+REFUSED: dict[str, str] = {
+    "AmusedScheduler": TOKENS,
+    "BlockRefinementScheduler": TOKENS,
+    "DDIMInverseScheduler": BACKWARDS,
+    "DPMSolverMultistepInverseScheduler": BACKWARDS,
+    "DiscreteDDIMScheduler": TOKENS,
+    "EntropyBoundScheduler": TOKENS,
+    "FlowMapEulerDiscreteScheduler": "its network predicts the mean velocity of a whole step",
+    "PiflowScheduler": "its network predicts a policy for many substeps",
+    "SCMScheduler": "its pipelines rotate the prediction before the scheduler has it",
+    "VQDiffusionScheduler": TOKENS,
+}
 # Solvers whose step is one of `check_first_order`, the fused ones included (they have these names).
 FIRST_ORDER = {"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
 PREDICTIONS: dict[str, PredictionType] = {
@@ -39,6 +65,10 @@ PREDICTIONS: dict[str, PredictionType] = {
     "original_sample": "sample",
     "flow_prediction": "flow",
 }
+
+
+# The networks behind these schedulers predict v of the scaled data, or its negative.
+EDM_SIGNS = {"epsilon": -1, "v_prediction": 1}
 
 
 class UnknownSchedulerError(ValueError):
@@ -69,26 +99,69 @@ def check_guidance(guidance: Guidance, scheduler: Any, detailed: bool, eta: floa
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise UnknownSchedulerError if the scheduler, or what its network predicts, is not known."""
-    name = type(scheduler).__name__
+    name = scheduler_name(scheduler)
     if name not in KNOWN:
+        reason = f" ({REFUSED[name]})" if name in REFUSED else ""
         raise UnknownSchedulerError(
-            f"the noise levels of {name} are not known, and this guidance needs denoised images: "
-            f"use one of {', '.join(sorted(KNOWN))}, or a rule in native space"
+            f"the noise levels of {_spelt(scheduler)} are not known{reason}, and this guidance "
+            "needs denoised images:\nuse a rule in native space, or a known scheduler, such "
+            "as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler"
         )
     prediction_type_of(scheduler)
 
 
+def scheduler_name(scheduler: Any) -> str:
+    """Name of a scheduler's class, or of the most derived of its bases that is known here.
+
+    A subclass is taken to keep the tables of that base and what they mean.
+    """
+    cls: Any = scheduler.__class__  # also of what only stands for a scheduler
+    return _known_base(cls)
+
+
+@functools.cache
+def _known_base(cls: Any) -> str:
+    names = [base.__name__ for base in cls.__mro__]
+    return next((name for name in names if name in KNOWN or name in REFUSED), cls.__name__)
+
+
+def _spelt(scheduler: Any) -> str:
+    """What a message calls a scheduler: its class, and the base that it is known by."""
+    own, name = scheduler.__class__.__name__, scheduler_name(scheduler)
+    return own if own == name else f"{own}, a {name},"
+
+
 def prediction_type_of(scheduler: Any) -> PredictionType:
-    """What the network of a scheduler predicts."""
-    if type(scheduler).__name__ in BY_FLOW_SIGMA:
+    """What the network of a scheduler predicts.
+
+    Raises:
+        UnknownSchedulerError: it is none of `PREDICTIONS`, or the scheduler does not say and is not
+            known.
+    """
+    name, own = scheduler_name(scheduler), scheduler.config.get("prediction_type")
+    if name in BY_FLOW_SIGMA:
         return "flow"
-    name = scheduler.config.get("prediction_type", "epsilon")
-    if name not in PREDICTIONS:
+    if name in EDM:
+        if own not in EDM_SIGNS:
+            raise UnknownSchedulerError(
+                f"{scheduler.__class__.__name__} has the prediction type {own!r}: "
+                f"expected one of {', '.join(EDM_SIGNS)}"
+            )
+        return "v_prediction"
+    if name in BY_STEP:
+        return "v_prediction"
+    if own is None and name not in KNOWN:
         raise UnknownSchedulerError(
-            f"{type(scheduler).__name__} has the prediction type {name!r}: "
+            f"what the network of {scheduler.__class__.__name__} predicts is not known: "
+            f"its prediction_type is none of {', '.join(PREDICTIONS)}"
+        )
+    kind = "epsilon" if own is None else own
+    if kind not in PREDICTIONS:
+        raise UnknownSchedulerError(
+            f"{scheduler.__class__.__name__} has the prediction type {kind!r}: "
             f"expected one of {', '.join(PREDICTIONS)}"
         )
-    return PREDICTIONS[name]
+    return PREDICTIONS[kind]
 
 
 def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
@@ -105,10 +178,13 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     own = getattr(scheduler, "noise_level", None)  # ours tell it without reading the device
     if own is not None:
         return own(timestep)
-    name = type(scheduler).__name__
+    name = scheduler_name(scheduler)
     if name in BY_TIMESTEP:
         square = _alpha_squared(scheduler, timestep)
         return NoiseLevel(square.sqrt(), (1 - square).sqrt(), prediction)
+    if name in BY_STEP:
+        index = _sigma_index(scheduler, timestep)
+        return NoiseLevel(float(scheduler.alphas[index]), float(scheduler.betas[index]), prediction)
     return of_sigma(scheduler, float(_sigma(scheduler, timestep)))
 
 
@@ -123,10 +199,13 @@ def knows_levels(scheduler: Any) -> bool:
 
 def check_first_order(scheduler: Any, eta: float) -> None:
     """Raise UnknownSchedulerError unless it is Euler or DDIM, without clipping or added noise."""
-    name, config = type(scheduler).__name__, scheduler.config
+    config, cls = scheduler.config, scheduler.__class__
+    # The class whose step it is: a subclass with one of its own may do anything.
+    name = next((base.__name__ for base in cls.__mro__ if "step" in vars(base)), cls.__name__)
     changed = [o for o in ("clip_sample", "thresholding", "stochastic_sampling") if config.get(o)]
     if name not in FIRST_ORDER or changed or (name == "DDIMScheduler" and eta):
-        found = ", ".join([name, *changed, *(["eta"] if eta else [])])
+        own = cls.__name__ if name == cls.__name__ else f"{cls.__name__} with the step of {name}"
+        found = ", ".join([own, *changed, *(["eta"] if eta else [])])
         raise UnknownSchedulerError(
             f"this rule is for {', '.join(sorted(FIRST_ORDER))} without clipping and without added "
             f"noise (eta = 0), got {found}"
@@ -139,7 +218,7 @@ def check_falling_noise(scheduler: Any) -> None:
     For a scheduler of `check_first_order` whose timesteps are set: a rule that divides by the
     difference of the two levels has no scale there.
     """
-    if type(scheduler).__name__ != "DDIMScheduler":
+    if scheduler_name(scheduler) != "DDIMScheduler":
         levels = scheduler.sigmas.tolist()
     else:
         levels = [noise_level(scheduler, t).ratio for t in scheduler.timesteps]
@@ -148,14 +227,14 @@ def check_falling_noise(scheduler: Any) -> None:
         if abs(now - later) <= 1e-5 * now:  # equal but for rounding
             raise UnknownSchedulerError(
                 f"this rule needs every step to change the noise level, but step {step} of "
-                f"{type(scheduler).__name__} stays at its own: look at set_alpha_to_one, "
+                f"{scheduler.__class__.__name__} stays at its own: look at set_alpha_to_one, "
                 "steps_offset, timestep_spacing or final_sigmas_type"
             )
 
 
 def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
     """The noise level that the scheduler's current step leads to; see `check_first_order`."""
-    if type(scheduler).__name__ != "DDIMScheduler":
+    if scheduler_name(scheduler) != "DDIMScheduler":
         return of_sigma(scheduler, float(scheduler.sigmas[_sigma_index(scheduler, timestep) + 1]))
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     following = torch.as_tensor(timestep).reshape(-1)[0].long() - stride
@@ -167,14 +246,20 @@ def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
 
 def of_sigma(scheduler: Any, sigma: float | Tensor) -> NoiseLevel:
     """The noise level of the network's input at entries of a scheduler's sigma table."""
-    name, prediction = type(scheduler).__name__, prediction_type_of(scheduler)
+    name, prediction = scheduler_name(scheduler), prediction_type_of(scheduler)
     if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
         if scheduler.config.get("invert_sigmas", False):  # the table holds the picture's share
             return NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
-        return NoiseLevel(1 - sigma, sigma, prediction)
+        sign = -1 if name == "MiniMaxH3Scheduler" else 1  # whose velocity points to the picture
+        return NoiseLevel(1 - sigma, sigma, prediction, sign)
     if name in BY_SIGMA:
         alpha = (sigma * sigma + 1) ** -0.5
         return NoiseLevel(alpha, sigma * alpha, prediction)
+    if name in EDM:
+        spread = float(scheduler.config["sigma_data"])
+        alpha = (sigma * sigma + spread**2) ** -0.5
+        sign = EDM_SIGNS[scheduler.config["prediction_type"]]
+        return NoiseLevel(alpha, sigma * alpha, prediction, sign, spread)
     raise UnknownSchedulerError(f"the noise levels of {name} are not known")
 
 
@@ -204,7 +289,9 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> Tensor:
     """The entry of the sigma table that the scheduler's next step will use."""
     index = _sigma_index(scheduler, timestep)
     if not getattr(scheduler, "state_in_first_order", True):
-        name = type(scheduler).__name__
+        name = scheduler_name(scheduler)
+        if name == "DPMSolverSDEScheduler":
+            return scheduler.mid_point_sigma
         if name == "KDPM2DiscreteScheduler":
             return scheduler.sigmas_interpol[index]
         if name == "KDPM2AncestralDiscreteScheduler":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import diffusers as df
 import torch
@@ -46,9 +47,11 @@ class Family:
         cls: The pipeline's class in diffusers.
         build: Makes the stock pipeline, with random weights in float32.
         call: (batch, negative prompts?) -> the arguments of a call that returns latents.
-        scale_name: Argument of the call for the guidance scale.
+        scale_name: Argument of the call for the guidance scale ("guider.guidance_scale": an
+            attribute of a component).
         layout: How a step evaluates its branches: "batch: " or "calls: " and the branches in order
-            (cond, uncond, and names of others), or "one".
+            (cond, uncond, and names of others), or "one". A "|" after "batch: " starts a
+            new call.
         denoisers: Attributes of the pipeline that hold the networks of the loop.
         negative: Whether the call takes negative prompts.
         w: The call's scale -> w in ``uncond + w * (cond - uncond)``.
@@ -57,10 +60,19 @@ class Family:
         negated: The pipeline negates what the network returns before it steps.
         part: (output of one branch, network's input) -> index of what is guided, in both.
         first_step: The first of the scheduler's timesteps that the call uses.
-        norm_matched: The guided prediction is given the norm of the conditional one.
+        norm_matched: The guided prediction is given the norm of the conditional one ("capped":
+            where it is longer).
         norm_axis: The axis of that norm.
-        max_batch: How many samples one call makes at most.
-        aside: Keyword arguments of a network's call -> whether it is none of a step's branches.
+        norm_axis: The axis of that norm.
+        scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
+        x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
+            the denoised image, where the scheduler is not handed what the network predicts.
+        steps: keyword arguments of the network -> whether this call is a branch of a step.
+        latents: Argument of the network that holds what is denoised, if it is not the first.
+        max_batch: How many samples a call can have, up to 3.
+        scheduler: Attribute of the pipeline that holds the loop's scheduler.
+        second: What else is denoised, with the network's second output, and returned second: the
+            network's argument that holds it, and how the names of its scales start in the call.
     """
 
     name: str
@@ -76,15 +88,24 @@ class Family:
     negated: bool = False
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
-    norm_matched: bool = False
+    norm_matched: bool | str = False
     norm_axis: int = -1
+    norm_axis: int = -1
+    scale_at: Callable[[dict, float], float] | None = None
+    x0: Callable[..., Tensor] | None = None
+    steps: Callable[[dict], bool] = lambda kwargs: True
+    latents: str = ""
     max_batch: int = 3
-    aside: Callable[[dict], bool] | None = None
+    scheduler: str = "scheduler"
+    second: tuple[str, str] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
-SPEC = ("w", "mix", "negated", "part", "first_step", "norm_matched", "norm_axis", "max_batch")
-SPEC += ("aside",)
+SPEC = (
+    *("w", "mix", "negated", "part", "first_step"),
+    *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
+    *("norm_axis", "second", "scheduler"),
+)
 
 
 def family(
@@ -95,17 +116,19 @@ def family(
     call: Callable[..., dict] = c.text_call,
     scale_name: str = "guidance_scale",
     negative: bool = True,
+    module: str = "diffusers",
     settings: dict | None = None,
     **extra,
 ) -> Callable:
-    """Registers a function that returns a pipeline's components.
+    """Registers a function that returns a pipeline's components (and attributes to be set).
 
-    `settings` are attributes that the built pipeline is given, such as its default size. `extra`
-    holds the last fields of `Family`; the rest goes to its call.
+    `module` is where the class is imported from, `settings` are attributes that the built pipeline
+    is given, such as its default size. `extra` holds the last fields of `Family`; the rest goes to
+    its call.
     """
 
     def register(parts: Callable[[], dict]) -> Callable[[], dict]:
-        build = partial(_build, cls, parts, settings or {})
+        build = partial(_build, module, cls, parts, settings or {})
         spec = {key: extra[key] for key in SPEC if key in extra}
         arguments = partial(call, **{key: v for key, v in extra.items() if key not in SPEC})
         assert name not in FAMILIES, f"two families are called {name}"
@@ -117,10 +140,12 @@ def family(
     return register
 
 
-def _build(cls: str, parts: Callable[[], dict], settings: dict) -> DiffusionPipeline:
+def _build(module: str, cls: str, parts: Callable[[], dict], settings: dict) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = getattr(df, cls)(**parts())
+        components = parts()
+        settings = settings | components.pop("attributes", {})
+        pipe = getattr(import_module(module), cls)(**components)
     for name, value in settings.items():
         assert hasattr(pipe, name)
         setattr(pipe, name, value)

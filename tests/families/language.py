@@ -109,7 +109,7 @@ family(
     TRANSFORMER,
     glm_edit_call,
     negative=False,
-    aside=lambda arguments: not arguments["timestep"].any(),
+    steps=lambda arguments: bool(arguments["timestep"].any()),
     **SHORT,
 )(glm_image)
 

@@ -32,6 +32,22 @@ def test_x0_is_recovered(kind, alpha, sigma):
     torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 1.7])
+def test_v_of_data_with_a_standard_deviation(sigma_data):
+    """Karras et al.'s preconditioning is a v-prediction of the data divided by sigma_data."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    ratio = 3.0
+    alpha = (ratio**2 + sigma_data**2) ** -0.5
+    level = NoiseLevel(alpha, ratio * alpha, "v_prediction", sigma_data=sigma_data)
+    x_t = alpha * (x0 + ratio * noise)
+    unit, share = x0 / sigma_data, alpha * sigma_data
+    pred = share * noise - ratio * alpha * unit
+    torch.testing.assert_close(level.to_x0(pred, x_t), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
+    assert level.ratio == pytest.approx(ratio)
+
+
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_negated_outputs(kind):
     """A network that outputs -pred, told so, gives the same denoised image."""

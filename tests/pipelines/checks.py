@@ -7,20 +7,22 @@ import numpy as np
 import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
-from pilotage.pipelines import LAYOUTS, guided
+from pilotage.pipelines import guided
 
 from ..families import FAMILIES
+from ..families.base import leading_channels
 from ..oracles.apg import PaperMomentum, paper_apg
 from ..oracles.x0 import own_prediction, own_x0
 
 # Families that give the guided prediction the conditional one's norm: none can be forecast.
 NORM_MATCHED = ["qwen_image", "lumina2"]
-COVERED = [name for name, family in FAMILIES.items() if family.cls in LAYOUTS]
+COVERED = [name for name, family in FAMILIES.items() if family.layout != "one"]
 
 
 def latents(pipe, name, batch=3, negative=None, **extra):
     if negative is None:  # true CFG means a second branch only where there is a negative prompt
         negative = FAMILIES[name].scale_name == "true_cfg_scale"
+    batch = min(batch, FAMILIES[name].max_batch)
     return pipe(**(FAMILIES[name].call(batch, negative) | extra))[0]
 
 
@@ -52,7 +54,7 @@ class Rows:
 def cfg_bit_equal(name):
     """Whether guidance="cfg" and guidance=None give the stock pipeline's output exactly."""
     pipe = FAMILIES[name].build()
-    for batch in (1, 3):
+    for batch in {1, FAMILIES[name].max_batch}:
         for negative in {False, FAMILIES[name].negative}:
             pipe.__class__ = getattr(type(pipe), "stock_class", type(pipe))
             stock = latents(pipe, name, batch, negative)
@@ -70,15 +72,22 @@ def parting_policy(pipe, name, **extra):
     for low, high in zip(gammas, gammas[1:], strict=False):
         policy = AdaptiveGuidance((low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        if len(set(pipe.guidance_trace.nfe)) > 1:
+        stops = len(set(pipe.guidance_trace.nfe))
+        if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
 
 
+def branches_of(name):
+    """How many branches a family evaluates."""
+    return len(FAMILIES[name].layout.replace("|", " ").split()) - 1
+
+
 def ag_rows_ok(name):
-    """Whether the rows counted at the network are 2 * (guided steps) + (the rest), per sample."""
+    """Whether the rows counted at the network are all branches of the guided steps and the rest."""
     pipe = guided(FAMILIES[name].build())
     never, at_once = AdaptiveGuidance(1.5), AdaptiveGuidance(-1.0)
+    batch, branches = FAMILIES[name].max_batch, branches_of(name)
     for policy in (never, at_once, parting_policy(pipe, name)):
         if policy is None:
             return False
@@ -86,21 +95,22 @@ def ag_rows_ok(name):
             latents(pipe, name, guidance=policy)
         trace = pipe.guidance_trace
         steps = len(trace.steps)
-        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(3)]
-        if trace.nfe != [2 * k + (steps - k) for k in guided_steps]:
+        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
+        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
-        if policy is never and guided_steps != [steps] * 3:
+        if policy is never and guided_steps != [steps] * batch:
             return False
-        if policy is at_once and guided_steps != [1] * 3:
+        if policy is at_once and guided_steps != [1] * batch:
             return False
     return True
 
 
-def held_outputs(pipe, choices):
+def held_outputs(pipe, name, choices):
     """Make a stock pipeline's scheduler take, at forecast steps, the output of the last other."""
-    stock, index, last = pipe.scheduler.step, -1, None
+    scheduler = getattr(pipe, FAMILIES[name].scheduler)
+    stock, index, last = scheduler.step, -1, None
 
     @functools.wraps(stock)
     def step(model_output, *args, **kwargs):
@@ -109,7 +119,7 @@ def held_outputs(pipe, choices):
         last = last if choices[index] == "forecast" else model_output
         return stock(last, *args, **kwargs)
 
-    pipe.scheduler.step = step
+    scheduler.step = step
 
 
 def forecast_error(name):
@@ -118,16 +128,16 @@ def forecast_error(name):
     Every other step evaluates nothing; the rows counted at the network must say so. In units of
     what holding changes.
     """
-    pipe = guided(FAMILIES[name].build())
+    pipe, batch = guided(FAMILIES[name].build()), FAMILIES[name].max_batch
     plain = latents(pipe, name, guidance="cfg")
     total = len(pipe.guidance_trace.steps)
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    nfe = 2 * choices.count("both")
-    assert pipe.guidance_trace.nfe == [nfe] * 3 and sum(rows.calls) == 3 * nfe
+    nfe = branches_of(name) * choices.count("both")
+    assert pipe.guidance_trace.nfe == [nfe] * batch and sum(rows.calls) == batch * nfe
     stock = FAMILIES[name].build()
-    held_outputs(stock, choices)
+    held_outputs(stock, name, choices)
     values = (ours, latents(stock, name), plain)
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     return ((ours - expected).norm() / (plain - expected).norm()).item()
@@ -135,136 +145,190 @@ def forecast_error(name):
 
 def resting_rows_ok(name):
     """Whether samples that rest, each at its own pace, reach no network and count as they cost."""
-    pipe = guided(FAMILIES[name].build())
+    pipe, branches = guided(FAMILIES[name].build()), branches_of(name)
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [n - steps for n in pipe.guidance_trace.nfe]
+    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [2 * k + (steps - k) // 2 * 2 for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
+
+
+class StepKnown(Exception):
+    """All branches of a step were seen: the call starts anew, with what they make."""
 
 
 class PaperGuidance:
     """Makes a stock pipeline follow Algorithm 1, by hooks that replace what its denoisers return.
 
-    Where the branches are, and what is guided of them, the family says. Denoised images come from
-    the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way of
-    writing plain classifier-free guidance.
+    Every branch of a step returns the guided prediction, so that whatever the pipeline makes of
+    its branches is that prediction: the oracle owes it nothing. Branches evaluated in turn are
+    only known when the first has returned, so `run` then calls the pipeline again, up to the next
+    step. Where the branches are, and what is guided of them, the family says. Denoised images come
+    from the scheduler's own code, the algorithm runs in float64. The defaults are the paper's way
+    of writing plain classifier-free guidance.
     """
 
-    def __init__(self, pipe, family, call, eta=1.0, r=0.0, beta=0.0):
-        self.pipe, self.family, self.call = pipe, family, call
+    def __init__(self, family, call, eta=1.0, r=0.0, beta=0.0):
+        """`call` makes the arguments of the pipeline's call, anew each time."""
+        self.pipe, self.family, self.call = family.build(), family, call
         self.settings = eta, r, beta
         how, names = family.layout.split(": ")
-        self.names = names.split()
+        self.names = names.replace("|", " ").split()
+        calls = names.split("|") if how == "batch" else self.names
+        self.counts = [len(call.split()) for call in calls]  # branches of each call of a step
         self.sign = -1 if family.negated else 1
-        self.index, self.averages, self.seen = family.first_step, None, []
-        hook = {"batch": self.batched, "calls": self.in_turn}[how]
-        for denoiser in family.denoisers:
-            getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+        self.arguments = call()  # for the family's mix, which may keep in them what it must
+        self.parts = [family.part] + [leading_channels] * (family.second is not None)
+        self.index, self.averages, self.begun = family.first_step, {}, False
+        self.turn, self.seen, self.known, self.noisy = 0, [], [], None
+        replace = self.batched if len(calls) == 1 else self.in_turn
 
-    def mix(self, branches):
+        def hook(module, args, kwargs, output):
+            return replace(args, kwargs, output) if family.steps(kwargs) else output
+
+        for denoiser in family.denoisers:
+            getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+
+    def run(self):
+        """What the led pipeline returns."""
+        while True:
+            self.turn = 0
+            try:
+                return run(self.pipe, self.call())
+            except StepKnown:
+                pass
+
+    @property
+    def scheduler(self):
+        return getattr(self.pipe, self.family.scheduler)
+
+    def mix(self, branches, which):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
+        call = self.arguments
+        if which:
+            prefix = self.family.second[1]
+            call = call | {key: call[prefix + key] for key in call if prefix + key in call}
         if self.family.mix is not None:
-            return self.family.mix(branches, self.call)
-        w = self.family.w(self.call[self.family.scale_name])
+            return self.family.mix(branches, call)
+        scale = call[self.family.scale_name]
+        if self.family.scale_at is not None:
+            scale = self.family.scale_at(call, float(self.scheduler.timesteps[self.index]))
+        w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, x, outputs):
+    def guide(self, which, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
-        part = self.family.part(branches["cond"], x)
+        part = self.parts[which](branches["cond"], x)
         guided = branches["cond"].double()
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
-        mixed, w = self.mix(branches)
-        # All that is added to cond, written as guidance away from one other prediction.
-        away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
+        mixed, w = self.mix(branches, which)
+        if self.family.mix is None:
+            away = branches["uncond"]
+        else:  # all that is added to cond, written as guidance away from one other prediction
+            away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
-        self.averages = self.averages or [PaperMomentum(beta) for _ in x]
-        c, u = (
-            own_x0(self.pipe.scheduler, self.index, self.sign * pred, x).numpy()
-            for pred in (branches["cond"], away)
-        )
+        averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
+
+        def denoised(prediction):
+            if self.family.x0 is not None:
+                return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
+            return own_x0(self.scheduler, self.index, prediction, x)
+
+        c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
-        rows = [
-            paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(self.averages)
-        ]
-        x0 = torch.from_numpy(np.stack(rows))
-        guided[part] = self.sign * own_prediction(self.pipe.scheduler, self.index, x0, x)
-        self.index += 1
-        return guided
-
-    def matched(self, guided, cond, x):
-        """The guided output with the norm of the conditional one, where the pipeline sees to it."""
+        rows = [paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(averages)]
+        prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
-            part, axis = self.family.part(cond, x), self.family.norm_axis
-            norms = (v[part].double().norm(dim=axis, keepdim=True) for v in (cond, guided))
-            guided[part] *= next(norms) / next(norms)
-        part = self.family.part(cond, x)
-        self.last = guided[part], x[part], part
-        return guided.to(cond.dtype)
+            axis = self.family.norm_axis
+            norms = [v.norm(dim=axis, keepdim=True) for v in (branches["cond"], prediction)]
+            ratio = norms[0] / norms[1]
+            capped = self.family.norm_matched == "capped"
+            prediction = prediction * (ratio.clamp(max=1) if capped else ratio)
+        guided[part] = prediction
+        return guided.to(outputs[0].dtype)
 
-    def batched(self, module, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
-        out = output if isinstance(output, torch.Tensor) else output[0]
-        listed = isinstance(x, list)
-        if listed:  # a sample may come with pictures in front of it
-            x = torch.stack([row[-1] if isinstance(row, list) else row for row in x])
-            out = torch.stack(list(out))
-        count = len(self.names)
-        x, branches = x.chunk(count)[0], out.chunk(count)
-        cond = branches[self.names.index("cond")]
-        guided = self.matched(self.guide(x, branches), cond, x)
-        all_equal = torch.cat([guided] * count)
-        all_equal = list(all_equal) if listed else all_equal
-        if isinstance(output, torch.Tensor):
-            return all_equal
-        rest = tuple(output[1:]) if isinstance(output, tuple) else None
-        return type(output)(sample=all_equal) if rest is None else (all_equal, *rest)
+    def step(self, noisy, outputs, kwargs):
+        """All that is guided in one step; `outputs` holds the networks' by branch."""
+        begun = getattr(self.scheduler, "step_index", None) is not None
+        # Some pipelines go through the timesteps once for every piece of a video. (Where every
+        # frame has a noise level of its own there are more of them; x0 is then the family's.)
+        through = self.index == len(self.scheduler.timesteps) and self.family.x0 is None
+        if through or (self.begun and not begun):
+            self.index, self.averages = self.family.first_step, {}
+        self.begun = begun
+        results = [
+            self.guide(which, x, [output[which] for output in outputs], kwargs)
+            for which, x in enumerate(noisy)
+        ]
+        self.index += 1
+        return results
 
-    def in_turn(self, module, args, kwargs, output):
-        if self.family.aside is not None and self.family.aside(kwargs):
-            return output
-        first = output if isinstance(output, torch.Tensor) else output[0]
-        self.seen.append(first)
-        if len(self.seen) < len(self.names):
-            return output
-        outputs, self.seen = self.seen, []
-        x = args[0] if args else next(iter(kwargs.values()))
-        guided = self.guide(x, outputs)
-        # The last prediction with which the pipeline's own mix, affine in it, is the guided one.
-        branches = {n: out.double() for n, out in zip(self.names, outputs, strict=True)}
-        zero, _ = self.mix(branches | {self.names[-1]: torch.zeros_like(guided)})
-        one, _ = self.mix(branches | {self.names[-1]: torch.ones_like(guided)})
-        last = ((guided - zero) / (one - zero)).to(first.dtype)
-        return last if isinstance(output, torch.Tensor) else (last, *output[1:])
+    def tensors(self, args, kwargs, output, count):
+        """The noisy inputs of a call, and by branch what it made of them."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        noisy = [kwargs[self.family.latents] if self.family.latents else first]
+        noisy += [kwargs[self.family.second[0]]] if self.family.second else []
+        found = [output] if isinstance(output, torch.Tensor) else list(output)[: len(noisy)]
+        if not isinstance(output, (torch.Tensor, tuple)):
+            found = [output[i] for i in range(len(noisy))]
+        noisy, found = (
+            [stacked(v) if isinstance(v, (list, tuple)) else v for v in values]
+            for values in (noisy, found)
+        )
+        branches = zip(*(out.chunk(count) for out in found), strict=True)
+        return [x.chunk(count)[0] for x in noisy], list(branches)
+
+    def batched(self, args, kwargs, output):
+        count = self.counts[0]
+        guided = self.step(*self.tensors(args, kwargs, output, count), kwargs)
+        return replaced(output, [torch.cat([value] * count) for value in guided])
+
+    def in_turn(self, args, kwargs, output):
+        step, turn = divmod(self.turn, len(self.counts))
+        self.turn += 1
+        if step == len(self.known):
+            noisy, outputs = self.tensors(args, kwargs, output, self.counts[turn])
+            self.noisy = self.noisy if turn else noisy
+            self.seen += outputs
+            if turn + 1 < len(self.counts):
+                return output
+            outputs, self.seen = self.seen, []
+            self.known.append(self.step(self.noisy, outputs, kwargs))
+            raise StepKnown
+        values = self.known[step]
+        if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
+            # A branch may lack the tokens in front of those that are guided.
+            values = [v[:, -out.shape[1] :] for v, out in zip(values, output, strict=False)]
+        return replaced(output, [torch.cat([v] * self.counts[turn]) for v in values])
 
 
-class Rehearsed(PaperGuidance):
-    """The same for pipelines that call once per branch, with no use of their own mix.
+def stacked(rows):
+    """Samples that come as a list; a sample may come with pictures in front of it."""
+    return torch.stack([row[-1] if isinstance(row, list) else row for row in rows])
 
-    Every call of a step returns the guided prediction. What the later branches say of the same
-    latents is known from a rehearsal, the stock pipeline's run.
-    """
 
-    def __init__(self, pipe, family, call, rehearsal):
-        super().__init__(pipe, family, call)
-        self.rehearsed, self.calls = rehearsal, 0
+def replaced(output, values):
+    """What a network returned, in the same wrapping, with other first values."""
+    if isinstance(output, torch.Tensor):
+        return values[0]
+    if isinstance(output[0], (list, tuple)):
+        values = [list(value) for value in values]
+    if isinstance(output, tuple):
+        return (*values, *output[len(values) :])
+    return type(output)(**(dict(output) | dict(zip(output, values, strict=False))))
 
-    def in_turn(self, module, args, kwargs, output):
-        if self.family.aside is not None and self.family.aside(kwargs):
-            return output
-        count = len(self.names)
-        if self.calls % count == 0:
-            outputs = self.rehearsed[self.calls : self.calls + count]
-            x = args[0] if args else next(iter(kwargs.values()))
-            cond = outputs[self.names.index("cond")]
-            self.guided = self.matched(self.guide(x, outputs), cond, x)
-        self.calls += 1
-        return self.guided if isinstance(output, torch.Tensor) else (self.guided, *output[1:])
+
+def run(pipe, call):
+    """A call of the pipeline; a dotted argument is an attribute of a component (a guider's)."""
+    for name in [name for name in call if "." in name]:
+        component, attribute = name.split(".")
+        setattr(getattr(pipe, component), attribute, call[name])
+    return pipe(**{name: value for name, value in call.items() if "." not in name})
 
 
 def rehearsal(family, call):
@@ -284,9 +348,14 @@ def rehearsal(family, call):
 def paper_call(name, batch=None, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
-    batch = batch or family.max_batch
+    batch = min(batch, family.max_batch)
     negative = family.scale_name == "true_cfg_scale"
     return family.call(batch, negative) | {family.scale_name: 6.0} | extra
+
+
+def led(name, *settings):
+    """What the stock pipeline led by the oracle returns."""
+    return PaperGuidance(FAMILIES[name], lambda: paper_call(name), *settings).run()
 
 
 def oracle_error(name):
@@ -294,53 +363,13 @@ def oracle_error(name):
 
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
-    family = FAMILIES[name]
-    stock, (led, _) = family.build(), led_by_oracle(family, lambda: paper_call(name))
-    results = (pipe(**paper_call(name))[0] for pipe in (stock, led))
-    expected, found = (torch.as_tensor(np.asarray(result)).double() for result in results)
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def led_by_oracle(family, call):
-    """A pipeline that the oracle's plain guidance leads, and the oracle."""
-    pipe = family.build()
-    if family.layout.startswith("calls"):
-        return pipe, Rehearsed(pipe, family, call(), rehearsal(family, call()))
-    return pipe, PaperGuidance(pipe, family, call())
-
-
-def step_error(name):
-    """How far what the scheduler is given is from what the family says is guided, and of which x.
-
-    Plain guidance comes out the same whatever the sign of the prediction, its part or its step:
-    this looks at them. As one minus a cosine; infinite for another step.
-    """
-    family = FAMILIES[name]
-    pipe, oracle = led_by_oracle(family, lambda: paper_call(name))
-    scheduler, errors = pipe.scheduler, []
-
-    class Watched(type(scheduler)):
-        def step(self, model_output, timestep, sample, *args, **kwargs):
-            if self is scheduler:  # and no copy of the oracle's
-                *pair, part = oracle.last
-                expected = oracle.sign * pair[0], pair[1]
-                for given, value in zip((model_output, sample), expected, strict=True):
-                    given = given[: len(value)]  # DiT steps doubled latents
-                    given = given if given.numel() == value.numel() else given[part]
-                    errors.append(1 - _cosine(given, value))
-                t = torch.as_tensor(timestep).flatten()[0]
-                errors.append(0.0 if t == scheduler.timesteps[oracle.index - 1] else float("inf"))
-            return super().step(model_output, timestep, sample, *args, **kwargs)
-
-    Watched.__name__ = type(scheduler).__name__
-    scheduler.__class__ = Watched
-    pipe(**paper_call(name))
-    return max(errors)
-
-
-def _cosine(a, b):
-    a, b = (v.double().flatten() for v in (a, b))
-    return (a @ b / (a.norm() * b.norm())).item()
+    results = run(FAMILIES[name].build(), paper_call(name)), led(name)
+    errors = []
+    for which in range(1 if FAMILIES[name].second is None else 2):
+        values = (torch.as_tensor(np.asarray(result[which])).double() for result in results)
+        expected, found = values
+        errors.append((found - expected).norm() / expected.norm())
+    return max(errors).item()
 
 
 def apg_error(name):
@@ -348,10 +377,8 @@ def apg_error(name):
     family = FAMILIES[name]
     eta, r, beta = 0.2, 2.0, -0.6
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
-    ours = guided(family.build())(**paper_call(name), guidance=rule)[0]
-    stock = family.build()
-    PaperGuidance(stock, family, paper_call(name), eta, r, beta)
-    values = (ours, stock(**paper_call(name))[0], family.build()(**paper_call(name))[0])
+    ours = run(guided(family.build()), paper_call(name) | {"guidance": rule})[0]
+    values = (ours, led(name, eta, r, beta)[0], run(family.build(), paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()

@@ -18,7 +18,8 @@ from pilotage.pipelines import guided
 from pilotage.pipelines.fitting.identity import pipeline_identity
 from pilotage.pipelines.quantization.quantize import quantize
 
-from ...families import FAMILIES, flow
+from ...families import FAMILIES
+from ...families.base import flow
 
 PROMPTS = ["noto style fox", "flat style key", "twemoji style red apple"]
 SETTINGS = [Setting("cfg", 5.0, 2), Setting("apg", 5.0, 2)]

@@ -19,7 +19,8 @@ from pilotage.pipelines.analytic.teleport import (
 )
 
 from ...components import generators
-from ...families import FAMILIES, ddim
+from ...families import FAMILIES
+from ...families.base import ddim
 
 SHAPE = (1, 4, 4)
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}

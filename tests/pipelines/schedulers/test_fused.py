@@ -292,6 +292,17 @@ def test_copies_go_on_where_the_original_is(duplicate):
     assert torch.equal(*steps)
 
 
+class Mine(EULER):
+    pass
+
+
+def test_a_subclass_keeps_its_name_and_can_be_copied():
+    ours = Mine(**SD)
+    ours.set_timesteps(4)
+    assert type(ours).__name__ == "Mine" and type(pickle.loads(pickle.dumps(ours))) is Mine
+    assert noise_level(copy.deepcopy(ours), ours.timesteps[2]).ratio > 0
+
+
 def test_exchanged_timesteps_are_noticed():
     """Some pipelines shorten `scheduler.timesteps` by hand."""
     stock, ours = build(DDIM, {})
@@ -322,13 +333,38 @@ def test_settings_that_are_not_there_are_refused(cls, settings, message):
         cls(**settings)
 
 
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(EULER, {}), (EULER, KARRAS), (EULER, {"timestep_type": "continuous", **V}), (FLOW, {})],
+)
+def test_before_set_timesteps_there_is_the_training_table(cls, settings):
+    stock, ours = build(cls, settings)
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scheduler in (stock, ours):
+        t, taken = scheduler.timesteps[600], []
+        level = noise_level(scheduler, t)
+        taken += [torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)]
+        if hasattr(scheduler, "scale_model_input"):
+            taken.append(scheduler.scale_model_input(x, t))
+        taken += [scheduler.step(0.5 * x, t, x, return_dict=False)[0] for _ in range(2)]
+        found.append(taken)
+    assert all(relative(one, other) < 1e-5 for one, other in zip(*found, strict=True))
+
+
+def test_ddim_has_noise_levels_before_set_timesteps():
+    stock, ours = build(DDIM, V)
+    for t in (600, torch.tensor(600)):
+        expected, level = noise_level(stock, t), noise_level(ours, t)
+        assert level.sigma == pytest.approx(float(expected.sigma), rel=1e-6)
+
+
 def test_misuse_is_refused():
     x = torch.zeros(1, 3, 4, 4)
     euler, flow, dpm = EULER(), FLOW(), DPM()
-    with pytest.raises(ValueError, match="set_timesteps"):
-        euler.step(x, 10.0, x)
-    with pytest.raises(ValueError, match="set_timesteps"):
-        dpm.step(x, 10, x)
+    for scheduler in (dpm, DDIM()):
+        with pytest.raises(ValueError, match="set_timesteps"):
+            scheduler.step(x, 10, x)
     euler.set_timesteps(4)
     flow.set_timesteps(4)
     with pytest.raises(ValueError, match="12345.0 is not one of the scheduler's 4"):
