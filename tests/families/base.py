@@ -63,7 +63,6 @@ class Family:
         norm_matched: The guided prediction is given the norm of the conditional one ("capped":
             where it is longer).
         norm_axis: The axis of that norm.
-        norm_axis: The axis of that norm.
         scale_at: (the call's arguments, timestep) -> the scale, where it is not one for all steps.
         x0: (scheduler, index, keyword arguments of the network, prediction, network's input) ->
             the denoised image, where the scheduler is not handed what the network predicts.
@@ -89,7 +88,6 @@ class Family:
     part: Callable[[Tensor, Tensor], tuple[slice, ...]] = leading_channels
     first_step: int = 0
     norm_matched: bool | str = False
-    norm_axis: int = -1
     norm_axis: int = -1
     scale_at: Callable[[dict, float], float] | None = None
     x0: Callable[..., Tensor] | None = None

@@ -183,13 +183,16 @@ def byte_t5() -> tuple:
     "calls: cond uncond",
     TRANSFORMER,
     hunyuan_call,
-    scale_name=HUNYUAN_SCALE,
-    w=lambda scale: 3.5,
+    scale_name="ocr_guider.guidance_scale",
     settings=HUNYUAN_SETTINGS,
+    **{"ocr_guider.guidance_scale": 3.5},
     **HUNYUAN,
 )
 def hunyuan_image(**parts) -> dict:
-    """A guider of diffusers makes its branches and mixes them, at a scale of its own."""
+    """A guider of diffusers makes its branches and mixes them, at a scale of its own.
+
+    One of two guiders, for the whole batch: the second where any of its prompts has quoted words.
+    """
     from diffusers.guiders import AdaptiveProjectedMixGuidance
 
     vae = df.AutoencoderKLHunyuanImage(

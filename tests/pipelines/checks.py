@@ -197,10 +197,11 @@ class PaperGuidance:
         for denoiser in family.denoisers:
             getattr(self.pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
 
-    def run(self):
-        """What the led pipeline returns."""
+    def run(self, begin=lambda: None):
+        """What the led pipeline returns; `begin` is called whenever it starts anew."""
         while True:
             self.turn = 0
+            begin()
             try:
                 return run(self.pipe, self.call())
             except StepKnown:
@@ -336,21 +337,7 @@ def run(pipe, call):
     return pipe(**{name: value for name, value in call.items() if "." not in name})
 
 
-def rehearsal(family, call):
-    """What the networks of a stock pipeline return in a call, in order."""
-    pipe, outputs = family.build(), []
-
-    def listen(module, args, kwargs, output):
-        if family.aside is None or not family.aside(kwargs):
-            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    for denoiser in family.denoisers:
-        getattr(pipe, denoiser).register_forward_hook(listen, with_kwargs=True)
-    pipe(**call)
-    return outputs
-
-
-def paper_call(name, batch=None, **extra):
+def paper_call(name, batch=3, **extra):
     """A family's call at scale 6."""
     family = FAMILIES[name]
     batch = min(batch, family.max_batch)
@@ -375,6 +362,44 @@ def oracle_error(name):
         expected, found = values
         errors.append((found - expected).norm() / expected.norm())
     return max(errors).item()
+
+
+def step_error(name):
+    """How far what the scheduler is given is from what the family says is guided, and of which x.
+
+    Plain guidance comes out the same whatever the sign of the prediction, its part or its step:
+    this looks at them. As one minus a cosine; infinite for another timestep.
+    """
+    family = FAMILIES[name]
+    oracle, wanted, given = PaperGuidance(family, lambda: paper_call(name)), [], []
+    guide, scheduler = oracle.guide, oracle.scheduler
+
+    def noted(which, x, outputs, kwargs):
+        guided = guide(which, x, outputs, kwargs)
+        part = oracle.parts[which](guided, x)
+        if not which:
+            t = float("nan") if family.x0 else float(scheduler.timesteps[oracle.index])
+            wanted.append((oracle.sign * guided[part], x[part], part, t))
+        return guided
+
+    class Watched(type(scheduler)):
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            if self is scheduler:  # and no copy of the oracle's
+                given.append((model_output, sample, torch.as_tensor(timestep).flatten()[0]))
+            return super().step(model_output, timestep, sample, *args, **kwargs)
+
+    Watched.__name__ = type(scheduler).__name__
+    oracle.guide, scheduler.__class__ = noted, Watched
+    oracle.run(given.clear)
+    errors = []
+    for (*values, t), (*expected, part, time) in zip(given, wanted, strict=True):
+        for value, other in zip(values, expected, strict=True):
+            value = value[: len(other)]  # DiT steps doubled latents
+            value = value if value.numel() == other.numel() else value[part]
+            a, b = (v.double().flatten() for v in (value, other))
+            errors.append(1 - (a @ b / (a.norm() * b.norm())).item())
+        errors.append(0.0 if family.x0 or float(t) == time else float("inf"))
+    return max(errors)
 
 
 def apg_error(name):
