@@ -87,10 +87,10 @@ class _Selection:
         self.slice = slice(first, last) if together else None
         self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
 
-    def __call__(self, value: Any, name: str) -> Any:
+    def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if name in SHARED_INPUTS or any(part in name for part in SHARED_PARTS):
+        if name in SHARED_INPUTS or any(part in str(name) for part in SHARED_PARTS):
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models import attention_processor
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
@@ -100,6 +101,7 @@ class Driver:
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
+        self.device = torch.device("cpu")
         self.where = _positions(self.scheduler)
         self.name = ""  # of the network called last
         # What perturbed attention takes the place of.
@@ -139,7 +141,12 @@ class Driver:
                 self.pattern = None
                 return
             run = self.start(call.rows // pattern.calls[0], pattern)
-        elif pattern is None or pattern.calls[0] * run.batch != call.rows:
+        elif run.step.index + 1 >= run.total and self.starts_anew():
+            # The next piece of a video: another run, in the same trace.
+            again = self.new_run(run.batch, self.total(call.timestep), self.device, run.one_branch)
+            again.trace = run.trace
+            self.run = run = again
+        if pattern is None or pattern.calls[0] * run.batch != call.rows:
             known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
             self.pattern = pattern = known[0] if known else None
         if pattern is not None and (pattern.branches > 1 or run.one_branch):
@@ -424,7 +431,7 @@ class Driver:
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
     ) -> Pattern | None:
         """What the branches of a step say of how they are combined."""
-        main, first = self.layout.main, None
+        main, first, alike = self.layout.main, None, False
         added = view(sample, part) if self.layout.preconditioned else None
         for which in PARTS:
             branches = self.branches_of(made, calls, part, which)
@@ -432,13 +439,16 @@ class Driver:
                 continue
             found = learn(branches, part, calls, main, self.layout.frames, added)
             if found is None:
-                return None
+                alike = True
+                continue
             if found.reason and len(branches) == 2:
                 found = learn_norm(branches, part, calls, main) or found
             found = replace(found, part=which)
             if not found.reason:
                 return found
             first = first or found
+        if alike:
+            return None
         if first is None:
             shapes = tuple(made[0].prediction.shape), tuple(part.shape)
             reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
@@ -580,11 +590,16 @@ class Driver:
         self.run = self.new_run(batch, total, prediction_device.device, one_branch)
         return self.run
 
+    def starts_anew(self) -> bool:
+        """Whether the scheduler stands before its first step again."""
+        index = getattr(self.scheduler, "step_index", None)
+        return index is None or index == (getattr(self.scheduler, "begin_index", None) or 0)
+
     def new_run(
         self, batch: int, total: int, device: torch.device, one_branch: bool = False
     ) -> Run:
         """A run on `device`; what is measured arrives a step later if that is not the CPU."""
-        on_cpu = device.type == "cpu"
+        self.device, on_cpu = device, device.type == "cpu"
         self.looks = LaggedReads(0 if on_cpu else 1)
         return Run(self.guidance, batch, total, on_cpu, self.detailed, one_branch)
 
@@ -660,6 +675,18 @@ class Driver:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
             self.run.finish()
+
+
+def _plain(processor: Any) -> Any:
+    """An attention processor; the plain one if it is one of perturbed attention.
+
+    Some pipelines leave those behind at the end of a call.
+    """
+    name = type(processor).__name__
+    if not name.startswith("PAG"):
+        return processor
+    kind = name.removeprefix("PAG").removeprefix("CFG").removeprefix("IdentitySelf")
+    return getattr(attention_processor, kind)()
 
 
 @contextlib.contextmanager
