@@ -107,9 +107,9 @@ class Driver:
         # What perturbed attention takes the place of.
         self.attention: dict[str, dict[str, Any]] = {}
         if isinstance(pipe, PAGMixin):
-            self.attention = {
-                n: getattr(pipe, n).attn_processors for n in denoisers_of(pipe, layout)
-            }
+            for name in denoisers_of(pipe, layout):
+                own = getattr(pipe, name).attn_processors
+                self.attention[name] = {key: _plain(value) for key, value in own.items()}
 
     # Calls of the network
 
@@ -141,11 +141,8 @@ class Driver:
                 self.pattern = None
                 return
             run = self.start(call.rows // pattern.calls[0], pattern)
-        elif run.step.index + 1 >= run.total and self.starts_anew():
-            # The next piece of a video: another run, in the same trace.
-            again = self.new_run(run.batch, self.total(call.timestep), self.device, run.one_branch)
-            again.trace = run.trace
-            self.run = run = again
+        elif self.is_over(run):
+            run = self.next_run(run, call.timestep)
         if pattern is None or pattern.calls[0] * run.batch != call.rows:
             known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
             self.pattern = pattern = known[0] if known else None
@@ -362,9 +359,11 @@ class Driver:
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
         batch = len(sample) // 2 if self.layout.doubled else len(sample)
-        if self.run is None:
-            self.run = self.new_run(batch, self.total(sample), mixed.device)
         run = self.run
+        if run is None:
+            self.run = run = self.new_run(batch, self.total(self.scheduler_timestep), mixed.device)
+        elif self.is_over(run):
+            run = self.next_run(run, self.scheduler_timestep)
         run.plan()
         if sum(m.rows for m in made) <= batch:
             run.unguided(mixed, sample)
@@ -590,10 +589,18 @@ class Driver:
         self.run = self.new_run(batch, total, prediction_device.device, one_branch)
         return self.run
 
-    def starts_anew(self) -> bool:
-        """Whether the scheduler stands before its first step again."""
+    def is_over(self, run: Run) -> bool:
+        """Whether a run has all its steps, and the scheduler stands before its first one again."""
+        if run.step.index + 1 < run.total:
+            return False
         index = getattr(self.scheduler, "step_index", None)
         return index is None or index == (getattr(self.scheduler, "begin_index", None) or 0)
+
+    def next_run(self, run: Run, timestep: Tensor | float) -> Run:
+        """The run of the next piece of a video, in the same trace."""
+        self.run = self.new_run(run.batch, self.total(timestep), self.device, run.one_branch)
+        self.run.trace = run.trace
+        return self.run
 
     def new_run(
         self, batch: int, total: int, device: torch.device, one_branch: bool = False
