@@ -157,6 +157,11 @@ class Driver:
         self.planned = True
         if run.skipped or any(d.estimates for d in run.decisions):
             self.check_others()
+        if self.layout.whole and run.skipped and not run.all_skipped:
+            raise LayoutError(
+                f"the network of {type(self.pipe).__name__} needs the rows of all samples, so that "
+                f"'{self.asked}' cannot skip steps of some: give it one sample at a time"
+            )
 
     def evaluate(self, call: Call, place: int) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
@@ -171,8 +176,8 @@ class Driver:
         if call.rows != count * batch:
             raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
         start = sum(pattern.calls[:place])
-        active = [row for row in range(batch) if row not in run.skipped]
-        wanted = [active if start + i == pattern.main else run.rows for i in range(count)]
+        active, guided = self.wanted(run)
+        wanted = [active if start + i == pattern.main else guided for i in range(count)]
         keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
         if len(keep) == call.rows:
             output = call()
@@ -193,6 +198,14 @@ class Driver:
             last,
         )
         return Made(call.rows, output, prediction_of(output))
+
+    def wanted(self, run: Run) -> tuple[list[int], list[int]]:
+        """The samples whose conditional branch, and those whose others are evaluated."""
+        every = list(range(run.batch))
+        active = [row for row in every if row not in run.skipped]
+        if not self.layout.whole:
+            return active, run.rows
+        return every if active else [], every if run.rows else []
 
     def rows_of(self, call: Call, keep: list[int]) -> Any:
         """The network's output for some rows."""
@@ -285,7 +298,8 @@ class Driver:
                 return torch.cat([part] * count) if count > 1 else part.clone()
 
             output = with_rows([cond.output], repeat, [cond.rows])
-            if type(output) is type(like):
+            alike = prediction_of(output).shape == last.prediction.shape
+            if alike and type(output) is type(like):
                 return Made(count * run.batch, output, prediction_of(output))
         self.stale = True
         copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
@@ -351,8 +365,8 @@ class Driver:
                 self.check_pattern(run, pattern)
                 run.branches = pattern.branches
                 guided = self.end_guided(run, pattern, made, part, x_t)
-        if fresh and sum(calls) > 1:
-            record = run.trace.steps[-1]
+        record = run.trace.steps[-1]
+        if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
         return self.put(guided, mixed, part)
 
@@ -590,10 +604,10 @@ class Driver:
         return self.run
 
     def is_over(self, run: Run) -> bool:
-        """Whether a run has all its steps, and the scheduler stands before its first one again."""
-        if run.step.index + 1 < run.total:
-            return False
-        index = getattr(self.scheduler, "step_index", None)
+        """Whether the scheduler stands before its first step again."""
+        if not hasattr(self.scheduler, "step_index"):
+            return run.step.index + 1 >= run.total
+        index = self.scheduler.step_index
         return index is None or index == (getattr(self.scheduler, "begin_index", None) or 0)
 
     def next_run(self, run: Run, timestep: Tensor | float) -> Run:
