@@ -13,8 +13,19 @@ from ...guidance.device import row_index
 
 # Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
 # and by parts of them.
-SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "num_frames", "sparse_params"}
+SHARED_INPUTS = {
+    "chunk_partition",
+    "img_ids",
+    "ip_adapter_masks",
+    "num_frames",
+    "scale_factor",
+    "sparse_params",
+    "spatio_temporal_guidance_blocks",
+    "txt_ids",
+}
 SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Lists of plain values, one for each sample.
+SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
 
 class RowsError(RuntimeError):
@@ -99,9 +110,11 @@ class _Selection:
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
-                # Sizes and factors come as tuples, what each sample has of its own as a list.
-                whole = whole and isinstance(value, list)
-                return [value[row] for row in self.keep] if whole else value
+                if not whole or isinstance(value, tuple):  # a tuple holds sizes or factors
+                    return value
+                if not self.listed and name not in SAMPLES:
+                    raise RowsError(f"whether the list {name!r} has an item a sample is not known")
+                return [value[row] for row in self.keep]
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(

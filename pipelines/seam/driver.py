@@ -21,9 +21,9 @@ from .layouts import Layout, LayoutError
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
     PARTS,
-    Part,
     Pattern,
     learn,
+    learn_kept,
     learn_norm,
     normed,
     scale_of,
@@ -352,7 +352,8 @@ class Driver:
         if pattern is None:
             pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
-        x_t = self.network_input(sample, part)
+        whole, kept = part, None if pattern is None else pattern.kept
+        part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
         if pattern is None or (pattern.branches == 1 and not run.one_branch):
             guided = self.end_unguided(run, part, x_t, learned_nothing=pattern is None)
         else:
@@ -364,11 +365,19 @@ class Driver:
             else:
                 self.check_pattern(run, pattern)
                 run.branches = pattern.branches
-                guided = self.end_guided(run, pattern, made, part, x_t)
+                guided = self.end_guided(
+                    run, pattern, self.branches_of(made, pattern, whole), part, x_t
+                )
         record = run.trace.steps[-1]
         if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
-        return self.put(guided, mixed, part)
+        if guided is part:
+            return mixed
+        if kept is not None:
+            axis, places = kept
+            index = row_index(places, whole.device)
+            guided = whole.index_copy(axis, index, guided.to(whole.dtype))
+        return self.put(guided, mixed)
 
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
@@ -396,33 +405,30 @@ class Driver:
             sizes[1] = self.layout.channels
         return mixed if sizes == list(mixed.shape) else mixed[tuple(slice(n) for n in sizes)]
 
-    def put(self, guided: Tensor, mixed: Tensor, part: Tensor) -> Tensor:
+    def put(self, guided: Tensor, mixed: Tensor) -> Tensor:
         """What the scheduler steps, with the guided part in its place."""
-        if guided is part:
-            return mixed
         guided = guided.to(mixed.dtype)
-        if part is mixed:
+        if guided.shape == mixed.shape:
             return guided
-        whole = mixed.clone()
-        batch, inside = len(part), tuple(slice(n) for n in part.shape[1:])
+        whole, batch = mixed.clone(), len(guided)
+        block = tuple(slice(n) for n in guided.shape[1:])
         for start in range(0, batch * (2 if self.layout.doubled else 1), batch):
-            whole[(slice(start, start + batch), *inside)] = guided
+            whole[(slice(start, start + batch), *block)] = guided
         return whole
 
-    def branches_of(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
-    ) -> list[Tensor] | None:
+    def branches_of(self, made: list[Made], pattern: Pattern, whole: Tensor) -> list[Tensor] | None:
         """The predictions of every branch as far as they are guided, each with shape (B, \\*).
 
-        None if the pipeline steps something of another shape.
+        None if the pipeline steps something of another shape than `whole`, with shape (B, \\*).
         """
-        batch, found = len(part), []
-        for one, count in zip(made, calls, strict=True):
+        batch, found = len(whole), []
+        for one, count in zip(made, pattern.calls, strict=True):
             for i in range(count):
-                seen = view(one.prediction[i * batch : (i + 1) * batch], part, which)
+                seen = view(one.prediction[i * batch : (i + 1) * batch], whole, pattern.part)
                 if seen is None:
                     return None
-                found.append(seen if seen.dtype == part.dtype else seen.to(part.dtype))
+                seen = inside(seen, pattern.kept)
+                found.append(seen if seen.dtype == whole.dtype else seen.to(whole.dtype))
         return found
 
     def learned(
@@ -447,7 +453,7 @@ class Driver:
         main, first, alike = self.layout.main, None, False
         added = view(sample, part) if self.layout.preconditioned else None
         for which in PARTS:
-            branches = self.branches_of(made, calls, part, which)
+            branches = self.branches_of(made, Pattern(calls, part=which), part)
             if branches is None:
                 continue
             found = learn(branches, part, calls, main, self.layout.frames, added)
@@ -456,6 +462,11 @@ class Driver:
                 continue
             if found.reason and len(branches) == 2:
                 found = learn_norm(branches, part, calls, main) or found
+            if found.reason and self.layout.given is not None:
+                axis, added_too = self.layout.given, self.layout.preconditioned
+                stepped = view(sample, part)
+                assert stepped is not None
+                found = learn_kept(branches, part, calls, axis, stepped, added_too) or found
             found = replace(found, part=which)
             if not found.reason:
                 return found
@@ -498,7 +509,12 @@ class Driver:
             )
 
     def end_guided(
-        self, run: Run, pattern: Pattern, made: list[Made], part: Tensor, x_t: Tensor
+        self,
+        run: Run,
+        pattern: Pattern,
+        branches: list[Tensor] | None,
+        part: Tensor,
+        x_t: Tensor,
     ) -> Tensor:
         """The guided prediction of a step with several branches, with shape (B, \\*)."""
         if run.all_skipped:
@@ -508,7 +524,6 @@ class Driver:
             return run.combine(part, None, 1.0, x_t, own=part)
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
-        branches = self.branches_of(made, pattern.calls, part, pattern.part)
         if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
             branches = [part] * pattern.branches
         if pattern.sign < 0 and not self.layout.preconditioned:
@@ -519,8 +534,7 @@ class Driver:
         measures = estimates or self.detailed or not self.guidance.keeps_combination
         measures = measures or any(d.changes_combination for d in run.decisions)
         if self.layout.preconditioned:
-            sample = view(self.sample, part)
-            assert sample is not None
+            sample = inside(self.sample, pattern.kept)
             *weights, added = weights_of([cond, *others, sample], part)
             scale = sum(weights)
             w = weights[0] / scale
@@ -719,6 +733,13 @@ def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         network.set_attn_processor(before)
+
+
+def inside(tensor: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
+    """The places of a tensor that are guided."""
+    if kept is None:
+        return tensor
+    return tensor.index_select(kept[0], row_index(kept[1], tensor.device))
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
