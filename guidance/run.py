@@ -193,7 +193,7 @@ class Run:
                 guided = pred_cond.index_copy(0, index, guided)
             if after is not None:
                 guided = after(guided)
-        self._end(guided, x_t, result.finite)
+        self._end(guided, x_t, result.finite if every else None)
         self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
         self._forget()
         return guided

@@ -21,7 +21,7 @@ class StepRecord:
         skipped: The samples that evaluated nothing and reused past guided predictions.
         estimated: The samples whose unconditional prediction is an estimate.
         branches: How many branches a guided sample evaluates.
-        unused: The samples whose unconditional branch was evaluated all the same, to learn how the
+        unused: The samples all of whose branches were evaluated all the same, to learn how the
             pipeline guides.
         gamma: Cosine of the two predictions of the `guided` samples, with shape (len(guided),): in
             the policy's space, or for policies without one on denoised images where the noise level
@@ -73,12 +73,11 @@ class Trace:
     @property
     def nfe(self) -> list[int]:
         """Network evaluations of every sample: 1 a step, all branches if guided, 0 if skipped."""
-        counts = [len(self.steps)] * self.batch
+        counts = [0] * self.batch
         for step in self.steps:
-            for row in (*step.rows, *step.unused):
-                counts[row] += step.branches - 1
-            for row in step.skipped:
-                counts[row] -= 1
+            whole, skipped = {*step.rows, *step.unused}, set(step.skipped)
+            for row in range(self.batch):
+                counts[row] += step.branches if row in whole else row not in skipped
         return counts
 
     def as_dicts(self) -> list[dict[str, Any]]:
@@ -121,8 +120,7 @@ class Trace:
 
     def _evaluations(self) -> list[list[tuple[int, float]]]:
         """(step, evaluations of a sample on average), one line."""
-        evaluated = [len(s.rows) - len(s.skipped) for s in self.steps]
-        return [[(s.index, 1 + n / self.batch) for s, n in zip(self.steps, evaluated, strict=True)]]
+        return [[(s.index, sum(Trace(self.batch, [s]).nfe) / self.batch) for s in self.steps]]
 
     def _series(self, name: str) -> list[list[tuple[int, float]]]:
         """(step, value) of every sample."""

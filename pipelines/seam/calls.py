@@ -13,8 +13,8 @@ from ...guidance.device import row_index
 
 # Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
 # and by parts of them.
-SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "return_dict", "num_frames"}
-SHARED_PARTS = ("rotary", "freqs_cis")
+SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "num_frames", "sparse_params"}
+SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
 
 
 class RowsError(RuntimeError):
@@ -99,7 +99,9 @@ class _Selection:
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
-                return type(value)(value[row] for row in self.keep) if whole else value
+                # Sizes and factors come as tuples, what each sample has of its own as a list.
+                whole = whole and isinstance(value, list)
+                return [value[row] for row in self.keep] if whole else value
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(

@@ -107,9 +107,9 @@ class Driver:
         # What perturbed attention takes the place of.
         self.attention: dict[str, dict[str, Any]] = {}
         if isinstance(pipe, PAGMixin):
-            self.attention = {
-                n: getattr(pipe, n).attn_processors for n in denoisers_of(pipe, layout)
-            }
+            for name in denoisers_of(pipe, layout):
+                own = getattr(pipe, name).attn_processors
+                self.attention[name] = {key: _plain(value) for key, value in own.items()}
 
     # Calls of the network
 
@@ -141,11 +141,8 @@ class Driver:
                 self.pattern = None
                 return
             run = self.start(call.rows // pattern.calls[0], pattern)
-        elif run.step.index + 1 >= run.total and self.starts_anew():
-            # The next piece of a video: another run, in the same trace.
-            again = self.new_run(run.batch, self.total(call.timestep), self.device, run.one_branch)
-            again.trace = run.trace
-            self.run = run = again
+        elif self.is_over(run):
+            run = self.next_run(run, call.timestep)
         if pattern is None or pattern.calls[0] * run.batch != call.rows:
             known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
             self.pattern = pattern = known[0] if known else None
@@ -160,6 +157,11 @@ class Driver:
         self.planned = True
         if run.skipped or any(d.estimates for d in run.decisions):
             self.check_others()
+        if self.layout.whole and run.skipped and not run.all_skipped:
+            raise LayoutError(
+                f"the network of {type(self.pipe).__name__} needs the rows of all samples, so that "
+                f"'{self.asked}' cannot skip steps of some: give it one sample at a time"
+            )
 
     def evaluate(self, call: Call, place: int) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
@@ -174,8 +176,8 @@ class Driver:
         if call.rows != count * batch:
             raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
         start = sum(pattern.calls[:place])
-        active = [row for row in range(batch) if row not in run.skipped]
-        wanted = [active if start + i == pattern.main else run.rows for i in range(count)]
+        active, guided = self.wanted(run)
+        wanted = [active if start + i == pattern.main else guided for i in range(count)]
         keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
         if len(keep) == call.rows:
             output = call()
@@ -196,6 +198,14 @@ class Driver:
             last,
         )
         return Made(call.rows, output, prediction_of(output))
+
+    def wanted(self, run: Run) -> tuple[list[int], list[int]]:
+        """The samples whose conditional branch, and those whose others are evaluated."""
+        every = list(range(run.batch))
+        active = [row for row in every if row not in run.skipped]
+        if not self.layout.whole:
+            return active, run.rows
+        return every if active else [], every if run.rows else []
 
     def rows_of(self, call: Call, keep: list[int]) -> Any:
         """The network's output for some rows."""
@@ -288,7 +298,8 @@ class Driver:
                 return torch.cat([part] * count) if count > 1 else part.clone()
 
             output = with_rows([cond.output], repeat, [cond.rows])
-            if type(output) is type(like):
+            alike = prediction_of(output).shape == last.prediction.shape
+            if alike and type(output) is type(like):
                 return Made(count * run.batch, output, prediction_of(output))
         self.stale = True
         copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
@@ -354,17 +365,19 @@ class Driver:
                 self.check_pattern(run, pattern)
                 run.branches = pattern.branches
                 guided = self.end_guided(run, pattern, made, part, x_t)
-        if fresh and sum(calls) > 1:
-            record = run.trace.steps[-1]
+        record = run.trace.steps[-1]
+        if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
         return self.put(guided, mixed, part)
 
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
         batch = len(sample) // 2 if self.layout.doubled else len(sample)
-        if self.run is None:
-            self.run = self.new_run(batch, self.total(sample), mixed.device)
         run = self.run
+        if run is None:
+            self.run = run = self.new_run(batch, self.total(self.scheduler_timestep), mixed.device)
+        elif self.is_over(run):
+            run = self.next_run(run, self.scheduler_timestep)
         run.plan()
         if sum(m.rows for m in made) <= batch:
             run.unguided(mixed, sample)
@@ -590,10 +603,18 @@ class Driver:
         self.run = self.new_run(batch, total, prediction_device.device, one_branch)
         return self.run
 
-    def starts_anew(self) -> bool:
+    def is_over(self, run: Run) -> bool:
         """Whether the scheduler stands before its first step again."""
-        index = getattr(self.scheduler, "step_index", None)
+        if not hasattr(self.scheduler, "step_index"):
+            return run.step.index + 1 >= run.total
+        index = self.scheduler.step_index
         return index is None or index == (getattr(self.scheduler, "begin_index", None) or 0)
+
+    def next_run(self, run: Run, timestep: Tensor | float) -> Run:
+        """The run of the next piece of a video, in the same trace."""
+        self.run = self.new_run(run.batch, self.total(timestep), self.device, run.one_branch)
+        self.run.trace = run.trace
+        return self.run
 
     def new_run(
         self, batch: int, total: int, device: torch.device, one_branch: bool = False

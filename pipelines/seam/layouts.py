@@ -29,6 +29,8 @@ class Layout:
             are refused beforehand where guided predictions take its place.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
             multiple of its sample, both by the noise level.
+        whole: The network needs the rows of all samples (a cache holds them, or they are one
+            sequence): a branch is evaluated for all of them or for none.
         others: The network predicts something else beside, which the pipeline guides on its own:
             no step can be skipped and no prediction estimated.
     """
@@ -43,6 +45,7 @@ class Layout:
     channels: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
     preconditioned: bool = False
+    whole: bool = False
     others: str = ""
 
     def check_options(self, options: dict[str, Any], asked: str) -> None:

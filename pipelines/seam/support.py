@@ -19,8 +19,9 @@ NAMES: dict[Layout, str] = {
         StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
         StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3Pipeline""",
     Layout(scale_offset=1.0, conflicts=RENORM): """
-        ZImageControlNetInpaintPipeline ZImageControlNetPipeline ZImageImg2ImgPipeline
-        ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
+        ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
+    Layout(scale_offset=1.0, conflicts=RENORM, whole=True): """
+        ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
     Layout(doubled=True): "DiTPipeline",
     Layout(channels=3): "LuminaPipeline",
     Layout(preconditioned=True): "PRXPixelPipeline StableDiffusionLatentUpscalePipeline",
@@ -38,6 +39,8 @@ NAMES: dict[Layout, str] = {
         KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline
         KandinskyV22InpaintCombinedPipeline""",
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
+    Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
+    Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
     Layout(others="sound"): """
         Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
         LTX2InContextPipeline LTX2Pipeline""",
@@ -48,6 +51,11 @@ LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.spl
 REASONS: dict[str, str] = {
     "its scheduler is handed a denoised image that the pipeline has made up itself": """
         CosmosTextToWorldPipeline CosmosVideoToWorldPipeline""",
+    "its own guidance is adaptive projected guidance": "AceStepPipeline",
+    "its own guidance is CFG-Zero*": "HeliosPyramidPipeline",
+    "a cache holds what its network computed for all rows, of every piece of a video": """
+        AnyFlowFARPipeline""",
+    "its network takes text, pictures and sound as one sequence": "Cosmos3OmniPipeline",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",

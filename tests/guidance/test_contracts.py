@@ -76,8 +76,7 @@ def drive(guidance, steps=3, samples=(0, 1)):
             continue
         if run.skipped:
             cond[run.skipped] = run.reused(x_t)[run.skipped]
-        c, u = run.combine(cond, uncond[rows] if rows else None, W, x_t)
-        found.append(u + W * (c - u))
+        found.append(run.combine(cond, uncond[rows] if rows else None, W, x_t))
     run.finish()
     return found
 
@@ -235,6 +234,6 @@ def test_the_guided_prediction_is_accumulated_in_float32(dtype):
     cond, uncond = cond.to(dtype), uncond.to(dtype)
     run = Run(CFG() | Told(lambda i: [Decision(factor=2.0)]), 1, 1, on_cpu=True)
     run.plan(x_t)
-    guided, _ = run.combine(cond, uncond, W, x_t)
+    guided = run.combine(cond, uncond, W, x_t)
     w = 1 + 2 * (W - 1)
     assert torch.equal(guided, (uncond.float() + w * (cond.float() - uncond.float())).to(dtype))

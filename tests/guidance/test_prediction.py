@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pilotage.guidance import PREDICTION_TYPES, NoiseLevel
+from pilotage.guidance.prediction import sum_of
 
 LEVELS = [(alpha, (1 - alpha**2) ** 0.5) for alpha in (0.9, 0.1, 2.0**-12)]
 
@@ -68,3 +69,16 @@ def test_half_precision_is_converted_in_float32():
 def test_unknown_type_lists_the_known():
     with pytest.raises(ValueError, match="epsilon.*flow"):
         NoiseLevel(1.0, 0.1, "score").coefficients()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_is_finite_where_all_elements_are(dtype):
+    large = torch.full((2, 3, 64), 6e4, dtype=dtype)
+    assert sum_of(large).isfinite()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 100, -1):
+            spoiled = large.clone()
+            spoiled.view(-1)[place] = bad
+            assert not sum_of(spoiled).isfinite()
+            spoiled.view(-1)[50] = torch.inf
+            assert not sum_of(spoiled).isfinite()

@@ -9,12 +9,17 @@ from pilotage.guidance import (
     APG,
     CFG,
     AdaptiveGuidance,
+    Always,
     Guidance,
     Interval,
     NoiseLevel,
     NonFinitePredictionError,
     Run,
+    Schedule,
+    StepRecord,
+    Trace,
     cosine,
+    forecast,
 )
 
 LEVEL = NoiseLevel(0.6, 0.8, "v_prediction")
@@ -31,7 +36,7 @@ def trajectory(steps, batch=3, seed=0):
         yield cond, cond + gap.view(-1, 1, 1, 1) * noise, x_t
 
 
-def drive(guidance, steps=6, batch=3, select=None, **options):
+def drive(guidance, steps=6, batch=3, select=None, w=W, **options):
     """Run a guidance over the trajectory; returns the guided predictions and the run."""
     rows_of = list(range(batch)) if select is None else select
     run = Run(guidance, len(rows_of), steps, on_cpu=True, **options)
@@ -45,8 +50,7 @@ def drive(guidance, steps=6, batch=3, select=None, **options):
         if run.skipped:
             cond = cond.clone()
             cond[run.skipped] = run.reused(x_t)[run.skipped]
-        c, u = run.combine(cond, uncond[rows] if rows else None, W, x_t)
-        guided.append(u + W * (c - u))
+        guided.append(run.combine(cond, uncond[rows] if rows else None, w, x_t))
     run.finish()
     return guided, run
 
@@ -110,8 +114,8 @@ def test_views_of_one_network_give_one_result(guidance):
             x_t = (scale * (alpha * cond + sigma * noise)).double()
             native = [level.from_x0(denoised.double(), x_t) for denoised in (cond, uncond)]
             rows = run.plan(x_t, level)
-            c, u = run.combine(native[0], native[1][rows] if rows else None, W, x_t)
-            guided.append(level.to_x0(u + W * (c - u), x_t))
+            combined = run.combine(native[0], native[1][rows] if rows else None, W, x_t)
+            guided.append(level.to_x0(combined, x_t))
         results.append(torch.stack(guided))
         costs.append(run.trace.nfe)
     for result, cost in zip(results, costs, strict=True):
@@ -176,12 +180,59 @@ def test_runs_share_nothing():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_cfg_hands_the_predictions_through():
+@pytest.mark.parametrize("policy", [Always(), AdaptiveGuidance(0.99), AdaptiveGuidance(-1.0)])
+def test_cfg_hands_on_what_the_pipeline_made(policy):
+    """Wherever guidance is the pipeline's own: at guided steps and for samples without."""
+    run = Run(CFG() | policy, 3, 6, on_cpu=True)
+    for cond, uncond, x_t in trajectory(6):
+        rows = run.plan(x_t, LEVEL)
+        own = cond.clone()
+        own[rows] = uncond[rows] + W * (cond[rows] - uncond[rows])
+        assert run.combine(cond, uncond[rows] if rows else None, W, x_t, own=own) is own
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(APG()),
+        CFG() | Schedule(("both",) * 3, (2.0,) * 3),
+        CFG() | Schedule(("both", "estimate", "estimate")),
+    ],
+    ids=str,
+)
+def test_what_the_pipeline_made_is_not_taken_for_anything_else(guidance):
+    results = []
+    for own in (None, torch.zeros(3, 4, 6, 6)):
+        run, guided = Run(guidance, 3, 3, on_cpu=True), []
+        for step, (cond, uncond, x_t) in enumerate(trajectory(3)):
+            uncond = uncond if run.plan(x_t, LEVEL) else None
+            guided.append(run.combine(cond, uncond, W, x_t, own=own if step else None))
+        results.append(guided)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_scales_are_numbers_or_tensors(kind):
+    """One for all samples, or one for each, of which the guided ones' are taken."""
+    scales = torch.tensor([2.0, 3.0, 4.0]).view(3, 1, 1, 1)
+    together, _ = drive(APG() | AdaptiveGuidance(0.99), w=scales)
+    for row in range(3):
+        w = kind(scales[row].item())
+        alone, _ = drive(APG() | AdaptiveGuidance(0.99), select=[row], w=w)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-6, atol=1e-6)
+
+
+def test_what_happens_afterwards_happens_to_the_guided_prediction():
     cond, uncond, x_t = next(trajectory(1))
-    run = Run(Guidance(CFG()), 3, 1, on_cpu=True)
-    run.plan()
-    c, u = run.combine(cond, uncond, W, x_t)
-    assert c is cond and u is uncond
+    guided = []
+    for after in (None, torch.Tensor.neg):
+        run = Run(CFG() | Interval(0, 1), 3, 2, on_cpu=True)
+        run.plan()
+        guided.append(run.combine(cond, uncond, W, x_t, after=after))
+        run.plan()
+        assert run.combine(cond, None, W, x_t, after=after) is cond
+    assert torch.equal(guided[1], -guided[0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -212,3 +263,27 @@ def test_trace_records_norms_when_asked():
     plain, run = drive(Guidance(APG(norm_threshold=0.0, momentum=0.0)))
     assert all(torch.equal(a, b) for a, b in zip(guided, plain, strict=True))
     assert "gamma" not in run.trace.as_dicts()[0]
+
+
+def test_one_branch_is_all_that_is_evaluated():
+    run = Run(CFG() | forecast(first=0), 2, 5, on_cpu=True, one_branch=True)
+    for cond, _, x_t in trajectory(5, batch=2):
+        assert run.plan(x_t, LEVEL) == []
+        if run.all_skipped:
+            run.reused(x_t)
+        else:
+            run.unguided(cond, x_t)
+    assert run.trace.nfe == [3, 3]
+    assert [record.skipped for record in run.trace.steps] == [[], [0, 1], [], [0, 1], []]
+
+
+def test_evaluations_are_counted_by_branches():
+    steps = [
+        StepRecord(0, None, [0, 1], branches=3),
+        StepRecord(1, None, [], [1], branches=3),
+        StepRecord(2, None, [0], [2], unused=[1, 2], branches=3),
+    ]
+    trace = Trace(3, steps)
+    assert trace.nfe == [3 + 1 + 3, 3 + 0 + 3, 1 + 1 + 3]
+    drawn = trace.plot().axes[0].lines[0].get_ydata().tolist()
+    assert drawn == pytest.approx([7 / 3, 2 / 3, 9 / 3])

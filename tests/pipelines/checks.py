@@ -107,7 +107,8 @@ def ag_rows_ok(name):
             return False
         if policy is never and guided_steps != [steps] * batch:
             return False
-        if policy is at_once and guided_steps != [1] * batch:
+        pieces = steps // (1 + max(step.index for step in trace.steps))
+        if policy is at_once and guided_steps != [pieces] * batch:
             return False
     return True
 
@@ -121,7 +122,7 @@ def held_outputs(pipe, name, choices):
     def step(model_output, *args, **kwargs):
         nonlocal index, last
         index += 1
-        last = last if choices[index] == "forecast" else model_output
+        last = last if choices[index % len(choices)] == "forecast" else model_output
         return stock(last, *args, **kwargs)
 
     scheduler.step = step
@@ -135,11 +136,13 @@ def forecast_error(name):
     """
     pipe, batch = guided(FAMILIES[name].build()), FAMILIES[name].max_batch
     plain = latents(pipe, name, guidance="cfg")
-    total = len(pipe.guidance_trace.steps)
+    # Videos made in pieces are several runs, each of as many steps as its trace counts up to.
+    total = 1 + max(step.index for step in pipe.guidance_trace.steps)
     choices = tuple("forecast" if i % 2 else "both" for i in range(total))
+    pieces = len(pipe.guidance_trace.steps) // total
     with Rows(pipe, name) as rows:
         ours = latents(pipe, name, guidance=Schedule(choices))
-    nfe = branches_of(name) * choices.count("both")
+    nfe = branches_of(name) * choices.count("both") * pieces
     assert pipe.guidance_trace.nfe == [nfe] * batch and sum(rows.calls) == batch * nfe
     stock = FAMILIES[name].build()
     held_outputs(stock, name, choices)

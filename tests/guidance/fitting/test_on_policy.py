@@ -34,8 +34,7 @@ def sample(policy, uncond, seed=0, own=None):
         else:
             c = cond_of(t, x)
             u = uncond(t, x) if rows else None
-            a, b = run.combine(c, u, W, x)
-            x = x + PACE * (b + W * (a - b))
+            x = x + PACE * run.combine(c, u, W, x)
         states.append(x)
     run.finish()
     return torch.stack(states[1:])

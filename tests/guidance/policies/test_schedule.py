@@ -43,8 +43,7 @@ def drive(policy, cond, uncond, rule=None, w=W, x_t=None):
         if run.all_skipped:
             guided.append(run.reused(x))
         else:
-            c, u = run.combine(cond[t], uncond[t][rows] if rows else None, w, x)
-            guided.append(u + w * (c - u))
+            guided.append(run.combine(cond[t], uncond[t][rows] if rows else None, w, x))
         check_kept(run)
     run.finish()
     return torch.stack(guided), run

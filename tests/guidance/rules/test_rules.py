@@ -459,16 +459,15 @@ def trajectory(dtype=torch.float32):
 
 
 def drive(guidance, select=(0, 1, 2), dtype=torch.float32):
-    """Run a guidance on the selected samples; what the pipeline's own CFG makes of it, and NFEs."""
+    """Run a guidance on the selected samples; the guided predictions, and NFEs."""
     select = list(select)
     run = Run(guidance, len(select), 6, on_cpu=True)
     guided = []
     for cond, uncond, x_t in trajectory(dtype):
         cond, uncond, x_t = cond[select], uncond[select], x_t[select]
         rows = run.plan(x_t, LEVEL, NoiseLevel(0.5, 0.5, "flow"))
-        c, u = run.combine(cond, uncond[rows] if rows else None, W, x_t)
-        assert c.dtype == u.dtype == dtype
-        guided.append(u + W * (c - u))
+        guided.append(run.combine(cond, uncond[rows] if rows else None, W, x_t))
+        assert guided[-1].dtype == dtype
     run.finish()
     return guided, run.trace.nfe
 
