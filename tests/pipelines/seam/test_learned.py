@@ -37,7 +37,9 @@ def led_error(family, pipe, call, oracle=PaperGuidance):
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     ours, plain = pipe(**call(), guidance=rule)[0], pipe(**call())[0]
     expected = oracle(family, call, eta, r, beta).run()[0]
-    ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in (ours, expected, plain))
+    ours, expected, plain = (
+        torch.as_tensor(np.asarray(v)).double() for v in (ours, expected, plain)
+    )
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
 
