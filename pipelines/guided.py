@@ -23,7 +23,7 @@ from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
 from .seam.patch import aside, attached, one_at_a_time
 from .seam.patterns import Pattern
-from .seam.support import SCALE_ARGUMENTS, denoisers_of, layout_of
+from .seam.support import OTHER_SCALES, SCALE_ARGUMENTS, denoisers_of, layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 
@@ -192,6 +192,8 @@ def _checked_scale(
     scale = positive_scale(name, given, layout.scale_offset)
     if not guidance.keeps_combination:
         layout.check_options(options, asked)
+    if any(options[key] > off for key, off in OTHER_SCALES.items() if options.get(key)):
+        return scale
     nothing = f"so that '{asked}' has nothing to act on: use"
     if scale + layout.scale_offset <= 1:
         raise ValueError(

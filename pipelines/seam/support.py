@@ -7,6 +7,8 @@ from typing import Any
 from .layouts import Layout, LayoutError
 
 SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
+# Scales of other guidance, and where that is off.
+OTHER_SCALES = {"pag_scale": 0.0, "stg_scale": 0.0, "modality_scale": 1.0}
 # Where pipelines keep the networks of their loops: the first of these groups that is there.
 NETWORKS = (("unet", "transformer", "transformer_2"), ("prior",), ("decoder",))
 
