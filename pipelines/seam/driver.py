@@ -97,8 +97,10 @@ class Driver:
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
+        self.most_branches = 0  # of any step
         self.planned = False
-        self.stale = False  # rows of this step have predictions of an earlier one
+        self.stale = False  # rows without guidance have another prediction than their cond
+        self.more = False  # more was evaluated than the policy wanted
         self.scheduler_timestep: Any = None
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
@@ -136,7 +138,7 @@ class Driver:
 
     def begin_step(self, call: Call) -> None:
         """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
-        self.first_call, self.planned, self.stale = call, False, False
+        self.first_call, self.planned, self.stale, self.more = call, False, False, False
         run, pattern = self.run, self.pattern
         if run is None:
             if pattern is None or call.rows % pattern.calls[0]:
@@ -181,24 +183,19 @@ class Driver:
         active, guided = self.wanted(run)
         wanted = [active if start + i == pattern.main else guided for i in range(count)]
         keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
-        if len(keep) == call.rows:
+        main = -1 if pattern.main is None else pattern.main - start
+        estimated = any(d.estimates for d in run.decisions)
+        has_cond = 0 <= main < count and len(wanted[main]) == batch and not estimated
+        last = self.last[place] if place < len(self.last) else None
+        if len(keep) == call.rows or (last is None and not has_cond):
+            if len(keep) < call.rows:  # there is nothing to fill in yet
+                self.stale = self.more = True
             output = call()
             return Made(call.rows, output, prediction_of(output))
-        last = self.last[place] if place < len(self.last) else None
-        if not keep:
-            if last is None:
-                raise LayoutError(self.irregular("has no prediction that a skipped call can give"))
+        if not keep and last is not None:
             return self.filled(last, pattern, start, count)
         output = self.rows_of(call, keep)
-        estimated = any(d.estimates for d in run.decisions)
-        output = self.complete(
-            output,
-            keep,
-            wanted,
-            -1 if pattern.main is None else pattern.main - start,
-            estimated,
-            last,
-        )
+        output = self.complete(output, keep, wanted, main, None if has_cond else last)
         return Made(call.rows, output, prediction_of(output))
 
     def wanted(self, run: Run) -> tuple[list[int], list[int]]:
@@ -241,19 +238,17 @@ class Driver:
         keep: list[int],
         wanted: list[list[int]],
         main: int,
-        estimated: bool,
         last: Made | None,
     ) -> Any:
         """An output of all rows of a call, of one that has the rows `keep`.
 
         Rows that were not evaluated are given the conditional prediction, so that what the pipeline
         makes of both is that again; where the scale is to be measured on them, and where there is
-        no conditional prediction, what they had last.
+        no conditional prediction, what they had last: `last`.
         """
         assert self.run is not None
-        batch, count = self.run.batch, len(wanted)
-        known = 0 <= main < count and len(wanted[main]) == batch
-        if known and not estimated:
+        batch = self.run.batch
+        if last is None:
             begin = sum(map(len, wanted[:main]))
 
             def fill(tensors: list[Tensor]) -> Tensor:
@@ -269,8 +264,6 @@ class Driver:
                 return torch.cat(parts)
 
             return with_rows([output], fill, [len(keep)])
-        if last is None:
-            raise LayoutError(self.irregular("leaves rows out before it has evaluated them all"))
         self.stale = True
 
         def insert(tensors: list[Tensor]) -> Tensor:
@@ -345,6 +338,7 @@ class Driver:
         part = self.part_of(mixed, sample)
         batch = len(part)
         calls = tuple(m.rows // batch for m in made)
+        self.most_branches = max(self.most_branches, sum(calls))
         if any(m.rows % batch for m in made) or (self.run and self.run.batch != batch):
             raise LayoutError(self.irregular(f"steps {batch} samples"))
         pattern = self.pattern
@@ -371,7 +365,7 @@ class Driver:
                     run, pattern, self.branches_of(made, pattern, whole), part, x_t
                 )
         record = run.trace.steps[-1]
-        if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
+        if sum(calls) > 1 and (fresh or self.more or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
         if guided is part:
             return mixed
@@ -540,7 +534,8 @@ class Driver:
         if run.all_skipped:
             return run.reused(x_t)
         estimates = any(d.estimates for d in run.decisions)
-        if not run.rows and not estimates and not run.skipped and not self.stale:
+        filled = self.planned and not self.stale  # samples without guidance, with their cond
+        if not run.rows and not estimates and not run.skipped and filled:
             return run.combine(part, None, 1.0, x_t, own=part)
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
@@ -576,14 +571,13 @@ class Driver:
             active = [row for row in range(run.batch) if row not in run.skipped]
             index = row_index(active, cond.device)
             cond = run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
-        rows = run.rows
-        evaluated: Tensor | None = uncond if rows else None
-        if rows and len(rows) < run.batch:
-            evaluated = uncond[row_index(rows, uncond.device)]
+        evaluated: Tensor | None = uncond
         own: Tensor | None = part
-        if self.stale:
-            index = row_index(rows, part.device)
-            own = cond.index_copy(0, index, part[index]) if rows else None
+        if not run.rows:
+            evaluated = own = None
+        elif len(run.rows) < run.batch:
+            index = row_index(run.rows, part.device)
+            evaluated, own = uncond[index], cond.index_copy(0, index, part[index])
         norm = pattern.norm
         after = (lambda guided: normed(guided, handed, norm)) if norm else None
         return run.combine(cond, evaluated, w, x_t, own=own, after=after)
@@ -611,22 +605,18 @@ class Driver:
     def start(self, batch: int, pattern: Pattern | None) -> Run:
         """Begin the run: its length, and what can be refused by now."""
         assert self.first_call is not None
-        one_branch = pattern is not None and pattern.branches == 1
-        if one_branch and not self.guidance.policy_alone:
-            if not getattr(self.pipe, "do_classifier_free_guidance", False):
-                raise LayoutError(
-                    f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has "
-                    "nothing to act on: its guidance is off at this scale or without a negative "
-                    "prompt, or built into the network (a distilled model). Policies that skip "
-                    "steps work ('forecast')"
-                )
-            one_branch = False
         total = self.total(self.first_call.timestep)
+        decisions = self.guidance.policy.decisions(total)
+        one_branch = pattern is not None and pattern.branches == 1
+        skips = decisions is None or any(d.skips for d in decisions)
+        if one_branch and not (self.guidance.policy_alone and (skips or self.guidance.is_plain)):
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                raise LayoutError(self.nothing_to_act_on())
+            one_branch = False
         if self.guidance.rule.needs_next_level:
             check_falling_noise(self.scheduler)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.asked)
-        decisions = self.guidance.policy.decisions(total)
         if any(d.skips or d.estimates for d in decisions or ()):
             self.check_others()
         call = self.first_call
@@ -724,12 +714,30 @@ class Driver:
             f"'{self.asked}' cannot go on"
         )
 
+    def nothing_to_act_on(self) -> str:
+        """The message of a pipeline that evaluates one branch."""
+        return (
+            f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has nothing "
+            "to act on: its guidance is off at this scale or without a negative prompt, or built "
+            "into the network (a distilled model). Policies that skip steps work ('forecast')"
+        )
+
     def finish(self) -> None:
-        """Raise what was still on its way from the device."""
-        if self.run is not None:
+        """Raise what was still on its way from the device, or if nothing was guided."""
+        run = self.run
+        if run is not None:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
-            self.run.finish()
+            run.finish()
+        if self.free:
+            return
+        if run is None:
+            raise LayoutError(
+                f"'{self.asked}' found nothing to guide: {type(self.pipe).__name__} has stepped "
+                "its scheduler without a call of its networks in between, or not at all"
+            )
+        if self.most_branches == 1 and not run.one_branch:
+            raise LayoutError(self.nothing_to_act_on())
 
 
 def _plain(processor: Any) -> Any:
@@ -774,9 +782,15 @@ def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]
 
 
 def _positions(scheduler: Any) -> tuple[int, int]:
-    """Where `step` of a scheduler takes the network's output, and the sample."""
-    names = [name for name in inspect.signature(scheduler.step).parameters if name != "self"]
-    return names.index("model_output"), names.index("sample")
+    """Where `step` of a scheduler takes the network's output, and the sample.
+
+    A function put in the place of the method may take anything: then its class says.
+    """
+    for step in (scheduler.step, type(scheduler).step):
+        names = [name for name in inspect.signature(step).parameters if name != "self"]
+        if "model_output" in names and "sample" in names:
+            return names.index("model_output"), names.index("sample")
+    raise LayoutError(f"step of {type(scheduler).__name__} takes no model_output and sample")
 
 
 def _key(pipe: Any, denoisers: tuple[str, ...], options: dict[str, Any]) -> Any:

@@ -39,6 +39,7 @@ NAMES: dict[Layout, str] = {
         KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline
         KandinskyV22InpaintCombinedPipeline""",
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
+    Layout(inner="generation_pipe"): "VisualClozePipeline",
     Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
     Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
     Layout(given=2): "WanImageToVideoPipeline",
