@@ -13,8 +13,19 @@ from ...guidance.device import row_index
 
 # Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
 # and by parts of them.
-SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "num_frames", "sparse_params"}
+SHARED_INPUTS = {
+    "chunk_partition",
+    "img_ids",
+    "ip_adapter_masks",
+    "num_frames",
+    "scale_factor",
+    "sparse_params",
+    "spatio_temporal_guidance_blocks",
+    "txt_ids",
+}
 SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Lists of plain values, one for each sample.
+SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
 
 class RowsError(RuntimeError):
@@ -25,15 +36,16 @@ class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
     Attributes:
+        first: The network's first input, what it denoises.
         listed: Samples come as items of lists, not as rows of tensors.
         rows: Number of rows, of one or more branches.
     """
 
     def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.network, self.args, self.kwargs = network, args, kwargs
-        first = args[0] if args else self[self.names[0]]
-        self.listed = isinstance(first, (list, tuple))
-        self.rows = len(first)
+        self.first = args[0] if args else self[self.names[0]]
+        self.listed = isinstance(self.first, (list, tuple))
+        self.rows = len(self.first)
 
     @property
     def names(self) -> list[str]:
@@ -99,9 +111,11 @@ class _Selection:
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
-                # Sizes and factors come as tuples, what each sample has of its own as a list.
-                whole = whole and isinstance(value, list)
-                return [value[row] for row in self.keep] if whole else value
+                if not whole or isinstance(value, tuple):  # a tuple holds sizes or factors
+                    return value
+                if not self.listed and name not in SAMPLES:
+                    raise RowsError(f"whether the list {name!r} has an item a sample is not known")
+                return [value[row] for row in self.keep]
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,10 @@ from .layouts import Layout, LayoutError
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
     PARTS,
-    Part,
     Pattern,
     effective,
     learn,
+    learn_kept,
     learn_norm,
     normed,
     scale_of,
@@ -39,9 +40,9 @@ ROUNDING = 16.0
 # Calls of a network without a step of the scheduler, after which none is expected any more.
 MANY_CALLS = 64
 
-# (pipeline class, its call's options) -> pattern: for the first step of a later call, which may
-# then leave branches out already.
-_LEARNED: dict[Any, Pattern] = {}
+# Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
+# may then leave branches out already.
+_LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -91,8 +92,9 @@ class Driver:
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
         self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
-        self.key = None if self.free else _key(pipe, options)
-        self.pattern: Pattern | None = None if self.key is None else _LEARNED.get(self.key)
+        self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
+        self.key = _key(pipe, denoisers_of(pipe, layout), options)
+        self.pattern: Pattern | None = self.known.get(self.key)
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
@@ -353,7 +355,8 @@ class Driver:
         if pattern is None:
             pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
-        x_t = self.network_input(sample, part)
+        whole, kept = part, None if pattern is None else pattern.kept
+        part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
         if pattern is None or (pattern.branches == 1 and not run.one_branch):
             guided = self.end_unguided(run, part, x_t, learned_nothing=pattern is None)
         else:
@@ -365,11 +368,19 @@ class Driver:
             else:
                 self.check_pattern(run, pattern)
                 run.branches = pattern.branches
-                guided = self.end_guided(run, pattern, made, part, x_t)
+                guided = self.end_guided(
+                    run, pattern, self.branches_of(made, pattern, whole), part, x_t
+                )
         record = run.trace.steps[-1]
         if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
-        return self.put(guided, mixed, part)
+        if guided is part:
+            return mixed
+        if kept is not None:
+            axis, places = kept
+            index = row_index(places, whole.device)
+            guided = whole.index_copy(axis, index, guided.to(whole.dtype))
+        return self.put(guided, mixed)
 
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
@@ -397,33 +408,30 @@ class Driver:
             sizes[1] = self.layout.channels
         return mixed if sizes == list(mixed.shape) else mixed[tuple(slice(n) for n in sizes)]
 
-    def put(self, guided: Tensor, mixed: Tensor, part: Tensor) -> Tensor:
+    def put(self, guided: Tensor, mixed: Tensor) -> Tensor:
         """What the scheduler steps, with the guided part in its place."""
-        if guided is part:
-            return mixed
         guided = guided.to(mixed.dtype)
-        if part is mixed:
+        if guided.shape == mixed.shape:
             return guided
-        whole = mixed.clone()
-        batch, inside = len(part), tuple(slice(n) for n in part.shape[1:])
+        whole, batch = mixed.clone(), len(guided)
+        block = tuple(slice(n) for n in guided.shape[1:])
         for start in range(0, batch * (2 if self.layout.doubled else 1), batch):
-            whole[(slice(start, start + batch), *inside)] = guided
+            whole[(slice(start, start + batch), *block)] = guided
         return whole
 
-    def branches_of(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
-    ) -> list[Tensor] | None:
+    def branches_of(self, made: list[Made], pattern: Pattern, whole: Tensor) -> list[Tensor] | None:
         """The predictions of every branch as far as they are guided, each with shape (B, \\*).
 
-        None if the pipeline steps something of another shape.
+        None if the pipeline steps something of another shape than `whole`, with shape (B, \\*).
         """
-        batch, found = len(part), []
-        for one, count in zip(made, calls, strict=True):
+        batch, found = len(whole), []
+        for one, count in zip(made, pattern.calls, strict=True):
             for i in range(count):
-                seen = view(one.prediction[i * batch : (i + 1) * batch], part, which)
+                seen = view(one.prediction[i * batch : (i + 1) * batch], whole, pattern.part)
                 if seen is None:
                     return None
-                found.append(seen if seen.dtype == part.dtype else seen.to(part.dtype))
+                seen = inside(seen, pattern.kept)
+                found.append(seen if seen.dtype == whole.dtype else seen.to(whole.dtype))
         return found
 
     def learned(
@@ -436,8 +444,8 @@ class Driver:
             if known is None:
                 return None
             self.patterns[calls] = known
-            if self.key is not None and self.run is None:
-                _LEARNED[self.key] = known
+            if self.run is None:
+                self.known[self.key] = known
         self.pattern = known
         return known
 
@@ -448,7 +456,7 @@ class Driver:
         main, first, alike = self.layout.main, None, False
         added = view(sample, part) if self.layout.preconditioned else None
         for which in PARTS:
-            branches = self.branches_of(made, calls, part, which)
+            branches = self.branches_of(made, Pattern(calls, part=which), part)
             if branches is None:
                 continue
             found = learn(branches, part, calls, main, self.layout.frames, added)
@@ -457,9 +465,14 @@ class Driver:
                 continue
             if found.reason and len(branches) == 2:
                 found = learn_norm(branches, part, calls, main) or found
+            if found.reason and self.layout.given is not None:
+                axis, added_too = self.layout.given, self.layout.preconditioned
+                stepped = view(sample, part)
+                assert stepped is not None
+                found = learn_kept(branches, part, calls, axis, stepped, added_too) or found
             found = replace(found, part=which)
             if not found.reason:
-                return found
+                return self.without_unseen(found, part, sample)
             first = first or found
         if alike:
             return None
@@ -468,6 +481,24 @@ class Driver:
             reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
             return Pattern(calls, main, reason=reason)
         return first
+
+    def without_unseen(self, pattern: Pattern, part: Tensor, sample: Tensor) -> Pattern:
+        """A pattern without places at which the network was given something else than is stepped.
+
+        What it predicts there is thrown away (the first frame of image to video).
+        """
+        axis, call = self.layout.given, self.first_call
+        if axis is None or pattern.kept is not None or call is None or call.listed:
+            return pattern
+        given = view(call.first[: len(part)], part)
+        if given is None:
+            return pattern
+        x_t = self.network_input(sample, part)
+        different = (given - x_t).abs() > 1e-4 * x_t.abs().amax()
+        same = ~different.movedim(axis, 0).flatten(1).any(1)
+        if same.all() or not same.any():
+            return pattern
+        return replace(pattern, kept=(axis, tuple(same.nonzero().flatten().tolist())))
 
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
@@ -499,7 +530,12 @@ class Driver:
             )
 
     def end_guided(
-        self, run: Run, pattern: Pattern, made: list[Made], part: Tensor, x_t: Tensor
+        self,
+        run: Run,
+        pattern: Pattern,
+        branches: list[Tensor] | None,
+        part: Tensor,
+        x_t: Tensor,
     ) -> Tensor:
         """The guided prediction of a step with several branches, with shape (B, \\*)."""
         if run.all_skipped:
@@ -509,7 +545,6 @@ class Driver:
             return run.combine(part, None, 1.0, x_t, own=part)
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
-        branches = self.branches_of(made, pattern.calls, part, pattern.part)
         if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
             branches = [part] * pattern.branches
         if pattern.sign < 0 and not self.layout.preconditioned:
@@ -520,8 +555,7 @@ class Driver:
         measures = estimates or self.detailed or not self.guidance.keeps_combination
         measures = measures or any(d.changes_combination for d in run.decisions)
         if self.layout.preconditioned:
-            sample = view(self.sample, part)
-            assert sample is not None
+            sample = inside(self.sample, pattern.kept)
             *weights, added = weights_of([cond, *others, sample], part)
             scale = sum(weights)
             w = weights[0] / scale
@@ -722,6 +756,13 @@ def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
         network.set_attn_processor(before)
 
 
+def inside(tensor: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
+    """The places of a tensor that are guided."""
+    if kept is None:
+        return tensor
+    return tensor.index_select(kept[0], row_index(kept[1], tensor.device))
+
+
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
     """Number of network calls from the first one, at `timestep`, where a pipeline does not tell."""
     timesteps = scheduler.timesteps
@@ -739,9 +780,9 @@ def _positions(scheduler: Any) -> tuple[int, int]:
     return names.index("model_output"), names.index("sample")
 
 
-def _key(pipe: Any, options: dict[str, Any]) -> Any:
-    """What decides how a call guides: the class, and options as far as they are plain values."""
+def _key(pipe: Any, denoisers: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """What decides how a call guides: its networks, and options as far as they are plain values."""
     plain = (bool, int, float, type(None))
     listed = sorted(options.items(), key=lambda item: item[0])
     values = tuple((n, v if isinstance(v, plain) else type(v)) for n, v in listed if n != "self")
-    return (type(pipe), values)
+    return (*(id(getattr(pipe, name)) for name in denoisers), type(pipe.scheduler)), values

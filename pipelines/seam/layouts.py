@@ -25,6 +25,8 @@ class Layout:
         frames: Axis of the latents along which the guidance scale varies.
         doubled: The pipeline steps every latent twice, once for each branch.
         channels: Number of leading channels that it guides, of those that its scheduler steps.
+        given: Axis of the latents along which places may be given, and are not guided: frames that
+            a video begins with, or their tokens.
         conflicts: Options of the call by which the pipeline goes on from its own combination; they
             are refused beforehand where guided predictions take its place.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
@@ -43,6 +45,7 @@ class Layout:
     frames: int | None = None
     doubled: bool = False
     channels: int | None = None
+    given: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
     preconditioned: bool = False
     whole: bool = False

@@ -41,6 +41,8 @@ class Pattern:
         main: The conditional branch, counted over all calls; None: not known.
         sign: -1 if the pipeline negates what the network returns.
         part: Which part of the network's output is guided.
+        kept: Axis, and the places along it that are guided, where others are given (frames of a
+            picture that a video begins with, tokens of it); None: all.
         norm: What becomes of the norms of tokens.
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
@@ -51,6 +53,7 @@ class Pattern:
     main: int | None = 0
     sign: int = 1
     part: Part = ""
+    kept: tuple[int, tuple[int, ...]] | None = None
     norm: Norm = ""
     reason: str = ""
     residual: float = 0.0
@@ -200,6 +203,59 @@ def learn_norm(
                 if w > 1 and left <= 64 * eps * w:
                     return Pattern(calls, which, sign, norm=norm, residual=left)
     return None
+
+
+def learn_kept(
+    predictions: Sequence[Tensor],
+    mixed: Tensor,
+    calls: tuple[int, ...],
+    axis: int,
+    sample: Tensor,
+    preconditioned: bool,
+) -> Pattern | None:
+    """The pattern of a step in which only some places along an axis are guided, if it is so.
+
+    What is given elsewhere owes nothing to the network.
+
+    Args:
+        predictions, mixed, calls: See `learn`.
+        axis: That of the places.
+        sample: What the scheduler steps, with shape (B, \\*).
+        preconditioned: Whether a multiple of it is added to the predictions.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
+    count = len(predictions)
+
+    def places(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().movedim(axis, 0).flatten(1)
+
+    flat = torch.stack([places(t) for t in (*predictions, sample)], 1)  # (places, count + 1, N)
+    target = places(mixed)
+    size = flat.norm(dim=2).mean(0)  # of a place, on average
+
+    def weigh(flat: Tensor) -> Tensor:
+        return torch.linalg.solve_ex(flat @ flat.mT, (flat @ target[..., None])[..., 0])[0]
+
+    fitted = flat if preconditioned else flat[:, :count]
+    weights = weigh(fitted)
+    rest = (target - torch.einsum("pk,pkn->pn", weights, fitted)).norm(dim=1)
+    allowed = 4 * eps * (weights.abs() * size[: fitted.shape[1]]).sum(1)
+    sums = weights[:, :count].sum(1).abs()
+    exact = (rest <= allowed) & (sums > 0 if preconditioned else (sums - 1).abs() <= 1e-3)
+    if not exact.any() or exact.all():
+        return None
+    kept = exact.nonzero().flatten()
+    *chosen, stepped, target_kept = (
+        t.index_select(axis, kept) for t in (*predictions, sample, mixed)
+    )
+    found = learn(chosen, target_kept, calls, sample=stepped if preconditioned else None)
+    if found is None or found.reason or found.main is None:
+        return None
+    # What is given in part only follows the network's output in part.
+    follows = weigh(flat)[:, found.main].abs()
+    if bool((follows[~exact] > 0.25 * follows[exact].mean()).any()):
+        return replace(found, reason="some of its frames are guided in part only")
+    return replace(found, kept=(axis, tuple(kept.tolist())))
 
 
 def norm_residual(cond: Tensor, uncond: Tensor, mixed: Tensor, norm: Norm) -> tuple[float, float]:

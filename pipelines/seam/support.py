@@ -26,9 +26,9 @@ NAMES: dict[Layout, str] = {
     Layout(channels=3): "LuminaPipeline",
     Layout(preconditioned=True): "PRXPixelPipeline StableDiffusionLatentUpscalePipeline",
     Layout(preconditioned=True, scale_offset=1.0): "Cosmos2TextToImagePipeline",
-    Layout(scale_offset=1.0): """
-        Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Kandinsky3Img2ImgPipeline
-        Kandinsky3Pipeline Krea2Pipeline""",
+    Layout(scale_offset=1.0): "Kandinsky3Img2ImgPipeline Kandinsky3Pipeline Krea2Pipeline",
+    Layout(scale_offset=1.0, given=2): """
+        Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline""",
     Layout(main=0): """
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",
@@ -41,9 +41,12 @@ NAMES: dict[Layout, str] = {
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
     Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
     Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
-    Layout(others="sound"): """
-        Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
-        LTX2InContextPipeline LTX2Pipeline""",
+    Layout(given=2): "WanImageToVideoPipeline",
+    Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
+    Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
+    Layout(others="sound", given=1): """
+        LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline""",
+    Layout(preconditioned=True, scale_offset=1.0, given=2): "Cosmos2VideoToWorldPipeline",
 }
 LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.split()}
 
@@ -56,6 +59,8 @@ REASONS: dict[str, str] = {
     "a cache holds what its network computed for all rows, of every piece of a video": """
         AnyFlowFARPipeline""",
     "its network takes text, pictures and sound as one sequence": "Cosmos3OmniPipeline",
+    "it blends given frames into what is stepped, after its network has seen it": """
+        LTXI2VLongMultiPromptPipeline""",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",

@@ -70,12 +70,17 @@ def cfg_bit_equal(name):
     return True
 
 
+def stopping_at(name, threshold):
+    """Adaptive Guidance in the space that a family has."""
+    return AdaptiveGuidance(threshold, space=FAMILIES[name].space)
+
+
 def parting_policy(pipe, name, **extra):
     """A policy under which the samples of a batch stop at different steps, if there is one."""
-    latents(pipe, name, guidance=AdaptiveGuidance(1.5), **extra)
+    latents(pipe, name, guidance=stopping_at(name, 1.5), **extra)
     gammas = sorted(g for step in pipe.guidance_trace.steps for g in step.gamma.tolist())
     for low, high in zip(gammas, gammas[1:], strict=False):
-        policy = AdaptiveGuidance((low + high) / 2)
+        policy = stopping_at(name, (low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
         stops = len(set(pipe.guidance_trace.nfe))
         if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
@@ -91,7 +96,7 @@ def branches_of(name):
 def ag_rows_ok(name):
     """Whether the rows counted at the network are all branches of the guided steps and the rest."""
     pipe = guided(FAMILIES[name].build())
-    never, at_once = AdaptiveGuidance(1.5), AdaptiveGuidance(-1.0)
+    never, at_once = stopping_at(name, 1.5), stopping_at(name, -1.0)
     batch, branches = FAMILIES[name].max_batch, branches_of(name)
     for policy in (never, at_once, parting_policy(pipe, name)):
         if policy is None:
@@ -244,6 +249,8 @@ class PaperGuidance:
         averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
 
         def denoised(prediction):
+            if self.family.space == "native":
+                return prediction
             if self.family.x0 is not None:
                 return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
             return own_x0(self.scheduler, self.index, prediction, x)
@@ -409,7 +416,7 @@ def apg_error(name):
     """Relative difference between the guided pipeline and the stock one led by the paper."""
     family = FAMILIES[name]
     eta, r, beta = 0.2, 2.0, -0.6
-    rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
+    rule = APG(eta, r, beta, threshold_unit="l2", space=family.space)
     ours = run(guided(family.build()), paper_call(name) | {"guidance": rule})[0]
     values = (ours, led(name, eta, r, beta)[0], run(family.build(), paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
