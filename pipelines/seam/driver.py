@@ -683,8 +683,7 @@ class Driver:
         if left > ROUNDING:
             raise LayoutError(
                 f"{name} changed the way it combines its branches at step {step}, under "
-                f"'{self.asked}': at the scale {w:.3g}, {left:.3g} times more than rounding is left "
-                "over"
+                f"'{self.asked}': at the scale {w:.3g} is left {left:.3g} times more than rounding"
             )
         if w < 1 - 1e-2 and not self.guidance.keeps_combination:
             raise LayoutError(

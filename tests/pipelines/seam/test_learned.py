@@ -32,7 +32,7 @@ CLOSE = 1e-5  # what is measured in float32 of what was given: rounding of some 
 
 
 def led_error(family, pipe, call, oracle=PaperGuidance):
-    """Relative difference between APG on `pipe` and the family's stock pipeline led by the paper."""
+    """Relative difference between APG on `pipe` and the stock pipeline led by the paper."""
     eta, r, beta = APG_SETTINGS
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     ours, plain = pipe(**call(), guidance=rule)[0], pipe(**call())[0]
@@ -397,7 +397,7 @@ def test_a_conditional_branch_whose_weight_becomes_one():
     extra = attribute_changer(1, _guidance_scale=1.0)
     stock = latents(pipe, name, **extra)
     for guidance in ("apg", Watching()):
-        with pytest.raises(LayoutError, match="at step 2, .*: at the scale 1, "):
+        with pytest.raises(LayoutError, match="at step 2, .*: at the scale 1 is left"):
             latents(pipe, name, guidance=guidance, **extra)
     for guidance in ("cfg", AdaptiveGuidance(1.5)):
         assert equal(stock, latents(pipe, name, guidance=guidance, **extra))
