@@ -23,6 +23,7 @@ from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
     PARTS,
     Pattern,
+    effective,
     learn,
     learn_kept,
     learn_norm,
@@ -556,16 +557,15 @@ class Driver:
             self.look(run, w, 0.0)
             cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
         elif len(others) > 1:
-            w = weights_of(branches, part)[pattern.main]
-            self.look(run, w, 0.0)
+            uncond, w, left = effective(cond, others, part)
+            if measures:
+                self.look(run, w, left)
         elif pattern.norm and measures:
             w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
             self.look(run, w, 0.0)
         elif measures and not pattern.reason:
             w, left = scale_of(cond, uncond, part, self.layout.frames)
             self.look(run, w, left)
-        if len(others) > 1:
-            uncond = cond - (part - cond) / (w - 1)
         handed = cond
         if run.skipped:
             active = [row for row in range(run.batch) if row not in run.skipped]
@@ -673,7 +673,7 @@ class Driver:
         if left > ROUNDING:
             raise LayoutError(
                 f"{name} changed the way it combines its branches at step {step}, under "
-                f"'{self.asked}': {left:.3g} times more than rounding is left over"
+                f"'{self.asked}': at the scale {w:.3g} is left {left:.3g} times more than rounding"
             )
         if w < 1 - 1e-2 and not self.guidance.keeps_combination:
             raise LayoutError(
