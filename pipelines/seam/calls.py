@@ -106,8 +106,8 @@ class _Selection:
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)
-        if isinstance(value, Mapping):
-            return type(value)({key: self(item, key) for key, item in value.items()})
+        if isinstance(value, dict):
+            return {key: self(item, key) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):

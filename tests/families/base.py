@@ -68,6 +68,7 @@ class Family:
             the denoised image, where the scheduler is not handed what the network predicts.
         steps: keyword arguments of the network -> whether this call is a branch of a step.
         latents: Argument of the network that holds what is denoised, if it is not the first.
+        together: A branch is evaluated for all samples of a call or for none.
         space: Where rules can act: "native" if the scheduler's noise levels say nothing of x0.
         max_batch: How many samples a call can have, up to 3.
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
@@ -94,6 +95,7 @@ class Family:
     x0: Callable[..., Tensor] | None = None
     steps: Callable[[dict], bool] = lambda kwargs: True
     latents: str = ""
+    together: bool = False
     space: str = "x0"
     max_batch: int = 3
     scheduler: str = "scheduler"
@@ -104,7 +106,7 @@ FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
     *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
-    *("norm_axis", "second", "scheduler", "space"),
+    *("norm_axis", "second", "scheduler", "space", "together"),
 )
 
 

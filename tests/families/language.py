@@ -359,6 +359,7 @@ QWEN_21 = {
     TRANSFORMER,
     level_call,
     **QWEN_21,
+    together=True,
 )
 def qwen_image_21() -> dict:
     """The first step fills a cache for each branch, the later ones read it; no norm is matched.
@@ -404,6 +405,7 @@ family(
     TRANSFORMER,
     qwen_21_edit_call,
     **QWEN_21,
+    together=True,
 )(qwen_image_21)
 
 

@@ -82,8 +82,9 @@ def parting_policy(pipe, name, **extra):
     for low, high in zip(gammas, gammas[1:], strict=False):
         policy = stopping_at(name, (low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        stops = len(set(pipe.guidance_trace.nfe))
-        if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
+        steps = pipe.guidance_trace.steps
+        guided_steps = {sum(row in step.rows for step in steps) for row in range(3)}
+        if len(guided_steps) > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
 
@@ -106,7 +107,10 @@ def ag_rows_ok(name):
         trace = pipe.guidance_trace
         steps = len(trace.steps)
         guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
-        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
+        evaluated = guided_steps
+        if FAMILIES[name].together:
+            evaluated = [max(guided_steps)] * batch
+        if trace.nfe != [branches * k + (steps - k) for k in evaluated]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
