@@ -197,13 +197,12 @@ def scale_of(
     """
     eps = max(torch.finfo(t.dtype).eps for t in (cond, mixed))
     if frames is not None:
-        return _scale_by_frame(
-            *(accumulate(t.detach()) for t in (cond, uncond, mixed)), frames, eps
-        )
-    parts = [sample_of(t.detach()) for t in (cond, uncond, mixed)]
+        c, u, m = (accumulate(t.detach()) for t in (cond, uncond, mixed))
+        return _scale_by_frame(c, u, m, frames, eps)
+    c, u, m = (sample_of(t.detach()) for t in (cond, uncond, mixed))
     if cond.device.type == "cpu" and cond.dtype != torch.bfloat16:
-        return _scale_on_host(*(t.numpy() for t in parts), eps)
-    c, u, m = (accumulate(t) for t in parts)
+        return _scale_on_host(c.numpy(), u.numpy(), m.numpy(), eps)
+    c, u, m = (accumulate(t) for t in (c, u, m))
     d, r = c - u, m - u
     square = (d * d).sum()
     w = ((r * d).sum() / square).where(square > 0, 1)
