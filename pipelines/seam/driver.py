@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
     PARTS,
     Pattern,
+    effective,
     learn,
     learn_kept,
     learn_norm,
@@ -38,9 +40,9 @@ ROUNDING = 16.0
 # Calls of a network without a step of the scheduler, after which none is expected any more.
 MANY_CALLS = 64
 
-# (pipeline class, its call's options) -> pattern: for the first step of a later call, which may
-# then leave branches out already.
-_LEARNED: dict[Any, Pattern] = {}
+# Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
+# may then leave branches out already.
+_LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -90,8 +92,9 @@ class Driver:
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
         self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
-        self.key = None if self.free else _key(pipe, options)
-        self.pattern: Pattern | None = None if self.key is None else _LEARNED.get(self.key)
+        self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
+        self.key = _key(pipe, denoisers_of(pipe, layout), options)
+        self.pattern: Pattern | None = self.known.get(self.key)
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
@@ -435,8 +438,8 @@ class Driver:
             if known is None:
                 return None
             self.patterns[calls] = known
-            if self.key is not None and self.run is None:
-                _LEARNED[self.key] = known
+            if self.run is None:
+                self.known[self.key] = known
         self.pattern = known
         return known
 
@@ -463,7 +466,7 @@ class Driver:
                 found = learn_kept(branches, part, calls, axis, stepped, added_too) or found
             found = replace(found, part=which)
             if not found.reason:
-                return found
+                return self.without_unseen(found, part, sample)
             first = first or found
         if alike:
             return None
@@ -472,6 +475,24 @@ class Driver:
             reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
             return Pattern(calls, main, reason=reason)
         return first
+
+    def without_unseen(self, pattern: Pattern, part: Tensor, sample: Tensor) -> Pattern:
+        """A pattern without places at which the network was given something else than is stepped.
+
+        What it predicts there is thrown away (the first frame of image to video).
+        """
+        axis, call = self.layout.given, self.first_call
+        if axis is None or pattern.kept is not None or call is None or call.listed:
+            return pattern
+        given = view(call.first[: len(part)], part)
+        if given is None:
+            return pattern
+        x_t = self.network_input(sample, part)
+        different = (given - x_t).abs() > 1e-4 * x_t.abs().amax()
+        same = ~different.movedim(axis, 0).flatten(1).any(1)
+        if same.all() or not same.any():
+            return pattern
+        return replace(pattern, kept=(axis, tuple(same.nonzero().flatten().tolist())))
 
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
@@ -536,16 +557,15 @@ class Driver:
             self.look(run, w, 0.0)
             cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
         elif len(others) > 1:
-            w = weights_of(branches, part)[pattern.main]
-            self.look(run, w, 0.0)
+            uncond, w, left = effective(cond, others, part)
+            if measures:
+                self.look(run, w, left)
         elif pattern.norm and measures:
             w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
             self.look(run, w, 0.0)
         elif measures and not pattern.reason:
             w, left = scale_of(cond, uncond, part, self.layout.frames)
             self.look(run, w, left)
-        if len(others) > 1:
-            uncond = cond - (part - cond) / (w - 1)
         handed = cond
         if run.skipped:
             active = [row for row in range(run.batch) if row not in run.skipped]
@@ -653,7 +673,7 @@ class Driver:
         if left > ROUNDING:
             raise LayoutError(
                 f"{name} changed the way it combines its branches at step {step}, under "
-                f"'{self.asked}': {left:.3g} times more than rounding is left over"
+                f"'{self.asked}': at the scale {w:.3g} is left {left:.3g} times more than rounding"
             )
         if w < 1 - 1e-2 and not self.guidance.keeps_combination:
             raise LayoutError(
@@ -773,9 +793,9 @@ def _positions(scheduler: Any) -> tuple[int, int]:
     raise LayoutError(f"step of {type(scheduler).__name__} takes no model_output and sample")
 
 
-def _key(pipe: Any, options: dict[str, Any]) -> Any:
-    """What decides how a call guides: the class, and options as far as they are plain values."""
+def _key(pipe: Any, denoisers: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """What decides how a call guides: its networks, and options as far as they are plain values."""
     plain = (bool, int, float, type(None))
     listed = sorted(options.items(), key=lambda item: item[0])
     values = tuple((n, v if isinstance(v, plain) else type(v)) for n, v in listed if n != "self")
-    return (type(pipe), values)
+    return (*(id(getattr(pipe, name)) for name in denoisers), type(pipe.scheduler)), values

@@ -42,6 +42,7 @@ NAMES: dict[Layout, str] = {
     Layout(inner="generation_pipe"): "VisualClozePipeline",
     Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
     Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
+    Layout(given=2): "WanImageToVideoPipeline",
     Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
     Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
     Layout(others="sound", given=1): """
