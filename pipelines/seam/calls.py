@@ -36,15 +36,16 @@ class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
     Attributes:
+        first: The network's first input, what it denoises.
         listed: Samples come as items of lists, not as rows of tensors.
         rows: Number of rows, of one or more branches.
     """
 
     def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.network, self.args, self.kwargs = network, args, kwargs
-        first = args[0] if args else self[self.names[0]]
-        self.listed = isinstance(first, (list, tuple))
-        self.rows = len(first)
+        self.first = args[0] if args else self[self.names[0]]
+        self.listed = isinstance(self.first, (list, tuple))
+        self.rows = len(self.first)
 
     @property
     def names(self) -> list[str]:
