@@ -79,7 +79,7 @@ def z_control_inpaint_call(batch: int, negative: bool, **extra) -> dict:
     "ZImageControlNetPipeline",
     *Z_VARIANT,
     z_control_call,
-    together=True,
+    whole=True,
     **Z_GUIDES,
 )
 def z_image_controlnet(channels: int = 4) -> dict:
@@ -102,7 +102,7 @@ family(
     "ZImageControlNetInpaintPipeline",
     *Z_VARIANT,
     z_control_inpaint_call,
-    together=True,
+    whole=True,
     **Z_GUIDES,
 )(partial(z_image_controlnet, channels=9))
 
