@@ -24,6 +24,8 @@ SHARED_INPUTS = {
     "txt_ids",
 }
 SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Inputs with samples along their second dimension.
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}
 # Lists of plain values, one for each sample.
 SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
@@ -110,6 +112,8 @@ class _Selection:
         if name in SHARED_INPUTS or any(part in str(name) for part in SHARED_PARTS):
             return value
         if isinstance(value, Tensor):
+            if name in LAYERS_FIRST:
+                return self._of_tensor(value.transpose(0, 1)).transpose(0, 1)
             return self._of_tensor(value)
         if _is_by_row(value):
             return {new: value[row] for new, row in enumerate(self.keep) if row in value}
