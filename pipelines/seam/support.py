@@ -66,7 +66,8 @@ REASONS: dict[str, str] = {
         LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL""",
     "its network is a session of ONNX Runtime on arrays, not a module": """
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline
-        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline StableDiffusionOnnxPipeline""",
+        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline
+        StableDiffusionOnnxPipeline""",
     "it does not run beside transformers 5 (its own Q-Former fails before the loop)": """
         BlipDiffusionControlNetPipeline""",
     "it raises a TypeError of its own in diffusers 0.42": "EasyAnimateControlPipeline",
