@@ -387,11 +387,7 @@ class Driver:
             self.run = run = self.new_run(batch, self.total(self.scheduler_timestep), mixed.device)
         elif self.is_over(run):
             run = self.next_run(run, self.scheduler_timestep)
-        run.plan()
-        if sum(m.rows for m in made) <= batch:
-            run.unguided(mixed, sample)
-        else:
-            run.combine(mixed, mixed, 1.0, sample, own=mixed)
+        run.count(mixed, guided=sum(m.rows for m in made) > batch)
         return mixed
 
     def part_of(self, mixed: Tensor, sample: Tensor) -> Tensor:
