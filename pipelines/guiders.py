@@ -242,15 +242,15 @@ class Guider(BaseGuidance):
                 f"{[tuple(pred.shape) for pred in (pred_cond, pred_uncond) if pred is not None]}"
             )
         x_t = pred_cond if self._is_free else self._network_input(pred_cond)  # free: never read
-        kept = pred_uncond
-        if pred_uncond is not None and len(rows) < run.batch:
-            kept = pred_uncond[row_index(rows, pred_uncond.device)]
-        scale = self.guidance_scale
+        kept, own, scale = pred_uncond, None, self.guidance_scale
         if self.num_conditions == 1:
             run.unguided(pred_cond, x_t)
             pred = pred_cond
         else:
-            own = None if pred_uncond is None else cfg(pred_cond, pred_uncond, scale)
+            if pred_uncond is not None and len(rows) < run.batch:
+                kept = pred_uncond[row_index(rows, pred_uncond.device)]
+            elif pred_uncond is not None:
+                own = cfg(pred_cond, pred_uncond, scale)
             pred = run.combine(pred_cond, kept, scale, x_t, own=own)
         self._rows = self._level = self._sample = None
         self._shared.end_step()

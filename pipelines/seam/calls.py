@@ -38,13 +38,14 @@ class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
     Attributes:
+        first: The network's first input, what it denoises.
         listed: Samples come as items of lists, not as rows of tensors.
         rows: Number of rows, of one or more branches.
     """
 
     def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.network, self.args, self.kwargs = network, args, kwargs
-        first = args[0] if args else self[self.names[0]]
+        first = self.first = args[0] if args else self[self.names[0]]
         self.listed = isinstance(first, (list, tuple))
         self.rows = len(first) if self.listed else first.shape[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
     PARTS,
     Pattern,
+    effective,
     learn,
     learn_kept,
     learn_norm,
@@ -38,9 +40,9 @@ ROUNDING = 16.0
 # Calls of a network without a step of the scheduler, after which none is expected any more.
 MANY_CALLS = 64
 
-# (pipeline class, its call's options) -> pattern: for the first step of a later call, which may
-# then leave branches out already.
-_LEARNED: dict[Any, Pattern] = {}
+# Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
+# may then leave branches out already.
+_LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -90,13 +92,16 @@ class Driver:
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
         self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
-        self.key = None if self.free else _key(pipe, options)
-        self.pattern: Pattern | None = None if self.key is None else _LEARNED.get(self.key)
+        self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
+        self.key = _key(pipe, denoisers_of(pipe, layout), options)
+        self.pattern: Pattern | None = self.known.get(self.key)
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
+        self.most_branches = 0  # of any step
         self.planned = False
-        self.stale = False  # rows of this step have predictions of an earlier one
+        self.stale = False  # rows without guidance have another prediction than their cond
+        self.more = False  # more was evaluated than the policy wanted
         self.scheduler_timestep: Any = None
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
@@ -134,7 +139,7 @@ class Driver:
 
     def begin_step(self, call: Call) -> None:
         """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
-        self.first_call, self.planned, self.stale = call, False, False
+        self.first_call, self.planned, self.stale, self.more = call, False, False, False
         run, pattern = self.run, self.pattern
         if run is None:
             if pattern is None or call.rows % pattern.calls[0]:
@@ -179,24 +184,19 @@ class Driver:
         active, guided = self.wanted(run)
         wanted = [active if start + i == pattern.main else guided for i in range(count)]
         keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
-        if len(keep) == call.rows:
+        main = -1 if pattern.main is None else pattern.main - start
+        estimated = any(d.estimates for d in run.decisions)
+        has_cond = 0 <= main < count and len(wanted[main]) == batch and not estimated
+        last = self.last[place] if place < len(self.last) else None
+        if len(keep) == call.rows or (last is None and not has_cond):
+            if len(keep) < call.rows:  # there is nothing to fill in yet
+                self.stale = self.more = True
             output = call()
             return Made(call.rows, output, prediction_of(output))
-        last = self.last[place] if place < len(self.last) else None
-        if not keep:
-            if last is None:
-                raise LayoutError(self.irregular("has no prediction that a skipped call can give"))
+        if not keep and last is not None:
             return self.filled(last, pattern, start, count)
         output = self.rows_of(call, keep)
-        estimated = any(d.estimates for d in run.decisions)
-        output = self.complete(
-            output,
-            keep,
-            wanted,
-            -1 if pattern.main is None else pattern.main - start,
-            estimated,
-            last,
-        )
+        output = self.complete(output, keep, wanted, main, None if has_cond else last)
         return Made(call.rows, output, prediction_of(output))
 
     def wanted(self, run: Run) -> tuple[list[int], list[int]]:
@@ -239,19 +239,17 @@ class Driver:
         keep: list[int],
         wanted: list[list[int]],
         main: int,
-        estimated: bool,
         last: Made | None,
     ) -> Any:
         """An output of all rows of a call, of one that has the rows `keep`.
 
         Rows that were not evaluated are given the conditional prediction, so that what the pipeline
         makes of both is that again; where the scale is to be measured on them, and where there is
-        no conditional prediction, what they had last.
+        no conditional prediction, what they had last: `last`.
         """
         assert self.run is not None
-        batch, count = self.run.batch, len(wanted)
-        known = 0 <= main < count and len(wanted[main]) == batch
-        if known and not estimated:
+        batch = self.run.batch
+        if last is None:
             begin = sum(map(len, wanted[:main]))
 
             def fill(tensors: list[Tensor]) -> Tensor:
@@ -267,8 +265,6 @@ class Driver:
                 return torch.cat(parts)
 
             return with_rows([output], fill, [len(keep)])
-        if last is None:
-            raise LayoutError(self.irregular("leaves rows out before it has evaluated them all"))
         self.stale = True
 
         def insert(tensors: list[Tensor]) -> Tensor:
@@ -343,6 +339,7 @@ class Driver:
         part = self.part_of(mixed, sample)
         batch = len(part)
         calls = tuple(m.rows // batch for m in made)
+        self.most_branches = max(self.most_branches, sum(calls))
         if any(m.rows % batch for m in made) or (self.run and self.run.batch != batch):
             raise LayoutError(self.irregular(f"steps {batch} samples"))
         pattern = self.pattern
@@ -369,7 +366,7 @@ class Driver:
                     run, pattern, self.branches_of(made, pattern, whole), part, x_t
                 )
         record = run.trace.steps[-1]
-        if sum(calls) > 1 and (fresh or (self.layout.whole and record.rows)):
+        if sum(calls) > 1 and (fresh or self.more or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
         if guided is part:
             return mixed
@@ -437,8 +434,8 @@ class Driver:
             if known is None:
                 return None
             self.patterns[calls] = known
-            if self.key is not None and self.run is None:
-                _LEARNED[self.key] = known
+            if self.run is None:
+                self.known[self.key] = known
         self.pattern = known
         return known
 
@@ -465,7 +462,7 @@ class Driver:
                 found = learn_kept(branches, part, calls, axis, stepped, added_too) or found
             found = replace(found, part=which)
             if not found.reason:
-                return found
+                return self.without_unseen(found, part, sample)
             first = first or found
         if alike:
             return None
@@ -474,6 +471,24 @@ class Driver:
             reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
             return Pattern(calls, main, reason=reason)
         return first
+
+    def without_unseen(self, pattern: Pattern, part: Tensor, sample: Tensor) -> Pattern:
+        """A pattern without places at which the network was given something else than is stepped.
+
+        What it predicts there is thrown away (the first frame of image to video).
+        """
+        axis, call = self.layout.given, self.first_call
+        if axis is None or pattern.kept is not None or call is None or call.listed:
+            return pattern
+        given = view(call.first[: len(part)], part)
+        if given is None:
+            return pattern
+        x_t = self.network_input(sample, part)
+        different = (given - x_t).abs() > 1e-4 * x_t.abs().amax()
+        same = ~different.movedim(axis, 0).flatten(1).any(1)
+        if same.all() or not same.any():
+            return pattern
+        return replace(pattern, kept=(axis, tuple(same.nonzero().flatten().tolist())))
 
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
@@ -516,7 +531,8 @@ class Driver:
         if run.all_skipped:
             return run.reused(x_t)
         estimates = any(d.estimates for d in run.decisions)
-        if not run.rows and not estimates and not run.skipped and not self.stale:
+        filled = self.planned and not self.stale  # samples without guidance, with their cond
+        if not run.rows and not estimates and not run.skipped and filled:
             return run.combine(part, None, 1.0, x_t, own=part)
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
@@ -537,29 +553,27 @@ class Driver:
             self.look(run, w, 0.0)
             cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
         elif len(others) > 1:
-            w = weights_of(branches, part)[pattern.main]
-            self.look(run, w, 0.0)
+            uncond, w, left = effective(cond, others, part)
+            if measures:
+                self.look(run, w, left)
         elif pattern.norm and measures:
             w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
             self.look(run, w, 0.0)
         elif measures and not pattern.reason:
             w, left = scale_of(cond, uncond, part, self.layout.frames)
             self.look(run, w, left)
-        if len(others) > 1:
-            uncond = cond - (part - cond) / (w - 1)
         handed = cond
         if run.skipped:
             active = [row for row in range(run.batch) if row not in run.skipped]
             index = row_index(active, cond.device)
             cond = run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
-        rows = run.rows
-        evaluated: Tensor | None = uncond if rows else None
-        if rows and len(rows) < run.batch:
-            evaluated = uncond[row_index(rows, uncond.device)]
+        evaluated: Tensor | None = uncond
         own: Tensor | None = part
-        if self.stale:
-            index = row_index(rows, part.device)
-            own = cond.index_copy(0, index, part[index]) if rows else None
+        if not run.rows:
+            evaluated = own = None
+        elif len(run.rows) < run.batch:
+            index = row_index(run.rows, part.device)
+            evaluated, own = uncond[index], cond.index_copy(0, index, part[index])
         norm = pattern.norm
         after = (lambda guided: normed(guided, handed, norm)) if norm else None
         return run.combine(cond, evaluated, w, x_t, own=own, after=after)
@@ -587,22 +601,18 @@ class Driver:
     def start(self, batch: int, pattern: Pattern | None) -> Run:
         """Begin the run: its length, and what can be refused by now."""
         assert self.first_call is not None
-        one_branch = pattern is not None and pattern.branches == 1
-        if one_branch and not self.guidance.policy_alone:
-            if not getattr(self.pipe, "do_classifier_free_guidance", False):
-                raise LayoutError(
-                    f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has "
-                    "nothing to act on: its guidance is off at this scale or without a negative "
-                    "prompt, or built into the network (a distilled model). Policies that skip "
-                    "steps work ('forecast')"
-                )
-            one_branch = False
         total = self.total(self.first_call.timestep)
+        decisions = self.guidance.policy.decisions(total)
+        one_branch = pattern is not None and pattern.branches == 1
+        skips = decisions is None or any(d.skips for d in decisions)
+        if one_branch and not (self.guidance.policy_alone and (skips or self.guidance.is_plain)):
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                raise LayoutError(self.nothing_to_act_on())
+            one_branch = False
         if self.guidance.rule.needs_next_level:
             check_falling_noise(self.scheduler)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.asked)
-        decisions = self.guidance.policy.decisions(total)
         if any(d.skips or d.estimates for d in decisions or ()):
             self.check_others()
         call = self.first_call
@@ -659,7 +669,7 @@ class Driver:
         if left > ROUNDING:
             raise LayoutError(
                 f"{name} changed the way it combines its branches at step {step}, under "
-                f"'{self.asked}': {left:.3g} times more than rounding is left over"
+                f"'{self.asked}': at the scale {w:.3g} is left {left:.3g} times more than rounding"
             )
         if w < 1 - 1e-2 and not self.guidance.keeps_combination:
             raise LayoutError(
@@ -700,12 +710,30 @@ class Driver:
             f"'{self.asked}' cannot go on"
         )
 
+    def nothing_to_act_on(self) -> str:
+        """The message of a pipeline that evaluates one branch."""
+        return (
+            f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has nothing "
+            "to act on: its guidance is off at this scale or without a negative prompt, or built "
+            "into the network (a distilled model). Policies that skip steps work ('forecast')"
+        )
+
     def finish(self) -> None:
-        """Raise what was still on its way from the device."""
-        if self.run is not None:
+        """Raise what was still on its way from the device, or if nothing was guided."""
+        run = self.run
+        if run is not None:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
-            self.run.finish()
+            run.finish()
+        if self.free:
+            return
+        if run is None:
+            raise LayoutError(
+                f"'{self.asked}' found nothing to guide: {type(self.pipe).__name__} has stepped "
+                "its scheduler without a call of its networks in between, or not at all"
+            )
+        if self.most_branches == 1 and not run.one_branch:
+            raise LayoutError(self.nothing_to_act_on())
 
 
 def _plain(processor: Any) -> Any:
@@ -750,14 +778,20 @@ def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]
 
 
 def _positions(scheduler: Any) -> tuple[int, int]:
-    """Where `step` of a scheduler takes the network's output, and the sample."""
-    names = [name for name in inspect.signature(scheduler.step).parameters if name != "self"]
-    return names.index("model_output"), names.index("sample")
+    """Where `step` of a scheduler takes the network's output, and the sample.
+
+    A function put in the place of the method may take anything: then its class says.
+    """
+    for step in (scheduler.step, type(scheduler).step):
+        names = [name for name in inspect.signature(step).parameters if name != "self"]
+        if "model_output" in names and "sample" in names:
+            return names.index("model_output"), names.index("sample")
+    raise LayoutError(f"step of {type(scheduler).__name__} takes no model_output and sample")
 
 
-def _key(pipe: Any, options: dict[str, Any]) -> Any:
-    """What decides how a call guides: the class, and options as far as they are plain values."""
+def _key(pipe: Any, denoisers: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """What decides how a call guides: its networks, and options as far as they are plain values."""
     plain = (bool, int, float, type(None))
     listed = sorted(options.items(), key=lambda item: item[0])
     values = tuple((n, v if isinstance(v, plain) else type(v)) for n, v in listed if n != "self")
-    return (type(pipe), values)
+    return (*(id(getattr(pipe, name)) for name in denoisers), type(pipe.scheduler)), values

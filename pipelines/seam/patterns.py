@@ -345,6 +345,38 @@ def scale_of(
     return w, left / rounding.clamp(min=1e-30)
 
 
+def effective(
+    cond: Tensor, others: Sequence[Tensor], mixed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The effective unconditional prediction of more than two branches.
+
+    Args:
+        cond: The conditional prediction, with shape (B, \*).
+        others: The others, each with shape (B, \*).
+        mixed: What the pipeline made of them, with shape (B, \*).
+
+    Returns:
+        :math:`\tilde u`, with shape (B, \*); w, a 0-d tensor on the device; and what is left over,
+        as of `scale_of`: at w = 1, all that is added.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in (cond, mixed))
+    wide = torch.float64 if mixed.device.type != "mps" else torch.float32
+    samples = [sample_of(t.detach()).to(wide).flatten() for t in (cond, mixed, *others)]
+    c, added = samples[0], samples[1] - samples[0]
+    away = torch.stack([c - other for other in samples[2:]])
+    gram = away @ away.T
+    # Branches that are equal share a weight, all that are equal to c have none.
+    gram.diagonal().add_(gram.trace() * 10 * torch.finfo(wide).eps + torch.finfo(wide).tiny)
+    weights, _ = torch.linalg.solve_ex(gram, away @ added)
+    w = 1 + weights.sum()
+    none = (w - 1).abs() < 1e-3
+    rest = added - (weights @ away).where(~none, 0)
+    rounding = eps * (1 + 2 * weights.abs().sum()) * 2 * torch.linalg.vector_norm(c)
+    left = torch.linalg.vector_norm(rest) / rounding.clamp(min=1e-30)
+    w = w.to(accumulate(mixed).dtype)
+    return cond - (mixed - cond) / (w - 1).where(~none, 1).to(cond.dtype), w, left
+
+
 def weights_of(predictions: Sequence[Tensor], mixed: Tensor) -> Tensor:
     """The weights of some tensors in what a pipeline made of them, with shape (n,), on the device.
 

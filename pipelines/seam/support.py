@@ -39,8 +39,10 @@ NAMES: dict[Layout, str] = {
         KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline
         KandinskyV22InpaintCombinedPipeline""",
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
+    Layout(inner="generation_pipe"): "VisualClozePipeline",
     Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
     Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
+    Layout(given=2): "WanImageToVideoPipeline",
     Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
     Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
     Layout(others="sound", given=1): """

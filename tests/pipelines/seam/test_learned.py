@@ -32,7 +32,7 @@ CLOSE = 1e-5  # what is measured in float32 of what was given: rounding of some 
 
 
 def led_error(family, pipe, call, oracle=PaperGuidance):
-    """Relative difference between APG on `pipe` and the family's stock pipeline led by the paper."""
+    """Relative difference between APG on `pipe` and the stock pipeline led by the paper."""
     eta, r, beta = APG_SETTINGS
     rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
     ours, plain = pipe(**call(), guidance=rule)[0], pipe(**call())[0]
@@ -372,3 +372,63 @@ def test_perturbed_attention_without_other_guidance(name):
     )
     assert rule.scales == pytest.approx([3.0] * len(rule.scales), rel=CLOSE)
     assert equal(stock, latents(pipe, name, guidance=AdaptiveGuidance(1.5), **extra))
+
+
+def attribute_changer(at, **values):
+    def change(pipe, step, timestep, tensors):
+        if step == at:
+            for name, value in values.items():
+                assert hasattr(pipe, name)
+                setattr(pipe, name, value)
+        return tensors
+
+    return {"callback_on_step_end": change, "num_inference_steps": 4}
+
+
+class StubbornPix2PixPipeline(df.StableDiffusionInstructPix2PixPipeline):
+    """Evaluates all branches at any scale."""
+
+    do_classifier_free_guidance = True
+
+
+def test_a_conditional_branch_whose_weight_becomes_one():
+    """Then what is added to it is guidance at no scale; where nothing is added there is none."""
+    pipe, name = guided(stock_like(StubbornPix2PixPipeline, "pix2pix")), "pix2pix"
+    extra = attribute_changer(1, _guidance_scale=1.0)
+    stock = latents(pipe, name, **extra)
+    for guidance in ("apg", Watching()):
+        with pytest.raises(LayoutError, match="at step 2, .*: at the scale 1 is left"):
+            latents(pipe, name, guidance=guidance, **extra)
+    for guidance in ("cfg", AdaptiveGuidance(1.5)):
+        assert equal(stock, latents(pipe, name, guidance=guidance, **extra))
+    extra = attribute_changer(1, _guidance_scale=1.0, _image_guidance_scale=1.0)
+    rule, stock = Watching(), latents(pipe, name, **extra)
+    found = latents(pipe, name, guidance=rule, **extra)
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    assert rule.scales == pytest.approx([5.0, 5.0, 1.0, 1.0], rel=CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["sd", "sd_pag"])
+def test_a_combination_that_changes_on_the_way(name, batch):
+    """Learned at the first step, looked at again at every one."""
+    pipe, extra = guided(FAMILIES[name].build()), attribute_changer(1, _guidance_rescale=0.7)
+    stock = latents(pipe, name, batch, **extra)
+    assert not equal(stock, latents(pipe, name, batch, num_inference_steps=4))
+    for guidance in ("apg", Watching()):
+        with pytest.raises(LayoutError, match="changed the way it combines its branches at step 2"):
+            latents(pipe, name, batch, guidance=guidance, **extra)
+    assert equal(stock, latents(pipe, name, batch, guidance=AdaptiveGuidance(1.5), **extra))
+
+
+@pytest.mark.parametrize("name", ["sd", "sd_pag", "pix2pix", "late_cond"])
+def test_branches_that_are_equal_in_a_later_call(own, name):
+    """What was learned is kept for calls like it; the weights of equal branches cannot be told."""
+    family = FAMILIES[name]
+    pipe, rule = guided(family.build()), Watching()
+    latents(pipe, name, negative=True, guidance=rule)
+    call = family.call(3, True)
+    same = {"negative_prompt": call["prompt"]}
+    stock, found = (latents(pipe, name, **same, guidance=g) for g in (None, rule))
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    assert latents(pipe, name, **same, guidance="apg+ag").isfinite().all()
