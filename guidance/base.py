@@ -248,7 +248,14 @@ COND = Decision(("cond",))
 
 
 class PolicyState:
-    """What a policy remembers during one run."""
+    """What a policy remembers during one run.
+
+    Attributes:
+        settled: Whether all is decided: from the step decided last on, every sample evaluates its
+            conditional branch alone, and nothing is kept or observed any more.
+    """
+
+    settled: bool = False
 
     def decide(self, step: Step) -> Sequence[Decision]:
         """What every sample does at this step, B decisions."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
 class RowsError(RuntimeError):
     """A network did not give back as many rows as it was asked for."""
+
+
+@dataclass
+class Made:
+    """What one call of the network gave to the pipeline.
+
+    Args:
+        rows: Number of rows.
+        output: As the pipeline has it.
+        prediction: The prediction in it, with shape (rows, \\*).
+    """
+
+    rows: int
+    output: Any
+    prediction: Tensor
 
 
 class Call:
@@ -80,7 +96,7 @@ class Call:
         """
         if keep is None:
             return self.network(*self.args, **self.kwargs)
-        select = _Selection(keep, self.rows, self.listed)
+        select = Selection(keep, self.rows, self.listed)
         named = zip(self.names, self.args, strict=False)
         args = [select(value, name) for name, value in named]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
@@ -91,8 +107,8 @@ class Call:
         return output
 
 
-class _Selection:
-    """Picks rows of the inputs of one call."""
+class Selection:
+    """Picks rows of the inputs of a call, or of many alike."""
 
     def __init__(self, keep: list[int], rows: int, listed: bool) -> None:
         self.keep, self.rows, self.listed = keep, rows, listed

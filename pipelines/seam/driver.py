@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, Run
 from ...guidance.device import LaggedReads, row_index
-from .calls import Call, prediction_of, with_rows
+from .calls import Call, Made, prediction_of, with_rows
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
@@ -33,6 +33,7 @@ from .patterns import (
     view,
     weights_of,
 )
+from .rest import Rest
 from .support import denoisers_of
 
 # What is left of a combination that its branches do not explain, in units of rounding.
@@ -43,21 +44,6 @@ MANY_CALLS = 64
 # Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
 # may then leave branches out already.
 _LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class Made:
-    """What one call of the network gave to the pipeline.
-
-    Args:
-        rows: Number of rows.
-        output: As the pipeline has it.
-        prediction: The prediction in it, with shape (rows, \\*).
-    """
-
-    rows: int
-    output: Any
-    prediction: Tensor
 
 
 class Driver:
@@ -111,6 +97,7 @@ class Driver:
         self.name = ""  # of the network called last
         # What perturbed attention takes the place of.
         self.attention: dict[str, dict[str, Any]] = {}
+        self.rest: Rest | None = None  # once all is decided
         if isinstance(pipe, PAGMixin):
             for name in denoisers_of(pipe, layout):
                 own = getattr(pipe, name).attn_processors
@@ -120,6 +107,12 @@ class Driver:
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
+        if self.rest is not None:
+            made = None if self.made or self.is_over(self.rest.run) else self.rest(network, args, kwargs)
+            if made is not None:
+                self.made.append(made)
+                return made.output
+            self.rest = None  # the pipeline goes on otherwise
         call, self.name = Call(network, args, kwargs), name
         if self.free:
             output = call()
@@ -311,6 +304,9 @@ class Driver:
         if not made:
             self.without_calls()
             return stock(*args, **kwargs)
+        if self.rest is not None:
+            self.rest.run.count(mixed, guided=False)
+            return stock(*args, **kwargs)
         sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
         self.sample = sample
         self.scheduler_timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
@@ -365,6 +361,8 @@ class Driver:
                 guided = self.end_guided(
                     run, pattern, self.branches_of(made, pattern, whole), part, x_t
                 )
+        if run.policy_state.settled and pattern is not None and self.planned:
+            self.settle(run, pattern)
         record = run.trace.steps[-1]
         if sum(calls) > 1 and (fresh or self.more or (self.layout.whole and record.rows)):
             record.unused = [row for row in range(batch) if row not in record.rows]
@@ -375,6 +373,14 @@ class Driver:
             index = row_index(places, whole.device)
             guided = whole.index_copy(axis, index, guided.to(whole.dtype))
         return self.put(guided, mixed)
+
+    def settle(self, run: Run, pattern: Pattern) -> None:
+        """Make ready for a rest of steps that are all alike, where they go the short way."""
+        call = self.first_call
+        alike = len(pattern.calls) == 1 < pattern.branches and pattern.main is not None
+        if alike and not (call.listed or self.attention or self.layout.whole or self.detailed):
+            if not self.guidance.policy.needs_noise:
+                self.rest = Rest(run, pattern, None if call.args else call.names[0])
 
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
