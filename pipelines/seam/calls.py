@@ -6,7 +6,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,21 +34,6 @@ class RowsError(RuntimeError):
     """A network did not give back as many rows as it was asked for."""
 
 
-@dataclass
-class Made:
-    """What one call of the network gave to the pipeline.
-
-    Args:
-        rows: Number of rows.
-        output: As the pipeline has it.
-        prediction: The prediction in it, with shape (rows, \\*).
-    """
-
-    rows: int
-    output: Any
-    prediction: Tensor
-
-
 class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
@@ -61,9 +45,9 @@ class Call:
 
     def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.network, self.args, self.kwargs = network, args, kwargs
-        first = self.first = args[0] if args else self[self.names[0]]
-        self.listed = isinstance(first, (list, tuple))
-        self.rows = len(first) if self.listed else first.shape[0]
+        self.first = args[0] if args else self[self.names[0]]
+        self.listed = isinstance(self.first, (list, tuple))
+        self.rows = len(self.first)
 
     @property
     def names(self) -> list[str]:
@@ -89,14 +73,18 @@ class Call:
 
         What is per sample is told by an input's name and kind: tensors by their first dimension
         (or a multiple of it, where a network is given its text once a frame), lists of tensors
-        likewise, other lists by their own length; what lies deeper in lists is never cut.
+        likewise, other lists by their own length; what lies deeper in lists is never cut. A mapping
+        from rows to places tells how many items of a list belong to each of them.
 
         Raises:
             RowsError: other rows came back than were asked for.
         """
         if keep is None:
             return self.network(*self.args, **self.kwargs)
-        select = Selection(keep, self.rows, self.listed)
+        select = _Selection(keep, self.rows, self.listed)
+        for value in self.kwargs.values():
+            if _is_by_row(value):
+                select.owners = [row for row, places in value.items() for _ in places]
         named = zip(self.names, self.args, strict=False)
         args = [select(value, name) for name, value in named]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
@@ -107,8 +95,8 @@ class Call:
         return output
 
 
-class Selection:
-    """Picks rows of the inputs of a call, or of many alike."""
+class _Selection:
+    """Picks rows of the inputs of one call."""
 
     def __init__(self, keep: list[int], rows: int, listed: bool) -> None:
         self.keep, self.rows, self.listed = keep, rows, listed
@@ -116,6 +104,7 @@ class Selection:
         together = keep == list(range(first, last))
         self.slice = slice(first, last) if together else None
         self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
+        self.owners: list[int] = []  # rows that the items of a list belong to
 
     def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -124,8 +113,10 @@ class Selection:
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)
-        if isinstance(value, Mapping):
-            return type(value)({key: self(item, key) for key, item in value.items()})
+        if _is_by_row(value):
+            return {new: value[row] for new, row in enumerate(self.keep) if row in value}
+        if isinstance(value, dict):
+            return {key: self(item, key) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
@@ -134,6 +125,9 @@ class Selection:
                 if not self.listed and name not in SAMPLES:
                     raise RowsError(f"whether the list {name!r} has an item a sample is not known")
                 return [value[row] for row in self.keep]
+            if self.owners and len(value) == len(self.owners):
+                owned = list(zip(value, self.owners, strict=True))
+                return [item for row in self.keep for item, owner in owned if owner == row]
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(
@@ -154,6 +148,13 @@ class Selection:
             rows = [row * each + i for row in self.keep for i in range(each)]
             self.indices[key] = row_index(rows, value.device)
         return value.index_select(0, self.indices[key])
+
+
+def _is_by_row(value: Any) -> bool:
+    """Whether something is a mapping from rows to lists, of places in their text for instance."""
+    if not (isinstance(value, Mapping) and value):
+        return False
+    return all(isinstance(k, int) and isinstance(v, (list, tuple)) for k, v in value.items())
 
 
 def _parameter_names(network: Any) -> list[str]:
