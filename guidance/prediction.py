@@ -172,7 +172,9 @@ def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
 
 def sum_of(tensor: Tensor) -> Tensor:
     """The sum of all elements, a 0-d tensor: finite if and only if all of them are."""
-    return tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.sum(dtype=torch.float32) if tensor.dtype.itemsize < 4 else tensor.sum()
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Run:
         """
         self.begin()
         self.rows = self.every if guided else []
-        self._record([])
+        self.trace.steps.append(StepRecord(self.step.index, None, self.rows))
         self._look(sum_of(prediction))
 
     @property
