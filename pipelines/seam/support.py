@@ -62,6 +62,12 @@ REASONS: dict[str, str] = {
     "its network takes text, pictures and sound as one sequence": "Cosmos3OmniPipeline",
     "it blends given frames into what is stepped, after its network has seen it": """
         LTXI2VLongMultiPromptPipeline""",
+    "each of its edits is cut out by a mask of its own": """
+        LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL""",
+    "its network does not run in torch": """
+        OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline
+        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline
+        StableDiffusionOnnxPipeline""",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",
