@@ -66,7 +66,8 @@ REASONS: dict[str, str] = {
         LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL""",
     "its network does not run in torch": """
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline
-        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline""",
+        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline
+        StableDiffusionOnnxPipeline""",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",
