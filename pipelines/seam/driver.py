@@ -203,6 +203,8 @@ class Driver:
         """The samples whose conditional branch, and those whose others are evaluated."""
         every = list(range(run.batch))
         active = [row for row in every if row not in run.skipped]
+        if self.pattern is not None and self.pattern.alike:
+            return active, active
         if not self.layout.whole:
             return active, run.rows
         return every if active else [], every if run.rows else []
@@ -345,14 +347,15 @@ class Driver:
         pattern = self.pattern
         if pattern is not None and pattern.calls != calls:
             pattern = self.changed_pattern(pattern, calls)
-        fresh = pattern is None
-        if pattern is None:
+        fresh = pattern is None or pattern.alike
+        if pattern is None or (pattern.alike and self.run and not self.run.skipped):
             pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
-        whole, kept = part, None if pattern is None else pattern.kept
+        run.branches = pattern.branches
+        whole, kept = part, pattern.kept
         part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
-        if pattern is None or (pattern.branches == 1 and not run.one_branch):
-            guided = self.end_unguided(run, part, x_t, learned_nothing=pattern is None)
+        if pattern.alike or (pattern.branches == 1 and not run.one_branch):
+            guided = self.end_unguided(run, part, x_t, learned_nothing=pattern.alike)
         else:
             if not self.planned:
                 assert self.first_call is not None
@@ -361,13 +364,13 @@ class Driver:
                 guided = self.end_unguided(run, part, x_t)
             else:
                 self.check_pattern(run, pattern)
-                run.branches = pattern.branches
                 guided = self.end_guided(
                     run, pattern, self.branches_of(made, pattern, whole), part, x_t
                 )
         record = run.trace.steps[-1]
         if sum(calls) > 1 and (fresh or self.more or (self.layout.whole and record.rows)):
-            record.unused = [row for row in range(batch) if row not in record.rows]
+            counted = {*record.rows, *record.skipped}
+            record.unused = [row for row in range(batch) if row not in counted]
         if guided is part:
             return mixed
         if kept is not None:
@@ -385,7 +388,8 @@ class Driver:
         elif self.is_over(run):
             run = self.next_run(run, self.scheduler_timestep)
         run.plan()
-        if sum(m.rows for m in made) <= batch:
+        run.branches = sum(m.rows for m in made) // batch
+        if run.branches < 2:
             run.unguided(mixed, sample)
         else:
             run.combine(mixed, mixed, 1.0, sample, own=mixed)
@@ -430,16 +434,17 @@ class Driver:
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """The pattern of a step that was evaluated whole; None if it does not tell."""
+    ) -> Pattern:
+        """The pattern of a step that was evaluated whole."""
         known = self.patterns.get(calls)
         if known is None:
             known = Pattern(calls) if sum(calls) == 1 else self.learn(made, calls, part, sample)
             if known is None:
-                return None
-            self.patterns[calls] = known
-            if self.run is None:
-                self.known[self.key] = known
+                known = Pattern(calls, None, alike=True)
+            else:
+                self.patterns[calls] = known
+                if self.run is None:
+                    self.known[self.key] = known
         self.pattern = known
         return known
 
@@ -511,6 +516,11 @@ class Driver:
         guidance, name = self.guidance, type(self.pipe).__name__
         decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
         alone = any(d.evaluate == ("cond",) for d in decisions)
+        if pattern.aside and (alone or (run.skipped and not run.all_skipped)):
+            raise LayoutError(
+                f"'{self.asked}' cannot leave rows out of this call of {name}, which evaluates its "
+                "network in a pass that takes no part in guidance (for a reference, for instance)"
+            )
         if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")

@@ -15,6 +15,7 @@ prediction c is guidance away from one effective unconditional prediction,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class Pattern:
         kept: Axis, and the places along it that are guided, where others are given (frames of a
             picture that a video begins with, tokens of it); None: all.
         norm: What becomes of the norms of tokens.
+        alike: The branches were equal so far, so that nothing can be told of them.
+        aside: Some call takes no part in the combination (it may write what another reads).
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
             sample's.
@@ -55,6 +58,8 @@ class Pattern:
     part: Part = ""
     kept: tuple[int, tuple[int, ...]] | None = None
     norm: Norm = ""
+    alike: bool = False
+    aside: bool = False
     reason: str = ""
     residual: float = 0.0
 
@@ -135,7 +140,8 @@ def learn(
         sample: What the scheduler steps, with shape (B, \\*), if a multiple of it is added.
 
     Returns:
-        The pattern; None if the branches are too much alike to say.
+        The pattern; None if it cannot be said: the branches are too much alike, or the pipeline
+        stepped one of them as it is.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
     wide = torch.float64 if mixed.device.type != "mps" else torch.float32
@@ -164,7 +170,12 @@ def learn(
     sign = -1 if sum_ < 0 else 1
     if main is None:
         main = _main([weight / sum_ for weight in listed]) if exact or residual < 0.5 else None
-    found = Pattern(calls, main, sign, residual=residual)
+    ends = list(itertools.accumulate(calls))
+    shares = [listed[end - n : end] for end, n in zip(ends, calls, strict=True)]
+    taking = [n for n, own in zip(calls, shares, strict=True) if max(map(abs, own)) > 1e-3]
+    if exact and len(taking) < len(calls) and sum(taking) < 2:
+        return None
+    found = Pattern(calls, main, sign, aside=len(taking) < len(calls), residual=residual)
     if exact and (sample is not None or abs(sign * sum_ - 1) <= max(1e-3, 2 * eps)):
         return found
     if exact:
