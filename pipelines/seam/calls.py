@@ -71,7 +71,8 @@ class Call:
 
         What is per sample is told by an input's name and kind: tensors by their first dimension
         (or a multiple of it, where a network is given its text once a frame), lists of tensors
-        likewise, other lists by their own length; what lies deeper in lists is never cut.
+        likewise, other lists by their own length; what lies deeper in lists is never cut. A mapping
+        from rows to places tells how many items of a list belong to each of them.
 
         Raises:
             RowsError: other rows came back than were asked for.
@@ -79,6 +80,9 @@ class Call:
         if keep is None:
             return self.network(*self.args, **self.kwargs)
         select = _Selection(keep, self.rows, self.listed)
+        for value in self.kwargs.values():
+            if _is_by_row(value):
+                select.owners = [row for row, places in value.items() for _ in places]
         named = zip(self.names, self.args, strict=False)
         args = [select(value, name) for name, value in named]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
@@ -98,6 +102,7 @@ class _Selection:
         together = keep == list(range(first, last))
         self.slice = slice(first, last) if together else None
         self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
+        self.owners: list[int] = []  # rows that the items of a list belong to
 
     def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -106,8 +111,10 @@ class _Selection:
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)
-        if isinstance(value, Mapping):
-            return type(value)({key: self(item, key) for key, item in value.items()})
+        if _is_by_row(value):
+            return {new: value[row] for new, row in enumerate(self.keep) if row in value}
+        if isinstance(value, dict):
+            return {key: self(item, key) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
@@ -116,6 +123,9 @@ class _Selection:
                 if not self.listed and name not in SAMPLES:
                     raise RowsError(f"whether the list {name!r} has an item a sample is not known")
                 return [value[row] for row in self.keep]
+            if self.owners and len(value) == len(self.owners):
+                owned = list(zip(value, self.owners, strict=True))
+                return [item for row in self.keep for item, owner in owned if owner == row]
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(
@@ -136,6 +146,13 @@ class _Selection:
             rows = [row * each + i for row in self.keep for i in range(each)]
             self.indices[key] = row_index(rows, value.device)
         return value.index_select(0, self.indices[key])
+
+
+def _is_by_row(value: Any) -> bool:
+    """Whether something is a mapping from rows to lists, of places in their text for instance."""
+    if not (isinstance(value, Mapping) and value):
+        return False
+    return all(isinstance(k, int) and isinstance(v, (list, tuple)) for k, v in value.items())
 
 
 def _parameter_names(network: Any) -> list[str]:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models import attention_processor
-from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, Run
 from ...guidance.device import LaggedReads, row_index
-from .calls import Call, prediction_of, with_rows
+from .calls import Call
+from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
+from .learning import learn
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
-    PARTS,
     Pattern,
+    branches_of,
     effective,
-    learn,
-    learn_kept,
-    learn_norm,
+    inside,
     normed,
     scale_of,
     scale_of_normed,
@@ -43,21 +39,6 @@ MANY_CALLS = 64
 # Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
 # may then leave branches out already.
 _LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class Made:
-    """What one call of the network gave to the pipeline.
-
-    Args:
-        rows: Number of rows.
-        output: As the pipeline has it.
-        prediction: The prediction in it, with shape (rows, \\*).
-    """
-
-    rows: int
-    output: Any
-    prediction: Tensor
 
 
 class Driver:
@@ -93,53 +74,39 @@ class Driver:
         self.run: Run | None = None
         self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
         self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
-        self.key = _key(pipe, denoisers_of(pipe, layout), options)
+        self.denoisers = denoisers_of(pipe, layout)
+        self.key = _key(pipe, self.denoisers, options)
         self.pattern: Pattern | None = self.known.get(self.key)
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
         self.most_branches = 0  # of any step
-        self.planned = False
-        self.stale = False  # rows without guidance have another prediction than their cond
-        self.more = False  # more was evaluated than the policy wanted
+        self.wanted: Wanted | None = None  # of this step, if it was planned beforehand
         self.scheduler_timestep: Any = None
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
         self.device = torch.device("cpu")
         self.where = _positions(self.scheduler)
-        self.name = ""  # of the network called last
-        # What perturbed attention takes the place of.
-        self.attention: dict[str, dict[str, Any]] = {}
-        if isinstance(pipe, PAGMixin):
-            for name in denoisers_of(pipe, layout):
-                own = getattr(pipe, name).attn_processors
-                self.attention[name] = {key: _plain(value) for key, value in own.items()}
+        self.attention = own_attention(pipe, self.denoisers)
 
     # Calls of the network
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
-        call, self.name = Call(network, args, kwargs), name
+        call = Call(network, args, kwargs)
         if self.free:
-            output = call()
-            self.made.append(Made(call.rows, output, prediction_of(output)))
-            return output
-        if not self.made:
-            self.begin_step(call)
-        place = len(self.made)
-        if place >= MANY_CALLS:
-            raise LayoutError(
-                f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
-                f"step of its scheduler: '{self.asked}' has no place to act"
-            )
-        made = self.evaluate(call, place)
+            made = made_of(call.rows, call())
+        else:
+            if not self.made:
+                self.begin_step(call)
+            made = self.evaluate(name, call)
         self.made.append(made)
         return made.output
 
     def begin_step(self, call: Call) -> None:
         """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
-        self.first_call, self.planned, self.stale, self.more = call, False, False, False
+        self.first_call, self.wanted = call, None
         run, pattern = self.run, self.pattern
         if run is None:
             if pattern is None or call.rows % pattern.calls[0]:
@@ -152,156 +119,55 @@ class Driver:
             known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
             self.pattern = pattern = known[0] if known else None
         if pattern is not None and (pattern.branches > 1 or run.one_branch):
-            self.plan(run, call)
+            self.wanted = self.plan(run, pattern, call)
 
-    def plan(self, run: Run, call: Call) -> None:
+    def plan(self, run: Run, pattern: Pattern, call: Call) -> Wanted:
         """Ask the policy what this step is to evaluate."""
-        first = call.args[0] if call.args else None
-        x_t = first[: run.batch] if isinstance(first, Tensor) else None
+        x_t = call.first[: run.batch] if isinstance(call.first, Tensor) else None
         run.plan(x_t, *self.levels(call.timestep))
-        self.planned = True
-        if run.skipped or any(d.estimates for d in run.decisions):
+        estimates = any(d.estimates for d in run.decisions)
+        if run.skipped or estimates:
             self.check_others()
-        if self.layout.whole and run.skipped and not run.all_skipped:
-            raise LayoutError(
-                f"the network of {type(self.pipe).__name__} needs the rows of all samples, so that "
-                f"'{self.asked}' cannot skip steps of some: give it one sample at a time"
-            )
-
-    def evaluate(self, call: Call, place: int) -> Made:
-        """Evaluate the wanted rows of a call; the others get what does no harm."""
-        run, pattern = self.run, self.pattern
-        whole = not self.planned or run is None or pattern is None
-        if whole or place >= len(pattern.calls):
-            if not whole and len(run.rows) < run.batch:
-                raise LayoutError(self.irregular(f"evaluates its network {place + 1} times"))
-            output = call()
-            return Made(call.rows, output, prediction_of(output))
-        batch, count = run.batch, pattern.calls[place]
-        if call.rows != count * batch:
-            raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
-        start = sum(pattern.calls[:place])
-        active, guided = self.wanted(run)
-        wanted = [active if start + i == pattern.main else guided for i in range(count)]
-        keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
-        main = -1 if pattern.main is None else pattern.main - start
-        estimated = any(d.estimates for d in run.decisions)
-        has_cond = 0 <= main < count and len(wanted[main]) == batch and not estimated
-        last = self.last[place] if place < len(self.last) else None
-        if len(keep) == call.rows or (last is None and not has_cond):
-            if len(keep) < call.rows:  # there is nothing to fill in yet
-                self.stale = self.more = True
-            output = call()
-            return Made(call.rows, output, prediction_of(output))
-        if not keep and last is not None:
-            return self.filled(last, pattern, start, count)
-        output = self.rows_of(call, keep)
-        output = self.complete(output, keep, wanted, main, None if has_cond else last)
-        return Made(call.rows, output, prediction_of(output))
-
-    def wanted(self, run: Run) -> tuple[list[int], list[int]]:
-        """The samples whose conditional branch, and those whose others are evaluated."""
         every = list(range(run.batch))
-        active = [row for row in every if row not in run.skipped]
-        if self.pattern is not None and self.pattern.alike:
-            return active, active
-        if not self.layout.whole:
-            return active, run.rows
-        return every if active else [], every if run.rows else []
+        cond, others = [row for row in every if row not in run.skipped], run.rows
+        if self.layout.whole:
+            if run.skipped and cond:
+                raise LayoutError(
+                    f"the network of {type(self.pipe).__name__} needs the rows of all samples, so "
+                    f"that '{self.asked}' cannot skip steps of some: give it one at a time"
+                )
+            others = every if others else []
+        if pattern.alike:
+            others = cond
+        return Wanted(pattern, run.batch, cond, others, measured=estimates)
 
-    def rows_of(self, call: Call, keep: list[int]) -> Any:
-        """The network's output for some rows."""
-        run = self.run
-        assert run is not None
-        try:
-            if not self.attention:
-                return call(keep)
-            # Perturbed attention takes the batch for its branches: the samples that have all of
-            # them make one call, those that have one another, without it.
-            whole = [k for k in keep if k % run.batch in run.rows]
-            alone = [k for k in keep if k % run.batch not in run.rows]
-            outputs = [call(whole)] if whole else []
-            if alone:
-                with unperturbed(call.network, self.attention[self.name]):
-                    outputs.append(call(alone))
-            order = [*whole, *alone]
-            places = [order.index(k) for k in keep]
-            sizes = [len(rows) for rows in (whole, alone) if rows]
-            return with_rows(outputs, lambda t: torch.cat(t)[row_index(places, t[0].device)], sizes)
-        except (RuntimeError, ValueError) as error:
+    def evaluate(self, name: str, call: Call) -> Made:
+        """Evaluate the wanted rows of a call; the others get what does no harm."""
+        wanted, place = self.wanted, len(self.made)
+        if place >= MANY_CALLS:
             raise LayoutError(
-                f"the network of {type(self.pipe).__name__} cannot evaluate {len(keep)} of its "
-                f"{call.rows} rows ({error}): something in it holds state over the batch, such as "
-                f"a cache or shared attention. Disable it, or leave out '{self.asked}'"
+                f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
+                f"step of its scheduler: '{self.asked}' has no place to act"
+            )
+        if wanted is None:
+            return made_of(call.rows, call())
+        expected = [count * wanted.batch for count in wanted.pattern.calls]
+        if place >= len(expected) or call.rows != expected[place]:
+            if len(wanted.others) < wanted.batch:
+                raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
+            return made_of(call.rows, call())
+        last = self.last[place] if place < len(self.last) else None
+        whole = len(wanted.others) == len(wanted.cond) == wanted.batch
+        try:
+            return wanted.make(call, self.made, last, self.attention.get(name))
+        except (RuntimeError, ValueError) as error:
+            if whole:
+                raise
+            raise LayoutError(
+                f"the network of {type(self.pipe).__name__} cannot evaluate some of its "
+                f"{call.rows} rows alone ({error}): something in it holds state over the batch, "
+                f"such as a cache or shared attention. Disable it, or leave out '{self.asked}'"
             ) from error
-
-    def complete(
-        self,
-        output: Any,
-        keep: list[int],
-        wanted: list[list[int]],
-        main: int,
-        last: Made | None,
-    ) -> Any:
-        """An output of all rows of a call, of one that has the rows `keep`.
-
-        Rows that were not evaluated are given the conditional prediction, so that what the pipeline
-        makes of both is that again; where the scale is to be measured on them, and where there is
-        no conditional prediction, what they had last: `last`.
-        """
-        assert self.run is not None
-        batch = self.run.batch
-        if last is None:
-            begin = sum(map(len, wanted[:main]))
-
-            def fill(tensors: list[Tensor]) -> Tensor:
-                (made,) = tensors
-                cond, parts, at = made[begin : begin + batch], [], 0
-                for i, rows in enumerate(wanted):
-                    part = made[at : at + len(rows)]
-                    at += len(rows)
-                    if i != main and len(rows) < batch:
-                        index = row_index(rows, made.device)
-                        part = cond.index_copy(0, index, part) if rows else cond
-                    parts.append(part)
-                return torch.cat(parts)
-
-            return with_rows([output], fill, [len(keep)])
-        self.stale = True
-
-        def insert(tensors: list[Tensor]) -> Tensor:
-            made, before = tensors
-            return before.index_copy(0, row_index(keep, made.device), made.to(before.dtype))
-
-        return with_rows([output, last.output], insert, [len(keep), last.rows])
-
-    def filled(self, last: Made, pattern: Pattern, start: int, count: int) -> Made:
-        """What a call gives that evaluates nothing."""
-        run = self.run
-        assert run is not None
-        estimated = any(d.estimates for d in run.decisions)
-        if pattern.main is not None and pattern.main < start and not run.skipped and not estimated:
-            # The conditional branch came in an earlier call: its prediction once more.
-            place, before = 0, 0
-            while before + pattern.calls[place] <= pattern.main:
-                before += pattern.calls[place]
-                place += 1
-            cond = self.made[place]
-            begin = (pattern.main - before) * run.batch
-            block = slice(begin, begin + run.batch)
-            like = last.output
-
-            def repeat(tensors: list[Tensor]) -> Tensor:
-                part = tensors[0][block]
-                return torch.cat([part] * count) if count > 1 else part.clone()
-
-            output = with_rows([cond.output], repeat, [cond.rows])
-            alike = prediction_of(output).shape == last.prediction.shape
-            if alike and type(output) is type(like):
-                return Made(count * run.batch, output, prediction_of(output))
-        self.stale = True
-        copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
-        return Made(last.rows, copied, prediction_of(copied))
 
     # Steps of the scheduler
 
@@ -354,21 +220,18 @@ class Driver:
         run.branches = pattern.branches
         whole, kept = part, pattern.kept
         part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
-        if pattern.alike or (pattern.branches == 1 and not run.one_branch):
-            guided = self.end_unguided(run, part, x_t, learned_nothing=pattern.alike)
+        if self.wanted is None:
+            assert self.first_call is not None
+            guides = pattern.branches > 1 or run.one_branch
+            (run.plan if guides else run.begin)(x_t, *self.levels(self.first_call.timestep))
+        if pattern.branches > 1 and not pattern.alike:
+            self.check_pattern(run, pattern)
+            guided = self.end_guided(run, pattern, made, whole, part, x_t)
         else:
-            if not self.planned:
-                assert self.first_call is not None
-                run.plan(x_t, *self.levels(self.first_call.timestep))
-            if run.one_branch:
-                guided = self.end_unguided(run, part, x_t)
-            else:
-                self.check_pattern(run, pattern)
-                guided = self.end_guided(
-                    run, pattern, self.branches_of(made, pattern, whole), part, x_t
-                )
+            guided = self.end_unguided(run, part, x_t)
         record = run.trace.steps[-1]
-        if sum(calls) > 1 and (fresh or self.more or (self.layout.whole and record.rows)):
+        more = fresh or self.layout.whole and record.rows or any(m.more for m in made)
+        if more and sum(calls) > 1:
             counted = {*record.rows, *record.skipped}
             record.unused = [row for row in range(batch) if row not in counted]
         if guided is part:
@@ -417,28 +280,16 @@ class Driver:
             whole[(slice(start, start + batch), *block)] = guided
         return whole
 
-    def branches_of(self, made: list[Made], pattern: Pattern, whole: Tensor) -> list[Tensor] | None:
-        """The predictions of every branch as far as they are guided, each with shape (B, \\*).
-
-        None if the pipeline steps something of another shape than `whole`, with shape (B, \\*).
-        """
-        batch, found = len(whole), []
-        for one, count in zip(made, pattern.calls, strict=True):
-            for i in range(count):
-                seen = view(one.prediction[i * batch : (i + 1) * batch], whole, pattern.part)
-                if seen is None:
-                    return None
-                seen = inside(seen, pattern.kept)
-                found.append(seen if seen.dtype == whole.dtype else seen.to(whole.dtype))
-        return found
-
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
     ) -> Pattern:
         """The pattern of a step that was evaluated whole."""
         known = self.patterns.get(calls)
         if known is None:
-            known = Pattern(calls) if sum(calls) == 1 else self.learn(made, calls, part, sample)
+            assert self.first_call is not None
+            seen = None if self.first_call.listed else self.first_call.first
+            x_t, predictions = self.network_input(sample, part), [m.prediction for m in made]
+            known = learn(predictions, part, calls, self.layout, x_t, seen)
             if known is None:
                 known = Pattern(calls, None, alike=True)
             else:
@@ -448,62 +299,11 @@ class Driver:
         self.pattern = known
         return known
 
-    def learn(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """What the branches of a step say of how they are combined."""
-        main, first, alike = self.layout.main, None, False
-        added = view(sample, part) if self.layout.preconditioned else None
-        for which in PARTS:
-            branches = self.branches_of(made, Pattern(calls, part=which), part)
-            if branches is None:
-                continue
-            found = learn(branches, part, calls, main, self.layout.frames, added)
-            if found is None:
-                alike = True
-                continue
-            if found.reason and len(branches) == 2:
-                found = learn_norm(branches, part, calls, main) or found
-            if found.reason and self.layout.given is not None:
-                axis, added_too = self.layout.given, self.layout.preconditioned
-                stepped = view(sample, part)
-                assert stepped is not None
-                found = learn_kept(branches, part, calls, axis, stepped, added_too) or found
-            found = replace(found, part=which)
-            if not found.reason:
-                return self.without_unseen(found, part, sample)
-            first = first or found
-        if alike:
-            return None
-        if first is None:
-            shapes = tuple(made[0].prediction.shape), tuple(part.shape)
-            reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
-            return Pattern(calls, main, reason=reason)
-        return first
-
-    def without_unseen(self, pattern: Pattern, part: Tensor, sample: Tensor) -> Pattern:
-        """A pattern without places at which the network was given something else than is stepped.
-
-        What it predicts there is thrown away (the first frame of image to video).
-        """
-        axis, call = self.layout.given, self.first_call
-        if axis is None or pattern.kept is not None or call is None or call.listed:
-            return pattern
-        given = view(call.first[: len(part)], part)
-        if given is None:
-            return pattern
-        x_t = self.network_input(sample, part)
-        different = (given - x_t).abs() > 1e-4 * x_t.abs().amax()
-        same = ~different.movedim(axis, 0).flatten(1).any(1)
-        if same.all() or not same.any():
-            return pattern
-        return replace(pattern, kept=(axis, tuple(same.nonzero().flatten().tolist())))
-
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
         run = self.run
         assert run is not None
-        whole = not self.planned or (len(run.rows) == run.batch and not run.skipped)
+        whole = self.wanted is None or (len(run.rows) == run.batch and not run.skipped)
         stopped = len(calls) < len(planned.calls) and planned.calls[: len(calls)] == calls
         if whole and not (stopped and sum(calls) == 1):
             return None
@@ -537,7 +337,8 @@ class Driver:
         self,
         run: Run,
         pattern: Pattern,
-        branches: list[Tensor] | None,
+        made: list[Made],
+        whole: Tensor,
         part: Tensor,
         x_t: Tensor,
     ) -> Tensor:
@@ -545,42 +346,20 @@ class Driver:
         if run.all_skipped:
             return run.reused(x_t)
         estimates = any(d.estimates for d in run.decisions)
-        filled = self.planned and not self.stale  # samples without guidance, with their cond
+        filled = self.wanted is not None and not any(m.stale for m in made)
         if not run.rows and not estimates and not run.skipped and filled:
-            return run.combine(part, None, 1.0, x_t, own=part)
+            return run.combine(part, None, 1.0, x_t)  # what all samples have is their cond
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
+        branches = branches_of([m.prediction for m in made], pattern, whole)
         if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
             branches = [part] * pattern.branches
         if pattern.sign < 0 and not self.layout.preconditioned:
             branches = [-branch for branch in branches]
-        cond, w = branches[pattern.main], 1.0
-        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
-        uncond = others[0]
-        measures = estimates or self.detailed or not self.guidance.keeps_combination
-        measures = measures or any(d.changes_combination for d in run.decisions)
-        if self.layout.preconditioned:
-            sample = inside(self.sample, pattern.kept)
-            *weights, added = weights_of([cond, *others, sample], part)
-            scale = sum(weights)
-            w = weights[0] / scale
-            self.look(run, w, 0.0)
-            cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
-        elif len(others) > 1:
-            uncond, w, left = effective(cond, others, part)
-            if measures:
-                self.look(run, w, left)
-        elif pattern.norm and measures:
-            w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
-            self.look(run, w, 0.0)
-        elif measures and not pattern.reason:
-            w, left = scale_of(cond, uncond, part, self.layout.frames)
-            self.look(run, w, left)
+        cond, uncond, w = self.pair(run, pattern, branches, part)
         handed = cond
         if run.skipped:
-            active = [row for row in range(run.batch) if row not in run.skipped]
-            index = row_index(active, cond.device)
-            cond = run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
+            cond = self.with_skipped(run, cond, x_t)
         evaluated: Tensor | None = uncond
         own: Tensor | None = part
         if not run.rows:
@@ -592,23 +371,60 @@ class Driver:
         after = (lambda guided: normed(guided, handed, norm)) if norm else None
         return run.combine(cond, evaluated, w, x_t, own=own, after=after)
 
-    def end_unguided(
-        self, run: Run, part: Tensor, x_t: Tensor, learned_nothing: bool = False
-    ) -> Tensor:
+    def pair(
+        self, run: Run, pattern: Pattern, branches: list[Tensor], part: Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """The conditional and the effective unconditional prediction, and the scale measured.
+
+        Both with shape (B, \\*), as the scheduler steps them. Where nothing asks for the scale, it
+        is not measured: 1.
+        """
+        assert pattern.main is not None
+        cond = branches[pattern.main]
+        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
+        uncond, decisions = others[0], run.decisions
+        measures = self.detailed or not self.guidance.keeps_combination
+        measures = measures or any(d.estimates or d.changes_combination for d in decisions)
+        if self.layout.preconditioned:
+            sample = inside(self.sample, pattern.kept)
+            *weights, added = weights_of([cond, *others, sample], part)
+            scale = sum(weights[1:], weights[0])
+            self.look(run, weights[0] / scale, 0.0)
+            return (
+                scale * cond + added * sample,
+                scale * uncond + added * sample,
+                weights[0] / scale,
+            )
+        if len(others) > 1:
+            away, w, left = effective(cond, others, part)
+            if measures:
+                self.look(run, w, left)
+            return cond, away, w
+        if not measures or pattern.reason:
+            return cond, uncond, 1.0
+        if pattern.norm:
+            wide = (t.double() for t in (cond, uncond, part))
+            w = scale_of_normed(*wide).abs().to(part.dtype)
+            self.look(run, w, 0.0)
+            return cond, uncond, w
+        measured, unexplained = scale_of(cond, uncond, part, self.layout.frames)
+        self.look(run, measured, unexplained)
+        return cond, uncond, measured
+
+    def end_unguided(self, run: Run, part: Tensor, x_t: Tensor) -> Tensor:
         """What is stepped where the pipeline evaluates one branch, or branches that are equal."""
-        if not self.planned and (learned_nothing or not run.one_branch):
-            assert self.first_call is not None
-            levels = self.levels(self.first_call.timestep)
-            (run.plan if learned_nothing else run.begin)(x_t, *levels)
         if run.skipped and run.all_skipped:
             return run.reused(x_t)
         if run.skipped:
-            active = [row for row in range(run.batch) if row not in run.skipped]
-            index = row_index(active, part.device)
-            cond = run.reused(x_t).to(part.dtype).index_copy(0, index, part[index])
-            return run.combine(cond, None, 1.0, x_t)
+            return run.combine(self.with_skipped(run, part, x_t), None, 1.0, x_t)
         run.unguided(part, x_t)
         return part
+
+    def with_skipped(self, run: Run, cond: Tensor, x_t: Tensor) -> Tensor:
+        """Conditional predictions, with shape (B, \\*), and what skipped samples reuse."""
+        active = [row for row in range(run.batch) if row not in run.skipped]
+        index = row_index(active, cond.device)
+        return run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
 
     # The run
 
@@ -631,10 +447,10 @@ class Driver:
             self.check_others()
         call = self.first_call
         check_caches(call.network, self.guidance, self.asked, pattern, batch, decisions)
-        prediction_device = call.args[0] if call.args else next(iter(call.kwargs.values()))
-        while isinstance(prediction_device, (list, tuple)):
-            prediction_device = prediction_device[0]
-        self.run = self.new_run(batch, total, prediction_device.device, one_branch)
+        first = call.first
+        while not isinstance(first, Tensor):
+            first = first[0]
+        self.run = self.new_run(batch, total, first.device, one_branch)
         return self.run
 
     def is_over(self, run: Run) -> bool:
@@ -748,36 +564,6 @@ class Driver:
             )
         if self.most_branches == 1 and not run.one_branch:
             raise LayoutError(self.nothing_to_act_on())
-
-
-def _plain(processor: Any) -> Any:
-    """An attention processor; the plain one if it is one of perturbed attention.
-
-    Some pipelines leave those behind at the end of a call.
-    """
-    name = type(processor).__name__
-    if not name.startswith("PAG"):
-        return processor
-    kind = name.removeprefix("PAG").removeprefix("CFG").removeprefix("IdentitySelf")
-    return getattr(attention_processor, kind)()
-
-
-@contextlib.contextmanager
-def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
-    """A network's own attention, for rows without a branch of perturbed attention."""
-    before = network.attn_processors
-    network.set_attn_processor(dict(own))
-    try:
-        yield
-    finally:
-        network.set_attn_processor(before)
-
-
-def inside(tensor: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
-    """The places of a tensor that are guided."""
-    if kept is None:
-        return tensor
-    return tensor.index_select(kept[0], row_index(kept[1], tensor.device))
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:

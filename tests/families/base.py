@@ -73,6 +73,8 @@ class Family:
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
         second: What else is denoised, with the network's second output, and returned second: the
             network's argument that holds it, and how the names of its scales start in the call.
+        whole: The network mixes samples or counts them, so that a branch can only be evaluated for
+            all of them.
     """
 
     name: str
@@ -98,13 +100,14 @@ class Family:
     max_batch: int = 3
     scheduler: str = "scheduler"
     second: tuple[str, str] | None = None
+    whole: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
     *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
-    *("norm_axis", "second", "scheduler", "space"),
+    *("norm_axis", "second", "scheduler", "space", "whole"),
 )
 
 

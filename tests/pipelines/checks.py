@@ -82,10 +82,15 @@ def parting_policy(pipe, name, **extra):
     for low, high in zip(gammas, gammas[1:], strict=False):
         policy = stopping_at(name, (low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        stops = len(set(pipe.guidance_trace.nfe))
+        stops = len(set(guided_steps(pipe.guidance_trace)))
         if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
+
+
+def guided_steps(trace):
+    """How many steps of every sample were guided."""
+    return [sum(row in step.rows for step in trace.steps) for row in range(trace.batch)]
 
 
 def branches_of(name):
@@ -104,16 +109,18 @@ def ag_rows_ok(name):
         with Rows(pipe, name) as rows:
             latents(pipe, name, guidance=policy)
         trace = pipe.guidance_trace
-        steps = len(trace.steps)
-        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
-        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
+        steps, found = len(trace.steps), guided_steps(trace)
+        evaluated = found
+        if FAMILIES[name].whole:  # as long as one sample is guided, all are
+            evaluated = [sum(bool(step.rows) for step in trace.steps)] * batch
+        if trace.nfe != [branches * k + (steps - k) for k in evaluated]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
-        if policy is never and guided_steps != [steps] * batch:
+        if policy is never and found != [steps] * batch:
             return False
         pieces = steps // (1 + max(step.index for step in trace.steps))
-        if policy is at_once and guided_steps != [pieces] * batch:
+        if policy is at_once and found != [pieces] * batch:
             return False
     return True
 
@@ -162,10 +169,10 @@ def resting_rows_ok(name):
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
+    found = guided_steps(pipe.guidance_trace)
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in found]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 

@@ -530,9 +530,11 @@ def test_pipelines_that_cannot_be_bound():
 
 def test_schedulers_and_rules_that_do_not_fit():
     pipe = build("sdxl")
-    pipe.update_components(scheduler=df.EDMEulerScheduler())
+    pipe.update_components(scheduler=df.DDIMInverseScheduler(**SD_NOISE))
     use(pipe, Guider("apg", SCALE).bind(pipe))
-    with pytest.raises(UnknownSchedulerError, match="EDMEulerScheduler"):
+    with pytest.raises(
+        UnknownSchedulerError, match="DDIMInverseScheduler are not known .it steps towards noise"
+    ):
         latents(pipe, "sdxl")
     pipe = shared("qwen_image")
     use(pipe, Guider(FDG(), SCALE).bind(pipe))
