@@ -162,6 +162,14 @@ class SoftenedPipeline(df.StableDiffusionPipeline):
         return super().__call__(prompt, guidance_scale=guidance_scale, **kwargs)
 
 
+class BackwardsPipeline(df.StableDiffusionPipeline):
+    """Passes on whatever it is given."""
+
+    def __call__(self, prompt, **kwargs):
+        """See the base."""
+        return super().__call__([text[::-1] for text in prompt], **kwargs)
+
+
 @contextlib.contextmanager
 def recorded(pipe, steps, network="unet"):
     """Notes every step: what its network returned in each call, and what its scheduler is given."""
@@ -222,8 +230,8 @@ class ReferencePipeline(HomemadePipeline):
         generator = torch.Generator().manual_seed(7)
         noise = torch.randn(x.shape[1:], generator=generator).expand_as(x)
         reference = self.scheduler.add_noise(0.5 * noise.flip(-1), noise, t.reshape(1))
-        banks = {n: p for n, p in self.unet.attn_processors.items() if n.endswith("attn1.processor")}
         own = dict(self.unet.attn_processors)
+        banks = [name for name in own if name.endswith("attn1.processor")]
         self.writes = True
         self.unet.set_attn_processor(own | {name: Bank(self) for name in banks})
         self.network(torch.cat([reference, reference]), t, text)

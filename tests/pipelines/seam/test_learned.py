@@ -20,9 +20,9 @@ from ..checks import (
     Rows,
     ag_rows_ok,
     apg_error,
+    branches_of,
     cfg_bit_equal,
     equal,
-    branches_of,
     forecast_error,
     held_outputs,
     latents,
@@ -30,6 +30,7 @@ from ..checks import (
 )
 from .homemade import (
     OWN,
+    BackwardsPipeline,
     ReferencePipeline,
     SoftenedPipeline,
     Watching,
@@ -83,6 +84,21 @@ def test_its_scale_is_measured(own, name):
             found = latents(pipe, name, batch, guidance=rule)
             assert rule.scales == pytest.approx([w] * 3, rel=CLOSE)
             torch.testing.assert_close(found, latents(pipe, name, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_passes_on_what_it_is_given():
+    """Its options are those of the call that it overrides, with their defaults."""
+    pipe, rule = guided(stock_like(BackwardsPipeline, "sd")), Watching()
+    stock, found = latents(pipe, "sd"), latents(pipe, "sd", guidance=rule)
+    assert not equal(stock, latents(FAMILIES["sd"].build(), "sd"))
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    assert rule.scales == pytest.approx([5.0] * 4, rel=CLOSE)
+    pipe(prompt=["a cat"], num_inference_steps=2, output_type="latent", guidance=rule)
+    assert rule.scales[4:] == pytest.approx([7.5] * 3, rel=CLOSE)
+    with pytest.raises(ValueError, match="guidance_rescale cannot be combined with 'apg'"):
+        latents(pipe, "sd", guidance="apg", guidance_rescale=0.7)
+    with pytest.raises(ValueError, match="guidance_scale=1.0 switches guidance off"):
+        latents(pipe, "sd", guidance="apg", guidance_scale=1.0)
 
 
 # What a pipeline makes of its combination afterwards
@@ -590,3 +606,12 @@ def test_low_precision(own, name, dtype):
     ):
         lost = (low_stock - expected).abs().max()
         assert (found - expected).abs().max() <= 2 * (lost + eps * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_combination_that_is_rescaled_in_low_precision(batch, dtype):
+    """More than rounding, in any precision."""
+    pipe = guided(stock_like(SoftenedPipeline, "sd").to(dtype))
+    with pytest.raises(LayoutError, match="changes its combination|no sum of"):
+        latents(pipe, "sd", batch, guidance="apg", softened=0.7)
