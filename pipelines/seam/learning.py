@@ -18,6 +18,8 @@ from torch import Tensor
 from .layouts import Layout
 from .patterns import PARTS, Norm, Pattern, branches_of, normed, scale_of_normed, view
 
+FLOAT32 = torch.finfo(torch.float32).eps
+
 
 def learn(
     predictions: Sequence[Tensor],
@@ -119,22 +121,20 @@ def learn_sum(
         parts = [p.select(frames, -1) for p in parts]
         mixed = mixed.select(frames, -1)
     flat = torch.stack([p.detach().to(wide).flatten(1) for p in parts])  # (n, B, N)
-    target = mixed.detach().to(wide).flatten(1)
-    every = flat.flatten(1)
-    gram, seen = (every @ every.T).cpu(), (every @ target.flatten()).cpu()
-    lengths = gram.diagonal().sqrt()
-    if not (torch.isfinite(gram).all() and torch.isfinite(seen).all() and (lengths > 0).all()):
-        return None  # the run itself says what is wrong with such predictions
-    unit = gram / lengths / lengths[:, None]
-    if torch.linalg.eigvalsh(unit)[0] < (8 * eps) ** 2 + 1e-14:
+    target, count = mixed.detach().to(wide).flatten(1), len(predictions)
+    fit = _weights(flat, target, count, eps)
+    if fit is None:
         return None
-    weights = torch.linalg.solve(gram, seen)
+    weights, spread = fit
+    if bool((spread > 0.05 * (1 + weights.abs().max())).any()):
+        return None
     rest = (target - torch.einsum("k,kbn->bn", weights.to(target), flat)).norm(dim=1).cpu()
-    allowed = 4 * eps * (weights.abs() @ flat.norm(dim=2).cpu())
+    # Four operations lose less than that.
+    allowed = max(eps, 4 * FLOAT32) * (weights.abs() @ flat.norm(dim=2).cpu())
     length = target.norm(dim=1).cpu()
     residual = float((rest / length.where(length > 0, 1)).max())
     exact = bool((rest <= allowed).all())
-    weights = weights[: len(predictions)]
+    weights = weights[:count]
     sum_, listed = float(weights.sum()), weights.tolist()
     sign = -1 if sum_ < 0 else 1
     if main is None:
@@ -160,6 +160,38 @@ def learn_sum(
     )
 
 
+def _weights(flat: Tensor, target: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Least squares, and how far rounding may have led it astray; each with shape (n,), on the CPU.
+
+    The unknowns are the weights of the differences from the first branch: near as branches may be
+    to each other, these are exact, whatever the precision of the network.
+
+    Args:
+        flat: The branches and what else is added, with shape (n, B, N).
+        target: What the pipeline made of them, with shape (B, N).
+        count: Number of branches.
+        eps: Precision of what they were made in.
+
+    Returns:
+        None if branches are equal, or no number.
+    """
+    change = torch.eye(len(flat), dtype=torch.float64)
+    change[1:count, 0] = -1
+    basis = torch.cat([flat[:1], flat[1:count] - flat[0], flat[count:]]).flatten(1)
+    gram, seen = (basis @ basis.T).cpu().double(), (basis @ target.flatten()).cpu().double()
+    lengths = gram.diagonal().sqrt()
+    if not (torch.isfinite(gram).all() and torch.isfinite(seen).all()):
+        return None  # the run itself says what is wrong with such predictions
+    if not (lengths > 8 * FLOAT32 * lengths.max()).all():
+        return None
+    unit = gram / lengths / lengths[:, None]
+    if torch.linalg.eigvalsh(unit)[0] < 1e-12:
+        return None
+    inverse = torch.linalg.inv(unit) / lengths / lengths[:, None]
+    noise = eps * float(target.norm()) / math.sqrt(target.numel())
+    return change.T @ (inverse @ seen), noise * inverse.diagonal().sqrt()
+
+
 def _main(shares: Sequence[float]) -> int | None:
     """The branch that the others are guided away from: the only one with a positive share."""
     positive = [k for k, share in enumerate(shares) if share > 1e-3]
@@ -180,7 +212,7 @@ def learn_norm(
             for which in (0, 1) if main is None else (main,):
                 pair = predictions[which], predictions[1 - which]
                 left, w = norm_residual(*pair, sign * mixed, norm)
-                if w > 1 and left <= 64 * eps * w:
+                if w > 1 and left <= max(eps, 64 * FLOAT32) * w:
                     return Pattern(calls, which, sign, norm=norm, residual=left)
     return None
 
