@@ -60,6 +60,7 @@ class Predictions:
     def __init__(self, native: Mapping[str, Tensor], step: Step) -> None:
         self.native, self.step = dict(native), step
         self._x0: dict[str, Tensor] = {}
+        self._share: Tensor | None = None  # of x_t in all denoised images
 
     def get(self, branch: str, space: Space) -> Tensor:
         """The prediction of one branch, with shape (B, \\*).
@@ -77,8 +78,8 @@ class Predictions:
         if space == "native":
             return self.native[branch]
         if branch not in self._x0:
-            level, x_t = self._known()
-            self._x0[branch] = level.to_x0(self.native[branch], x_t)
+            level, x_t, share = self._known()
+            self._x0[branch] = level.to_x0(self.native[branch], x_t, share)
         return self._x0[branch]
 
     def pair(self, space: Space) -> tuple[Tensor, Tensor]:
@@ -92,19 +93,22 @@ class Predictions:
         """
         cond = self.native["cond"]
         if space == "x0":
-            level, x_t = self._known()
+            level, x_t, share = self._known()
             _, a_p = level.coefficients()
-            prediction = level.from_x0(prediction, x_t)
+            prediction = level.from_x0(prediction, x_t, share)
             if isinstance(a_p, Tensor):
                 prediction = torch.where(a_p == 0, cond.to(prediction.dtype), prediction)
             elif a_p == 0:
                 prediction = cond
         return prediction.to(cond.dtype)
 
-    def _known(self) -> tuple[NoiseLevel, Tensor]:
-        if self.step.level is None or self.step.x_t is None:
+    def _known(self) -> tuple[NoiseLevel, Tensor, Tensor]:
+        level, x_t = self.step.level, self.step.x_t
+        if level is None or x_t is None:
             raise ValueError("denoised images need the noise level of the scheduler and x_t")
-        return self.step.level, self.step.x_t
+        if self._share is None:
+            self._share = level.share_of_input(x_t)
+        return level, x_t, self._share
 
 
 class Rule:
@@ -244,7 +248,14 @@ COND = Decision(("cond",))
 
 
 class PolicyState:
-    """What a policy remembers during one run."""
+    """What a policy remembers during one run.
+
+    Attributes:
+        settled: Whether all is decided: from the step decided last on, every sample evaluates its
+            conditional branch alone, and nothing is kept or observed any more.
+    """
+
+    settled: bool = False
 
     def decide(self, step: Step) -> Sequence[Decision]:
         """What every sample does at this step, B decisions."""

@@ -23,6 +23,8 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow", "sample"]
 Space = Literal["x0", "native"]
+Factor = float | Tensor
+"""What every sample is multiplied with: a number, or a tensor that broadcasts."""
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 SPACES: tuple[str, ...] = get_args(Space)
@@ -78,32 +80,74 @@ class NoiseLevel:
             f"unknown prediction type {self.prediction!r}: expected one of {PREDICTION_TYPES}"
         )
 
-    def to_x0(self, pred: Tensor, x_t: Tensor) -> Tensor:
+    def share_of_input(self, x_t: Tensor) -> Tensor:
+        """``a_x * x_t``, what the network's input alone says of the denoised image."""
+        a_x, _ = self.coefficients()
+        wide = accumulate(x_t)
+        return a_x * wide if isinstance(a_x, Tensor) or a_x != 1 else wide
+
+    def to_x0(self, pred: Tensor, x_t: Tensor, share: Tensor | None = None) -> Tensor:
         """Denoised image of a prediction.
 
         Args:
             pred: Network output, with shape (B, \\*), any floating dtype.
             x_t: Network input, with shape (B, \\*).
+            share: ``share_of_input(x_t)``, if that is at hand.
 
         Returns:
             D, with shape (B, \\*), in float32 (float64 if the inputs are).
         """
-        a_x, a_p = self.coefficients()
-        return a_x * accumulate(x_t) + a_p * accumulate(pred)
+        share = self.share_of_input(x_t) if share is None else share
+        return add_scaled(share, accumulate(pred), self.coefficients()[1])
 
-    def from_x0(self, denoised: Tensor, x_t: Tensor) -> Tensor:
+    def from_x0(self, denoised: Tensor, x_t: Tensor, share: Tensor | None = None) -> Tensor:
         """The prediction whose denoised image is `denoised`; inverse of `to_x0`.
 
         0 where a denoised image says nothing of a prediction (at the end of the noise, sigma = 0).
         """
-        a_x, a_p = self.coefficients()
-        a_p = torch.where(a_p == 0, torch.inf, a_p) if isinstance(a_p, Tensor) else a_p or math.inf
-        return (denoised - a_x * accumulate(x_t)) / a_p
+        share = self.share_of_input(x_t) if share is None else share
+        _, a_p = self.coefficients()
+        if isinstance(a_p, Tensor):
+            return (denoised - share) / torch.where(a_p == 0, torch.inf, a_p)
+        return (denoised - share).mul_(1 / a_p if a_p else 0.0)
 
 
 def accumulate(tensor: Tensor) -> Tensor:
     """The tensor in the precision that norms and dot products are computed in (>= float32)."""
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def add_scaled(a: Tensor, b: Tensor, factor: Factor) -> Tensor:
+    """``a + factor * b`` in one pass."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(a, b, factor)
+    return torch.add(a, b, alpha=factor)
+
+
+def inner(a: Tensor, b: Tensor) -> Factor:
+    """Inner product of every sample of `a` and `b` (float32 or wider), as a factor for samples.
+
+    With shape (B, 1, ..., 1); a number for one sample on the CPU, where small tensors cost more
+    than what is computed with them.
+    """
+    if len(a) == 1 and _readable(a) and _readable(b):
+        return float(a.numpy().ravel() @ b.numpy().ravel())
+    return per_sample(dot(a, b), a)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor at no cost, and nothing is to flow back through it."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not tensor.requires_grad
+        and not torch.compiler.is_compiling()
+    )
+
+
+def at_least(value: Factor, low: float) -> Factor:
+    """`value`, but not below `low`."""
+    return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -128,7 +172,9 @@ def cosine(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
 
 def sum_of(tensor: Tensor) -> Tensor:
     """The sum of all elements, a 0-d tensor: finite if and only if all of them are."""
-    return tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.sum(dtype=torch.float32) if tensor.dtype.itemsize < 4 else tensor.sum()
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

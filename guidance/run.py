@@ -62,6 +62,7 @@ class Run:
         self.finite = LaggedReads(0 if on_cpu else 1)
         self.trace = Trace(batch)
         self.step = Step(-1, total)
+        self.every = list(range(batch))
         self.one_branch, self.branches = one_branch, 2
         self.decisions: Sequence[Decision] = ()
         self.rows: list[int] = []
@@ -103,9 +104,23 @@ class Run:
         next_level: NoiseLevel | None = None,
     ) -> None:
         """Begin a step without a plan: the pipeline does not guide it. Arguments as of `plan`."""
-        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
-        self.step = Step(self.step.index + 1, self.total, level, next_level, x_t)
+        index = self.step.index + 1
+        if self.finite.queue:
+            self._raise_if_not_finite(self.finite.due(index))
+        self.step = Step(index, self.total, level, next_level, x_t)
         self.decisions, self.rows, self.skipped = (), [], []
+
+    def count(self, prediction: Tensor, branches: int) -> None:
+        """Make a whole step, without a plan, that the pipeline makes on its own.
+
+        Args:
+            prediction: What the pipeline steps, with shape (B, \\*).
+            branches: How many of every sample were evaluated.
+        """
+        self.begin()
+        self.rows, self.branches = self.every if branches > 1 else [], branches
+        self.trace.steps.append(StepRecord(self.step.index, None, self.rows, branches=branches))
+        self._look(sum_of(prediction))
 
     @property
     def all_skipped(self) -> bool:
@@ -143,11 +158,13 @@ class Run:
             NonFinitePredictionError: the guided prediction is NaN or infinite, as it is if one of
                 the predictions is (on other devices than the CPU one step later, or from `finish`).
         """
-        self.step = replace(self.step, x_t=x_t)
+        now = self.step
+        self.step = step = Step(now.index, now.total, now.level, now.next_level, x_t)
         estimated = [row for row, d in enumerate(self.decisions) if d.estimates]
         record = self._record(estimated)
-        every_row, skipped = set(range(self.batch)), set(self.skipped)
-        self._keep("cond", pred_cond, x_t, every_row - skipped)
+        skipped = self.skipped
+        if self._keeps("cond"):
+            self._keep("cond", pred_cond, x_t, set(self.every) - set(skipped))
         guided_rows = record.guided
         if not guided_rows:
             self._end(pred_cond, x_t)
@@ -162,7 +179,8 @@ class Run:
             w = w[index]  # a scale for every sample
         if not untouched:
             w = 1 + factor * (w - 1)
-        step = replace(self.step, x_t=x_t if index is None else x_t[index])
+        if index is not None:
+            step = replace(step, x_t=x_t[index])
         predictions = Predictions({"cond": cond, "uncond": uncond}, step)
         keep_own = untouched and self.guidance.keeps_combination and not estimated
         keep_own = keep_own and own is not None
@@ -317,7 +335,7 @@ class Run:
         return last >= self.step.index + (kind != "cond")
 
     def _keep(self, kind: Kind, prediction: Tensor, x_t: Tensor, rows: set[int]) -> None:
-        """Keep a prediction, with shape (B, \\*), in the policy's space if anything reuses it.
+        """Keep a prediction, with shape (B, \\*), in the policy's space.
 
         Args:
             kind: What it is.
@@ -325,8 +343,6 @@ class Run:
             x_t: Network input.
             rows: The samples whose it is; those of others stand in its place only.
         """
-        if not self._keeps(kind):
-            return
         if self.guidance.policy.space == "x0":
             kept = self._level().to_x0(prediction, x_t)
         else:
@@ -356,11 +372,18 @@ class Run:
 
     def _end(self, guided: Tensor, x_t: Tensor, finite: Tensor | None = None) -> None:
         """Keep a step's guided prediction, with shape (B, \\*), and see that it is finite."""
-        finite = sum_of(guided) if finite is None else finite
-        self.finite.push(self.step.index, self.step.index, finite)
-        self._raise_if_not_finite(self.finite.due(self.step.index + 1))
+        self._look(sum_of(guided) if finite is None else finite)
         if self._keeps("guided"):
-            self._keep("guided", guided, x_t, set(range(self.batch)))
+            self._keep("guided", guided, x_t, set(self.every))
+
+    def _look(self, finite: Tensor) -> None:
+        """See that a step is finite, by a 0-d tensor that is if it is: at once, or later."""
+        index = self.step.index
+        if not self.finite.lag:
+            self._raise_if_not_finite([(index, finite.item())])
+            return
+        self.finite.push(index, index, finite)
+        self._raise_if_not_finite(self.finite.due(index + 1))
 
     def _raise_if_not_finite(self, values: Iterable[tuple[int, float | bool]]) -> None:
         for step, value in values:

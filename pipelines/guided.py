@@ -23,6 +23,7 @@ from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
 from .seam.patch import aside, attached, one_at_a_time
 from .seam.patterns import Pattern
+from .seam.plain import PlainDriver
 from .seam.support import OTHER_SCALES, SCALE_ARGUMENTS, denoisers_of, layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
@@ -138,7 +139,9 @@ class GuidedMixin(_Stock):
         self._guidance_trace = None
         with one_at_a_time(loop):
             check_guidance(settings, loop.scheduler, detailed_trace, eta)
-            driver = Driver(loop, settings, layout, asked, options, detailed_trace)
+            plain = settings.is_plain and not detailed_trace
+            made = PlainDriver if plain else Driver
+            driver = made(loop, settings, layout, asked, options, detailed_trace)
             try:
                 with attached(loop, denoisers_of(loop, layout), driver, driver.step):
                     output = stock_call(self, *args, **kwargs)
@@ -157,7 +160,7 @@ def guidance_folder(pipe: Any) -> Path | None:
 
 
 def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
-    """Arguments of a pipeline's call, and of the bases' calls that ``**kwargs`` are passed on to."""
+    """Arguments of a pipeline's call, and of those of bases that ``**kwargs`` may be passed to."""
     found: dict[str, inspect.Parameter] = {}
     for base in pipeline_class.__mro__:
         call = vars(base).get("__call__")

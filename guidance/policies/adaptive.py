@@ -95,6 +95,7 @@ class _Latch(PolicyState):
             for n, stopped in zip(self.stopped_for, self.stopped, strict=True)
         ]
         if self.policy.then == "cond":
+            self.settled = all(self.stopped)
             return [COND if stopped else BOTH for stopped in self.stopped]
         skip = Decision((), reuse=Weights(guided={step.index - 1: 1.0}))
         return [skip if n % 2 else BOTH for n in self.stopped_for]

@@ -24,10 +24,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..base import Predictions, Rule, Step
-from ..prediction import Space, accumulate, check_space, dot, norm, per_sample
+from ..prediction import Space, accumulate, add_scaled, at_least, check_space, inner
 from ..registry import register
 
 ThresholdUnit = Literal["l2", "rms"]
+TINY = 1e-37  # about the smallest square that float32 holds to full precision
 
 
 def apg(
@@ -61,20 +62,18 @@ def apg(
     denoised = accumulate(pred_cond)
     buffer = denoised - accumulate(pred_uncond)
     if momentum_buffer is not None and momentum != 0:
-        buffer = buffer + momentum * momentum_buffer
+        buffer = buffer.add_(momentum_buffer, alpha=momentum)
     scale = guidance_scale - 1
     if norm_threshold > 0:
-        elements = buffer[0].numel() if threshold_unit == "rms" else 1
+        elements = buffer.numel() / len(buffer) if threshold_unit == "rms" else 1
         radius = norm_threshold * math.sqrt(elements)
-        # An all-zero update divides to infinity and is clamped to 1.
-        scale = per_sample((radius / norm(buffer)).clamp(max=1), buffer) * scale
-    if eta == 1:
-        return denoised + scale * buffer, buffer
-    # An all-zero conditional prediction has no parallel part.
-    square = dot(denoised, denoised)
-    share = dot(buffer, denoised) / square.where(square > 0, 1)
-    update = buffer - (1 - eta) * per_sample(share, buffer) * denoised
-    return denoised + scale * update, buffer
+        scale = scale * (radius / at_least(inner(buffer, buffer) ** 0.5, radius))
+    update = buffer
+    if eta != 1:
+        # An all-zero conditional prediction has no parallel part.
+        share = inner(buffer, denoised) / at_least(inner(denoised, denoised), TINY)
+        update = add_scaled(buffer, denoised, (eta - 1) * share)
+    return add_scaled(denoised, update, scale), buffer
 
 
 @register

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +26,8 @@ SHARED_INPUTS = {
     "txt_ids",
 }
 SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Inputs with samples along their second dimension.
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}
 # Lists of plain values, one for each sample.
 SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
@@ -107,9 +111,11 @@ class _Selection:
     def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if name in SHARED_INPUTS or any(part in str(name) for part in SHARED_PARTS):
+        if _is_shared(name):
             return value
         if isinstance(value, Tensor):
+            if name in LAYERS_FIRST:
+                return self._of_tensor(value.transpose(0, 1)).transpose(0, 1)
             return self._of_tensor(value)
         if _is_by_row(value):
             return {new: value[row] for new, row in enumerate(self.keep) if row in value}
@@ -171,12 +177,26 @@ def _parameter_names(network: Any) -> list[str]:
         network = inner[0]
 
 
+@functools.cache
+def _is_shared(name: Any) -> bool:
+    return name in SHARED_INPUTS or any(part in str(name) for part in SHARED_PARTS)
+
+
+# A forward -> names of its parameters, asked for at every call of a network.
+_NAMES: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+
+
 def _named(forward: Any) -> list[str]:
     if forward is None:
         return []
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
+    function = getattr(forward, "__func__", forward)  # a method is a new object every time
+    names = _NAMES.get(function)
+    if names is None:
+        parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names = [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
+        _NAMES[function] = names
+    return names
 
 
 def prediction_of(output: Any) -> Tensor:

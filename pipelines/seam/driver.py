@@ -72,8 +72,7 @@ class Driver:
         self.asked, self.options, self.detailed = asked, options, detailed
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
-        self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
-        self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
+        self.known = _LEARNED.setdefault(pipe, {})
         self.denoisers = denoisers_of(pipe, layout)
         self.key = _key(pipe, self.denoisers, options)
         self.pattern: Pattern | None = self.known.get(self.key)
@@ -95,12 +94,9 @@ class Driver:
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
         call = Call(network, args, kwargs)
-        if self.free:
-            made = made_of(call.rows, call())
-        else:
-            if not self.made:
-                self.begin_step(call)
-            made = self.evaluate(name, call)
+        if not self.made:
+            self.begin_step(call)
+        made = self.evaluate(name, call)
         self.made.append(made)
         return made.output
 
@@ -193,7 +189,7 @@ class Driver:
 
     def without_calls(self) -> None:
         """The scheduler steps, and the network was not asked."""
-        if self.run is None or self.free or self.layout.others:
+        if self.run is None or self.layout.others:
             return
         raise LayoutError(
             f"step {self.run.step.index + 1} of {type(self.pipe).__name__} went past "
@@ -202,8 +198,6 @@ class Driver:
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler is to step instead of `mixed`."""
-        if self.free:
-            return self.end_free(made, mixed, sample)
         part = self.part_of(mixed, sample)
         batch = len(part)
         calls = tuple(m.rows // batch for m in made)
@@ -241,22 +235,6 @@ class Driver:
             index = row_index(places, whole.device)
             guided = whole.index_copy(axis, index, guided.to(whole.dtype))
         return self.put(guided, mixed)
-
-    def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
-        """Plain guidance: only the trace is kept."""
-        batch = len(sample) // 2 if self.layout.doubled else len(sample)
-        run = self.run
-        if run is None:
-            self.run = run = self.new_run(batch, self.total(self.scheduler_timestep), mixed.device)
-        elif self.is_over(run):
-            run = self.next_run(run, self.scheduler_timestep)
-        run.plan()
-        run.branches = sum(m.rows for m in made) // batch
-        if run.branches < 2:
-            run.unguided(mixed, sample)
-        else:
-            run.combine(mixed, mixed, 1.0, sample, own=mixed)
-        return mixed
 
     def part_of(self, mixed: Tensor, sample: Tensor) -> Tensor:
         """What is guided of what the scheduler steps, with shape (B, \\*)."""
@@ -555,8 +533,6 @@ class Driver:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
             run.finish()
-        if self.free:
-            return
         if run is None:
             raise LayoutError(
                 f"'{self.asked}' found nothing to guide: {type(self.pipe).__name__} has stepped "

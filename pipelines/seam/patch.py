@@ -84,9 +84,12 @@ class GuidedScheduler(StandIn):
 
         object.__setattr__(self, "_stepper", stepper)
         object.__setattr__(self, "step", step)
-        if not hasattr(scheduler, "scale_model_input"):
-            # Flow matching has none, which some pipelines tell by comparing the type itself.
-            object.__setattr__(self, "scale_model_input", lambda sample, *_: sample)
+        # What loops ask for at every step, within reach. Flow matching has no scaling, which some
+        # pipelines tell by comparing the type itself.
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, *_: sample)
+        object.__setattr__(self, "scale_model_input", scaled)
+        if hasattr(scheduler, "order"):
+            object.__setattr__(self, "order", scheduler.order)
 
 
 @contextlib.contextmanager
