@@ -34,8 +34,7 @@ class PlainDriver(Driver):
                     self.run = run = self.new_run(batch, self.total(timestep), mixed.device)
                 else:
                     run = self.next_run(run, timestep)
-            run.branches = rows // run.batch
-            run.count(mixed, guided=run.branches > 1)
+            run.count(mixed, rows // run.batch)
         return stock(*args, **kwargs)
 
     def finish(self) -> None:
