@@ -26,7 +26,7 @@ from pilotage.eval.record import versions, write_figures
 from pilotage.guidance import APG
 from pilotage.guidance.files import write_json, write_text
 from pilotage.pipelines import UnknownSchedulerError, guided
-from pilotage.pipelines.seam.layouts import LayoutError
+from pilotage.pipelines.seam.layouts import LayoutError, OptionError
 from pilotage.pipelines.seam.support import REFUSED
 
 from .docs.support import page
@@ -45,7 +45,7 @@ CODE = (
     *("tests/components.py", "tests/families/*.py", "tests/oracles/*.py"),
     "tests/pipelines/checks.py",
 )
-REFUSALS = (LayoutError, UnknownSchedulerError)
+REFUSALS = (LayoutError, OptionError, UnknownSchedulerError)
 MEASURED = [name for name, family in FAMILIES.items() if family.scheduler == "scheduler"]
 LIMIT = 1e-4  # of the relative error of APG
 
@@ -100,8 +100,9 @@ def figures(name: str):
 def pattern_of(name: str):
     """What was learned of a family's pipeline."""
     pipe = guided(FAMILIES[name].build())
-    rule = APG(space=FAMILIES[name].space)
-    checks.run(pipe, checks.paper_call(name) | {"guidance": rule})
+    space = FAMILIES[name].space
+    guidance = "apg" if space == "x0" else APG(space=space)
+    checks.run(pipe, checks.paper_call(name) | {"guidance": guidance})
     return pipe.guidance_pattern
 
 
