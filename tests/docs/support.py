@@ -53,6 +53,15 @@ Where a call is named, other calls of the same pipeline are not refused.
 |---|---|---|
 {reasons}
 
+## Modular pipelines
+
+A `Guider` takes the place of their guider component: {modular_works} of their workflows were run,
+with the same figures, {modular_refused} are refused. *APG*: as above, or why not.
+
+| pipeline and workflow | APG |
+|---|---|
+{modular_rows}
+
 ## Schedulers
 
 Denoised images that are made by noise levels equal those of the schedulers' own arithmetic:
@@ -79,6 +88,12 @@ def page(stored: dict) -> str:
         one_rows=rows(map(one_branch_row, *by_class(stored["one_branch"]))),
         loops=rows(names["inferred"].items()),
         reasons=rows(sorted(reasons)),
+        modular_works=stored["modular"]["works"],
+        modular_refused=stored["modular"]["refused"],
+        modular_rows=rows(
+            (name, error(found["apg_error"]) if found["ok"] else found["reason"])
+            for name, found in stored["modular"]["names"].items()
+        ),
         agreeing=agreeing,
     )
 
