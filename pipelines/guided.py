@@ -130,20 +130,18 @@ class GuidedMixin(_Stock):
         settings = self.resolve_guidance(guidance)
         asked = guidance if isinstance(guidance, str) else str(settings)
         layout = layout_of(type(self))
-        signature = inspect.signature(type(self).stock_class.__call__)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        scale = _checked_scale(type(self), settings, asked, layout, bound.arguments)
+        options = _options(self, args, kwargs)
+        scale = _checked_scale(type(self), settings, asked, layout, options)
         for identity in settings.policy.identities:
-            check_identity(self, identity, bound.arguments, scale + layout.scale_offset)
+            check_identity(self, identity, options, scale + layout.scale_offset)
         loop = getattr(self, layout.inner) if layout.inner else self
-        eta = bound.arguments.get("eta") or 0.0
+        eta = options.get("eta") or 0.0
         self._guidance_trace = None
         with one_at_a_time(loop):
             check_guidance(settings, loop.scheduler, detailed_trace, eta)
             plain = settings.is_plain and not detailed_trace
             made = PlainDriver if plain else Driver
-            driver = made(loop, settings, layout, asked, bound.arguments, detailed_trace)
+            driver = made(loop, settings, layout, asked, options, detailed_trace)
             try:
                 with attached(loop, denoisers_of(loop, layout), driver, driver.step):
                     output = stock_call(self, *args, **kwargs)
@@ -161,10 +159,35 @@ def guidance_folder(pipe: Any) -> Path | None:
     return Path(loaded_from) / "guidance" if loaded_from and Path(loaded_from).is_dir() else None
 
 
+def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
+    """Arguments of a pipeline's call, and of the bases' calls that ``**kwargs`` are passed on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in pipeline_class.__mro__:
+        call = vars(base).get("__call__")
+        if call is None or issubclass(base, GuidedMixin):
+            continue
+        own = inspect.signature(call).parameters
+        found = {**own, **found}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return found
+
+
+def _options(pipe: GuidedMixin, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults included."""
+    bound = inspect.signature(pipe.stock_class.__call__).bind(pipe, *args, **kwargs)
+    parameters = _parameters(type(pipe)).items()
+    defaults = {name: p.default for name, p in parameters if p.default is not p.empty}
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return defaults | given
+
+
 def scale_argument(pipeline_class: type) -> str:
     """Name of the argument of a pipeline's call for the guidance scale, else LayoutError."""
-    call: Any = pipeline_class.__call__
-    parameters = inspect.signature(call).parameters
+    parameters = _parameters(pipeline_class)
     known = layout_of(pipeline_class).scale
     found = [name for name in ((known,) if known else SCALE_ARGUMENTS) if name in parameters]
     if not found:

@@ -34,7 +34,8 @@ class PlainDriver(Driver):
                     self.run = run = self.new_run(batch, self.total(timestep), mixed.device)
                 else:
                     run = self.next_run(run, timestep)
-            run.count(mixed, guided=rows > run.batch)
+            run.branches = rows // run.batch
+            run.count(mixed, guided=run.branches > 1)
         return stock(*args, **kwargs)
 
     def finish(self) -> None:
