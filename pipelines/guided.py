@@ -160,7 +160,7 @@ def guidance_folder(pipe: Any) -> Path | None:
 
 
 def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
-    """Arguments of a pipeline's call, and of the bases' calls that ``**kwargs`` are passed on to."""
+    """Arguments of a pipeline's call, and of those that its ``**kwargs`` are passed on to."""
     found: dict[str, inspect.Parameter] = {}
     for base in pipeline_class.__mro__:
         call = vars(base).get("__call__")

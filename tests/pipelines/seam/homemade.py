@@ -219,7 +219,7 @@ class Bank:
 
 
 class ReferencePipeline(HomemadePipeline):
-    """As diffusers' community pipelines with a reference picture: every step runs the network twice.
+    """As diffusers' community pipelines with a reference picture: two network calls a step.
 
     A pass over the noised reference, which writes, and one over the latents, which reads.
     """
