@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .learning import learn
-from .noise_levels import check_falling_noise, next_noise_level, noise_level
+from .noise_levels import Levels, check_falling_noise, next_noise_level
 from .patterns import (
     Pattern,
     branches_of,
@@ -85,9 +86,15 @@ class Driver:
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
+        self.scale: float | None = None  # measured last
         self.device = torch.device("cpu")
         self.where = _positions(self.scheduler)
         self.attention = own_attention(pipe, self.denoisers)
+
+    @functools.cached_property
+    def noise(self) -> Levels:
+        """The noise levels of the scheduler."""
+        return Levels(self.scheduler)
 
     # Calls of the network
 
@@ -376,8 +383,9 @@ class Driver:
             w = scale_of_normed(*wide).abs().to(part.dtype)
             self.look(run, w, 0.0)
             return cond, uncond, w
-        measured, unexplained = scale_of(cond, uncond, part, self.layout.frames)
-        self.look(run, measured, unexplained)
+        measured, left = scale_of(cond, uncond, part, self.layout.frames, self.scale)
+        self.look(run, measured, left)
+        self.scale = None if isinstance(measured, Tensor) else float(f"{measured:.6g}")
         return cond, uncond, measured
 
     def end_unguided(self, run: Run, part: Tensor, x_t: Tensor) -> Tensor:
@@ -480,16 +488,16 @@ class Driver:
         """Noise levels now and next, as far as the guidance or the trace needs them."""
         if not (self.guidance.needs_level or self.detailed):
             return None, None
-        level = noise_level(self.scheduler, timestep)
+        level = self.noise(timestep)
         if not self.guidance.rule.needs_next_level:
             return level, None
         return level, next_noise_level(self.scheduler, timestep)
 
     def network_input(self, sample: Tensor, part: Tensor) -> Tensor:
         """x_t as far as it is guided, scaled as the network has it."""
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        if scale is not None and (self.guidance.needs_level or self.detailed):
-            sample = scale(sample, self.scheduler_timestep)
+        if self.guidance.needs_level or self.detailed:
+            level = None if self.wanted is None or self.run is None else self.run.step.level
+            sample = self.noise.network_input(sample, self.scheduler_timestep, level)
         seen = view(sample[: len(part)], part)
         return part if seen is None else seen
 
