@@ -1,7 +1,7 @@
 """Write what the seam's tests find: ``eval/results/seam.json`` and ``pipelines/SUPPORT.md``.
 
     python -m tests.seam_report                # about eight minutes on two cores
-    python -m tests.seam_report --only sd wan  # measures these again
+    python -m tests.seam_report --only sd wan  # only measures these again, and prints them
     python -m tests.seam_report --list         # classes of diffusers without a family
 
 Every family of the tests (tests/families) is measured in turn: the checks that the tests make, and
@@ -12,6 +12,7 @@ written once every family has figures.
 """
 
 import argparse
+import functools
 import json
 import math
 import warnings
@@ -22,6 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from pilotage.eval.record import versions, write_figures
+from pilotage.guidance import APG
 from pilotage.guidance.files import write_json, write_text
 from pilotage.pipelines import UnknownSchedulerError, guided
 from pilotage.pipelines.seam.layouts import LayoutError
@@ -30,7 +32,7 @@ from pilotage.pipelines.seam.support import REFUSED
 from .docs.support import page
 from .families import FAMILIES
 from .pipelines import checks
-from .pipelines.classes import definer, lineage, with_scale
+from .pipelines.classes import BROKEN, definer, lineage, with_scale
 from .pipelines.seam.test_noise_levels import cases, scheduler_agrees
 from .structure import ROOT, code_of
 
@@ -48,6 +50,7 @@ MEASURED = [name for name, family in FAMILIES.items() if family.scheduler == "sc
 LIMIT = 1e-4  # of the relative error of APG
 
 
+@functools.cache
 def code() -> dict[str, str]:
     """Fingerprints of the files of `CODE`."""
     return code_of(path for pattern in CODE for path in ROOT.glob(pattern))
@@ -87,17 +90,18 @@ def figures(name: str):
         yield "residual", pattern.residual
     yield "apg_max_rel_error", checks.apg_error(name)
     yield "ag_rows_ok", checks.ag_rows_ok(name)
-    try:
-        yield "forecast_error", checks.forecast_error(name)
-        yield "resting_rows_ok", checks.resting_rows_ok(name)
-    except REFUSALS as refusal:
-        yield "no_forecast", str(refusal)
+    for check in (checks.forecast_error, checks.resting_rows_ok):
+        try:
+            yield check.__name__, check(name)
+        except REFUSALS as refusal:
+            yield f"no_{check.__name__}", str(refusal)
 
 
 def pattern_of(name: str):
     """What was learned of a family's pipeline."""
     pipe = guided(FAMILIES[name].build())
-    checks.run(pipe, checks.paper_call(name) | {"guidance": "apg"})
+    rule = APG(space=FAMILIES[name].space)
+    checks.run(pipe, checks.paper_call(name) | {"guidance": rule})
     return pipe.guidance_pattern
 
 
@@ -111,7 +115,8 @@ def describe(pattern) -> str:
         "negated": pattern.sign < 0,
         "norm of cond": pattern.norm == "match",
         "norm at most cond's": pattern.norm == "limit",
-        {"behind": "the part behind"}.get(pattern.part, pattern.part): bool(pattern.part),
+        f"steps {pattern.part}": bool(pattern.part),
+        "given places left out": pattern.kept is not None,
     }
     counted = "one batch" if len(calls) == 1 else f"{len(calls)} calls"
     return "; ".join([f"{counted}: {listed}", *(kind for kind, is_so in kinds.items() if is_so)])
@@ -131,9 +136,10 @@ def classes(families: dict[str, dict]) -> dict:
     for name in taken:
         if name in tested:
             continue
-        loop, known = definer(name, "__call__"), [b for b in lineage(name) if b in REFUSED]
-        if known:
-            refused[name] = REFUSED[known[0]]
+        loop, known = definer(name, "__call__"), REFUSED | BROKEN
+        reasons = [known[base] for base in lineage(name) if base in known]
+        if reasons:
+            refused[name] = reasons[0]
         elif loop in tested and not of_class[name]:
             inferred[name] = loop
         elif of_class[name] and all("refused" in found for found in of_class[name]):
@@ -177,28 +183,20 @@ def kept() -> dict[str, dict]:
     return stored["families"] if same else {}
 
 
-def without_family() -> list[str]:
-    """Classes with a scale that no family is of."""
-    covered = {family.cls for family in FAMILIES.values()}
-    return [name for name in with_scale() if name not in covered]
-
-
 def main() -> int:
     """Measure what has no figures yet, then write both files; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="only print classes without a family")
-    parser.add_argument(
-        *("--only",),
-        nargs="+",
-        metavar="FAMILY",
-        choices=MEASURED,
-        help="measure these, print them",
-    )
+    only = parser.add_argument("--only", nargs="+", choices=MEASURED, help="measure these again")
+    only.metavar = "FAMILY"
     args = parser.parse_args()
     if args.list:
-        for name in without_family():
-            refused = [base for base in lineage(name) if base in REFUSED]
-            print(name, f"(refused: {REFUSED[refused[0]]})" if refused else "")
+        covered = {family.cls for family in FAMILIES.values()}
+        places = classes({})["names"]
+        for name in (name for name in with_scale() if name not in covered):
+            print(
+                name, f"(refused: {places['refused'][name]})" if name in places["refused"] else ""
+            )
         return 0
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -26,6 +26,8 @@ SHARED_INPUTS = {
     "txt_ids",
 }
 SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Inputs with samples along their second dimension.
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}
 # Lists of plain values, one for each sample.
 SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
@@ -112,6 +114,8 @@ class _Selection:
         if _is_shared(name):
             return value
         if isinstance(value, Tensor):
+            if name in LAYERS_FIRST:
+                return self._of_tensor(value.transpose(0, 1)).transpose(0, 1)
             return self._of_tensor(value)
         if _is_by_row(value):
             return {new: value[row] for new, row in enumerate(self.keep) if row in value}

@@ -62,15 +62,12 @@ REASONS: dict[str, str] = {
     "its network takes text, pictures and sound as one sequence": "Cosmos3OmniPipeline",
     "it blends given frames into what is stepped, after its network has seen it": """
         LTXI2VLongMultiPromptPipeline""",
-    "its edits are masked by quantiles of their own differences, without a conditional branch": """
+    "each of its edits is cut out by a mask of its own": """
         LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL""",
-    "its network is a session of ONNX Runtime on arrays, not a module": """
+    "its network does not run in torch": """
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline
         OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline
         StableDiffusionOnnxPipeline""",
-    "it does not run beside transformers 5 (its own Q-Former fails before the loop)": """
-        BlipDiffusionControlNetPipeline""",
-    "it raises a TypeError of its own in diffusers 0.42": "EasyAnimateControlPipeline",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",

@@ -21,7 +21,8 @@ loop of one that was, and {refused} are refused, each with its reason.
 - *AG*: the rows counted at the network are those that Adaptive Guidance promises.
 - *forecast*: error of a run in which every other step is skipped and reuses the last guided
   prediction, against the stock loop with a scheduler that does so, in units of what that changes;
-  rows counted likewise. *refused*: nothing can stand in for what the network was not asked for.
+  rows counted likewise, also where every sample rests at its own pace; *together*: all samples of
+  a call have to. *refused*: nothing can stand in for what the network was not asked for.
 
 | pipeline | layout | tested as | CFG | APG | AG | forecast |
 |---|---|---|---|---|---|---|

@@ -1,6 +1,7 @@
 """What the seam must show of every family, as functions that tests and the report share."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,6 @@ from ..families.base import leading_channels
 from ..oracles.apg import PaperMomentum, paper_apg
 from ..oracles.x0 import own_prediction, own_x0
 
-# Families that give the guided prediction the conditional one's norm: none can be forecast.
-NORM_MATCHED = ["qwen_image", "lumina2"]
 COVERED = [
     name
     for name, family in FAMILIES.items()
@@ -76,10 +75,14 @@ def stopping_at(name, threshold):
 
 
 def parting_policy(pipe, name, **extra):
-    """A policy under which the samples of a batch stop at different steps, if there is one."""
+    """A policy under which the samples of a batch stop at different steps, if there is one.
+
+    As far as can be from where rounding decides.
+    """
     latents(pipe, name, guidance=stopping_at(name, 1.5), **extra)
     gammas = sorted(g for step in pipe.guidance_trace.steps for g in step.gamma.tolist())
-    for low, high in zip(gammas, gammas[1:], strict=False):
+    gaps = sorted(itertools.pairwise(gammas), key=lambda gap: gap[0] - gap[1])
+    for low, high in gaps:
         policy = stopping_at(name, (low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
         stops = len(set(guided_steps(pipe.guidance_trace)))
@@ -174,6 +177,43 @@ def resting_rows_ok(name):
         latents(pipe, name, guidance=replace(parting, then="forecast"))
     expected = [branches * (k + (steps - k) // 2) for k in found]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
+
+
+def mates_error(name, then="cond"):
+    """How far samples that stop at different steps are from what each gives alone.
+
+    In units of what is allowed: ten times by how much a stock sample changes between batch 1 and
+    batch 3 (matrix products of other shapes round otherwise, and some pad texts to the longest).
+    """
+    pipe = guided(FAMILIES[name].build())
+    policy = replace(parting_policy(pipe, name), then=then)
+    together = latents(pipe, name, guidance=policy)
+    nfe, stock = pipe.guidance_trace.nfe, latents(pipe, name)
+    negative, worst = FAMILIES[name].scale_name == "true_cfg_scale", 0.0
+    for row in range(3):
+        pick = slice(row, row + 1)
+        results = (
+            pipe(**of_one(FAMILIES[name].call(3, negative), pick))[0],
+            stock[pick],
+            pipe(**of_one(FAMILIES[name].call(3, negative), pick), guidance=policy)[0],
+            together[pick],
+        )
+        plain, mates, alone, other = (torch.as_tensor(np.asarray(v)).double() for v in results)
+        noise = (plain - mates).abs().max() / plain.abs().max()
+        if noise < 1e-4 and pipe.guidance_trace.nfe != nfe[pick]:
+            return float("inf")
+        error = (alone - other).abs().max() / alone.abs().max()
+        worst = max(worst, (error / (10 * noise + 1e-5)).item())
+    return worst
+
+
+def of_one(value, pick):
+    """What of the arguments of a call of three samples belongs to one."""
+    if isinstance(value, dict):
+        return {name: of_one(item, pick) for name, item in value.items()}
+    if isinstance(value, (list, torch.Tensor)) and len(value) == 3:
+        return value[pick]
+    return [of_one(item, pick) for item in value] if isinstance(value, list) else value
 
 
 class StepKnown(Exception):

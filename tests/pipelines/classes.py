@@ -11,12 +11,18 @@ from pathlib import Path
 
 import diffusers
 
-from ..structure import parsed
-
 FOLDER = Path(diffusers.__file__).parent / "pipelines"
 # Arguments of a call that are scales of guidance: guidance_scale, true_cfg_scale,
 # max_guidance_scale, decoder_guidance_scale, guidance_scale_2, ...
 SCALE = re.compile(r"(guidance|cfg)_scale(_\d+)?$")
+
+# Classes that diffusers itself cannot run, with the versions that constraints.txt names.
+BROKEN = {
+    "BlipDiffusionControlNetPipeline": "its own call fails: its Q-Former asks transformers for "
+    "invert_attention_mask, which version 5 does not have",
+    "EasyAnimateControlPipeline": "its own call fails: it gives encode_prompt a "
+    "text_encoder_index, which that does not take",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def written() -> dict[str, Written]:
     return {
         node.name: _written(node)
         for path in paths
-        for node in ast.walk(parsed(path))
+        for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
 
