@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -67,6 +68,8 @@ class Run:
         self.decisions: Sequence[Decision] = ()
         self.rows: list[int] = []
         self.skipped: list[int] = []
+        # What was planned last, with `rows` and `skipped`: mostly it is planned again.
+        self.planned: tuple[Sequence[Decision], list[int], list[int]] = ((), [], [])
 
     def plan(
         self,
@@ -82,20 +85,27 @@ class Run:
             next_level: Noise level that the solver goes to, for rules that need it.
         """
         self.begin(x_t, level, next_level)
-        self.decisions = self.policy_state.decide(self.step)
+        decisions, before = self.policy_state.decide(self.step), self.planned[0]
         if self.one_branch:
-            self.decisions = [d if d.skips else COND for d in self.decisions]
-        whole = len(self.decisions) == self.batch
-        if not whole or not all(isinstance(d, Decision) for d in self.decisions):
+            decisions = [d if d.skips else COND for d in decisions]
+        if len(decisions) != len(before) or not all(map(operator.is_, decisions, before)):
+            self.planned = self._planned(decisions)
+        self.decisions, self.rows, self.skipped = self.planned
+        return self.rows
+
+    def _planned(
+        self, decisions: Sequence[Decision]
+    ) -> tuple[Sequence[Decision], list[int], list[int]]:
+        """Decisions that are checked, `rows` and `skipped`."""
+        whole = len(decisions) == self.batch
+        if not whole or not all(isinstance(d, Decision) for d in decisions):
             raise ValueError(
                 f"'{self.guidance.policy}' has to decide for {self.batch} samples at step "
-                f"{self.step.index}, got {self.decisions!r}"
+                f"{self.step.index}, got {decisions!r}"
             )
-        self.guidance.check_decisions(self.decisions)
-        evaluated = [decision.evaluate for decision in self.decisions]
-        self.rows = [row for row in range(self.batch) if "uncond" in evaluated[row]]
-        self.skipped = [row for row in range(self.batch) if not evaluated[row]]
-        return self.rows
+        self.guidance.check_decisions(decisions)
+        rows = [row for row, d in enumerate(decisions) if "uncond" in d.evaluate]
+        return list(decisions), rows, [row for row, d in enumerate(decisions) if d.skips]
 
     def begin(
         self,

@@ -135,10 +135,10 @@ def branches_of(
     Returns:
         Them, in the dtype of `stepped`; None if none of that shape is in `predictions`.
     """
-    batch, found = len(stepped), []
+    batch, found = stepped.shape[0], []
     for prediction, count in zip(predictions, pattern.calls, strict=True):
-        for i in range(count):
-            seen = view(prediction[i * batch : (i + 1) * batch], stepped, pattern.part)
+        for branch in prediction.split(batch) if count > 1 else (prediction,):
+            seen = view(branch, stepped, pattern.part)
             if seen is None:
                 return None
             seen = inside(seen, pattern.kept)
@@ -170,14 +170,12 @@ def normed(guided: Tensor, cond: Tensor, norm: Norm) -> Tensor:
 
 
 def sample_of(tensor: Tensor) -> Tensor:
-    """Some elements of a tensor, at most about `ENOUGH` of every sample, spread over all of it."""
+    """Some elements of a tensor, about `ENOUGH` of every sample, spread over all of it."""
     excess = tensor.numel() // (tensor.shape[0] * ENOUGH)
     if excess < 2:
         return tensor
-    stride = math.isqrt(excess)
-    if tensor.ndim > 2 and tensor.shape[-2] >= 2 * stride:
-        return tensor[..., ::stride, ::stride]
-    return tensor[..., ::excess] if tensor.shape[-1] >= 2 * excess else tensor[:, ::excess]
+    # Whole rows, which lie together: elements far apart take longer than all of them.
+    return tensor[..., ::excess, :] if tensor.ndim > 2 else tensor[:, ::excess]
 
 
 def scale_of(
