@@ -18,8 +18,8 @@ from pilotage.guidance import APG, CFG, AdaptiveGuidance, Guidance
 from pilotage.pipelines.guiders import Guider, slots_of
 
 from . import components as c
-from .families import images, qwen, stable_diffusion, wan
-from .families.base import SPEC, TRANSFORMER, UNET, Family
+from .families import controlnets, images, qwen, stable_diffusion, wan
+from .families.base import PARTIAL, SPEC, TRANSFORMER, UNET, Family
 from .pipelines.checks import PaperGuidance, equal, run
 
 SCALE = 6.0
@@ -162,10 +162,93 @@ def modular_passes_ok(name: str) -> bool:
     return True
 
 
-SDXL = {"denoisers": UNET}
-workflow("StableDiffusionXL text2image", stable_diffusion.sdxl, **SDXL)
+def sdxl(controlnet: Any = None, adapter: bool = False, **config: Any) -> dict:
+    """Stable Diffusion XL, with what its workflows add to it."""
+    parts = stable_diffusion.sdxl(**config)
+    if controlnet is not None:
+        parts["controlnet"] = controlnet()
+    if adapter:
+        parts["unet"]._load_ip_adapter_weights([c.ip_adapter(parts["unet"])])
+        parts["image_encoder"] = c.clip_vision()
+    return parts
+
+
+def sdxl_call(
+    batch: int, negative: bool, task: str, control: bool, adapter: bool, **extra: Any
+) -> dict:
+    calls = {"image2image": c.picture_call, "inpainting": c.inpaint_call}
+    call = calls.get(task, c.text_call)(batch, negative, **extra)
+    if control:
+        call["control_image"] = c.per_sample(batch, 3, 16, 16, seed=500, low=0.0)
+    if adapter:
+        call["ip_adapter_image"] = c.per_sample(batch, 3, 16, 16, seed=600)
+    return call
+
+
+def sdxl_workflows() -> None:
+    """Each task, alone or with a ControlNet of either kind, each with and without pictures."""
+    controls: dict[str, Any] = {
+        "": None,
+        "controlnet_": lambda: c.controlnet(**c.SDXL),
+        "controlnet_union_": controlnets.union,
+    }
+    for adapter in ("", "ip_adapter_"):
+        for control, network in controls.items():
+            for task in ("text2image", "image2image", "inpainting"):
+                later = {} if task == "text2image" else {"first_step": 1, **PARTIAL}
+                later |= {"control_mode": [1]} if "union" in control else {}
+                channels = 9 if task == "inpainting" and not control else 4
+                workflow(
+                    f"StableDiffusionXL {adapter}{control}{task}",
+                    functools.partial(sdxl, network, bool(adapter), channels=channels),
+                    functools.partial(
+                        sdxl_call, task=task, control=bool(control), adapter=bool(adapter)
+                    ),
+                    denoisers=UNET,
+                    **later,
+                )
+
+
+def qwen_workflows() -> None:
+    """Each task, alone or with a ControlNet."""
+    pictures = {"text2image": {}, "image2image": {"image": 3}}
+    pictures["inpainting"] = {"image": 3, "mask_image": 1}
+    for control in ("", "controlnet_"):
+        for task, given in pictures.items():
+            given = given | ({"control_image": 3} if control else {})
+            later = {} if task == "text2image" else {"first_step": 1, **qwen.LATE}
+            workflow(
+                f"QwenImage {control}{task}",
+                qwen.qwen_image_controlnet if control else qwen.qwen_image,
+                qwen.big(c.text_call, **given),
+                norm_matched=True,
+                height=32,
+                width=32,
+                **later,
+            )
+
+
+sdxl_workflows()
+qwen_workflows()
+SD3_LATER = {"first_step": 1, "strength": 0.75, "num_inference_steps": 4}
 workflow("StableDiffusion3 text2image", images.sd3)
-workflow("QwenImage text2image", qwen.qwen_image, norm_matched=True, height=32, width=32)
-workflow("ZImage text2image", qwen.z_image, negated=True, max_sequence_length=128)
+workflow("StableDiffusion3 image2image", images.sd3, c.picture_call, **SD3_LATER)
+Z = {"negated": True, "max_sequence_length": 128}
+workflow("ZImage text2image", qwen.z_image, **Z)
+workflow("ZImage image2image", qwen.z_image, c.picture_call, first_step=1, **qwen.LATE, **Z)
+EDIT = {"norm_matched": True, "max_sequence_length": 1024}
+EDIT["part"] = qwen.leading_tokens(16)
+TALL = {"height": 4096, "width": 256}
+workflow("QwenImageEdit image_conditioned", qwen.qwen_image_edit, qwen.edit_call, **EDIT, **TALL)
+workflow(
+    "QwenImageEdit image_conditioned_inpainting",
+    qwen.qwen_image_edit,
+    qwen.edit_inpaint_call,
+    first_step=1,
+    **qwen.LATE,
+    **EDIT,
+    **TALL,
+)
+workflow("QwenImageEditPlus", qwen.qwen_image_edit, qwen.edit_call, max_batch=1, **EDIT, **TALL)
 VIDEO = {"height": 32, "width": 32, "num_frames": 9, "blocks": "Blocks"}
-workflow("Wan text2video", wan.wan, **VIDEO)
+workflow("Wan", wan.wan, **VIDEO)
