@@ -402,30 +402,25 @@ class _Shared:
         self.trace: Trace | None = None
         self.scheduler: Any = None
         self.passes = self.next_step = 0
-        self.offset: int | None = None
         self.attached = contextlib.ExitStack()  # until the scheduler steps
 
     def begin(self, run: Run, scheduler: Any, loop: _Loop | None = None) -> None:
         """Drop what is left of an earlier run; without `scheduler`, there may be more steps."""
         self.attached.close()
         self.run, self.loop, self.trace, self.scheduler = run, loop, run.trace, scheduler
-        self.passes, self.next_step, self.offset = 0, 0, None
+        self.passes = self.next_step = 0
 
     def begin_step(self, step: int) -> Run:
-        """The run, once it is sure that a step follows the last one and the scheduler keeps pace."""
+        """The run, once it is sure that a step follows the last one and that was guided."""
         if self.run is None or step != self.next_step:
             raise LayoutError(
                 f"step {step} came where step {self.next_step if self.run else 0} was expected: a "
                 "run begins at step 0 and visits every step once. The second guider of a pipeline "
                 "has to be a partner of the first: guider_2=guider.partner(guidance_scale)"
             )
-        self.next_step = step + 1
-        index = getattr(self.scheduler, "step_index", None)
-        if index is not None and self.offset is None:
-            self.offset = index - step
-        keeps_pace = step == 0 if index is None else index - step == self.offset
-        if hasattr(self.scheduler, "step_index") and not keeps_pace:
+        if self.loop is not None and self.loop.made:  # the last step went past it
             raise LayoutError(NOT_THE_SCHEDULER)
+        self.next_step = step + 1
         return self.run
 
     def hand_over(self, made: list[Tensor], guides: bool) -> None:
