@@ -88,7 +88,8 @@ class Guider(BaseGuidance):
         self.guidance_scale = guidance_scale
         self._pipe: weakref.ref[DiffusionPipeline] | None = None
         self._shared = _Shared()
-        self._passes = 0
+        self._run: Run | None = None  # of the step now begun, its passes and samples guided
+        self._passes, self._rows, self._follows = 0, [], False
 
     @property
     def guidance_scale(self) -> float:
@@ -152,7 +153,9 @@ class Guider(BaseGuidance):
     def partner(self, guidance_scale: float) -> Guider:
         """A guider of another scale that takes part in the same runs.
 
-        For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``.
+        For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``;
+        or for the sound of LTX-2: ``update_components(guider=g, audio_guider=g.partner(7.0))``,
+        which is guided plainly at the steps and for the samples at which the video is guided.
         """
         partner = self.new(guidance_scale=guidance_scale)
         partner._shared = self._shared
@@ -214,9 +217,9 @@ class Guider(BaseGuidance):
             LayoutError: no step was begun, or the predictions do not fit it.
             NonFinitePredictionError: a prediction is NaN or infinite.
         """
-        shared, passes, self._passes = self._shared, self._passes, 0
-        run = shared.run
-        if run is None or not passes:
+        shared, run, passes = self._shared, self._run, self._passes
+        self._run, self._passes = None, 0
+        if run is None:
             raise LayoutError("a guider's predictions came before its prepare_inputs")
         preds = [pred for pred in (pred_cond, pred_uncond) if pred is not None]
         single = run.batch == 1 and len(pred_cond) != 1  # no axis of samples
@@ -226,21 +229,23 @@ class Guider(BaseGuidance):
                 f"expected {passes} predictions of {run.batch} samples, got shapes "
                 f"{[tuple(pred.shape) for pred in preds]}"
             )
-        cond, scale, rows = made[0], self.guidance_scale, run.rows
-        if rows and len(rows) < run.batch:
+        cond, scale, rows = made[0], self.guidance_scale, self._rows
+        if len(made) > 1 and len(rows) < run.batch:
             index = row_index(rows, cond.device)
             made[1] = cond.index_copy(0, index, made[1][index])
-        elif shared.loop is not None and any(d.estimates for d in run.decisions):
+        elif not self._follows and shared.loop and any(d.estimates for d in run.decisions):
             made = [cond, *shared.loop.last_predictions[1:]]
         pred = cfg(cond, made[1], scale) if len(made) > 1 else cond
-        if shared.loop is None:
+        if self._follows:
+            pass
+        elif shared.loop is not None:
+            shared.hand_over(made, guides=self.num_conditions == 2)
+        else:
             if self.num_conditions == 1:
                 run.unguided(pred, pred)
             else:
                 run.combine(cond, made[1], scale, cond, own=pred)
             shared.end_step()
-        else:
-            shared.hand_over(made, guides=self.num_conditions == 2)
         return GuiderOutput(
             pred=pred[0] if single else pred, pred_cond=pred_cond, pred_uncond=pred_uncond
         )
@@ -270,9 +275,10 @@ class Guider(BaseGuidance):
     @property
     def spatio_temporal_guidance_blocks(self) -> None:
         """No blocks of the network are perturbed (LTX-2 asks, for its audio guider as well)."""
-        pipe = self._bound_pipe()
-        audio = getattr(pipe, "audio_guider", None)
-        if getattr(audio, "stg_scale", 0):
+        pipe = None if self._pipe is None else self._pipe()
+        if pipe is None:
+            raise LayoutError("LTX-2 needs a guider that is bound to it: guider.bind(pipe)")
+        if getattr(getattr(pipe, "audio_guider", None), "stg_scale", 0):
             raise LayoutError(
                 "the audio guider wants spatio-temporal guidance, whose blocks a Guider does not "
                 "name: give it stg_scale=0"
@@ -293,6 +299,9 @@ class Guider(BaseGuidance):
         pipe, shared, step = self._bound_pipe(), self._shared, self._step
         if step is None:
             raise LayoutError("a guider's prepare_inputs came before set_state")
+        self._follows = shared.leader not in (None, self) and step == shared.next_step - 1
+        if self._follows and shared.run is not None:
+            return self._batches(shared.run, cond, make_batch)
         if step == 0 or (self._is_free and step != shared.next_step):
             scheduler = None if pipe is None else pipe.scheduler
             batch, device = _batch_of(cond)
@@ -309,15 +318,21 @@ class Guider(BaseGuidance):
                 loop = _Loop(pipe, self.guidance, asked, self.detailed_trace)
                 loop.run = loop.new_run(batch, total, device)
                 shared.begin(loop.run, scheduler, loop)
-        run = shared.begin_step(step)
+        run, shared.leader = shared.begin_step(step), self
         level = None if shared.loop is None else shared.loop.levels(self._timestep)[0]
         run.plan(None, level)
         if run.skipped:
             raise ValueError(NO_SKIPPING.format(self.guidance))
-        self._passes = 2 if run.rows and self.num_conditions == 2 else 1
+        batches = self._batches(run, cond, make_batch)
         shared.passes += self._passes
-        names = self._input_predictions[1 : self._passes]
-        return [cond, *(make_batch(1, name) for name in names)]
+        return batches
+
+    def _batches(
+        self, run: Run, cond: BlockState, make_batch: Callable[[int, str], BlockState]
+    ) -> list[BlockState]:
+        self._run, self._rows = run, run.rows
+        self._passes = 2 if self._rows and self.num_conditions == 2 else 1
+        return [cond, *(make_batch(1, name) for name in self.active_predictions()[1:])]
 
 
 class _Loop(Driver):
@@ -399,6 +414,7 @@ class _Shared:
     def __init__(self) -> None:
         self.run: Run | None = None
         self.loop: _Loop | None = None  # None: plain guidance
+        self.leader: Guider | None = None  # whose the step now begun is
         self.trace: Trace | None = None
         self.scheduler: Any = None
         self.passes = self.next_step = 0
@@ -408,7 +424,7 @@ class _Shared:
         """Drop what is left of an earlier run; without `scheduler`, there may be more steps."""
         self.attached.close()
         self.run, self.loop, self.trace, self.scheduler = run, loop, run.trace, scheduler
-        self.passes = self.next_step = 0
+        self.passes, self.next_step, self.leader = 0, 0, None
 
     def begin_step(self, step: int) -> Run:
         """The run, once it is sure that a step follows the last one and that was guided."""
@@ -444,6 +460,7 @@ class _Shared:
 
         Without a scheduler there may be more to come, but such a run holds nothing to get rid of.
         """
+        self.leader = None
         if self.run is not None and self.next_step >= self.run.total:
             self.run.finish() if self.loop is None else self.loop.finish()
             self.loop = None

@@ -6,23 +6,21 @@ does within the stock pipeline; with Adaptive Guidance in as many passes as it p
 
 from typing import Any
 
-import diffusers as df
 import torch
 
 from pilotage.guidance import APG, CFG, AdaptiveGuidance, Guidance
 from pilotage.pipelines.guiders import Guider, slots_of
 
-from .families.modular import MODULAR, SCALE
+from .families.modular import MODULAR, SCALE, stock_guider
 from .pipelines.checks import PaperGuidance, equal, run
 
 
 def use(pipe: Any, guider: Any) -> Any:
-    """Makes `guider` the guider of `pipe`, and one like it of its second loop, if there is one."""
+    """Makes `guider` the guider of `pipe`, and ones like it of what else it guides."""
     parts = {"guider": guider}
-    if "guider_2" in slots_of(pipe):
+    for name in slots_of(pipe)[1:]:
         own = isinstance(guider, Guider)
-        scale = guider.guidance_scale
-        parts["guider_2"] = guider.partner(scale) if own else guider.new(guidance_scale=scale)
+        parts[name] = guider.partner(SCALE) if own else stock_guider(pipe)
     pipe.update_components(**parts)
     return guider
 
@@ -35,9 +33,9 @@ def guided_latents(
     pipe = family.build() if pipe is None else pipe
     call = family.call(family.max_batch, True) | extra
     if guidance is None:
-        guider = use(pipe, df.ClassifierFreeGuidance(SCALE))
+        guider = use(pipe, stock_guider(pipe))
     else:
-        guider = use(pipe, Guider(guidance, SCALE).bind(pipe))
+        guider = use(pipe, Guider(guidance, SCALE).bind(pipe))  # the call has the scales
     return run(pipe, call)[0], guider
 
 

@@ -88,10 +88,24 @@ def _build(blocks: str, parts: Callable[[], dict], output: str, without: tuple[s
     quiet(built)
     pipe = built.init_pipeline()
     pipe.update_components(**{k: v for k, v in components.items() if k in pipe.components})
-    guiders = {name: df.ClassifierFreeGuidance() for name in slots_of(pipe)}
-    pipe.update_components(**guiders)
+    pipe.update_components(**{name: stock_guider(pipe) for name in slots_of(pipe)})
     pipe.__class__ = ending_in(type(pipe), output)
     return pipe
+
+
+class OfTwoBranches(df.ClassifierFreeGuidance):
+    """diffusers' guider with what LTX-2's blocks ask beside."""
+
+    spatio_temporal_guidance_blocks = None
+
+    def active_predictions(self) -> list[str]:
+        return self._input_predictions[: self.num_conditions]
+
+
+def stock_guider(pipe: Any) -> Any:
+    """diffusers' own guider for a pipeline."""
+    kind = OfTwoBranches if "audio_guider" in slots_of(pipe) else df.ClassifierFreeGuidance
+    return kind(SCALE)
 
 
 @functools.cache
@@ -403,3 +417,23 @@ def helios_workflows() -> None:
 
 
 helios_workflows()
+
+
+def ltx2_workflows() -> None:
+    """2.5 differs in how it decodes. The sound keeps diffusers' own guider."""
+    common: dict = {"scales": ("guider", "audio_guider"), "frame_rate": 24.0, **WAN}
+    common["without"] = ("prompt_enhancer", "duration", "decode")
+    given = common | {"part": ltx2.later_frames}
+    condition = "pipeline_ltx2_ic_lora.LTX2ReferenceCondition"
+    for name in ("LTX2", "LTX25"):
+        workflow(f"{name} text2video", ltx2.ltx2, **common)
+        free = videos.free_tokens(ltx2.FRAME)
+        picture = functools.partial(ltx2.picture_as_it_is)
+        workflow(f"{name} image2video", ltx2.ltx2, picture, part=free, **common)
+        workflow(f"{name} condition", ltx2.ltx2, ltx2.frames_call, **given)
+        workflow(
+            f"{name} in_context", ltx2.ltx2, ltx2.reference_call, kind=condition, frames=True, **given
+        )
+
+
+ltx2_workflows()
