@@ -437,3 +437,84 @@ def ltx2_workflows() -> None:
 
 
 ltx2_workflows()
+
+
+def music3() -> dict:
+    """The tones in between, which a language model makes, are given."""
+    transformer = df.MiniMaxMusic3Transformer1DModel(
+        in_channels=4,
+        condition_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        ff_inner_dim=32,
+        rotary_dim=4,
+        fourier_embedding_dim=16,
+    )
+    encoder = df.MiniMaxMusic3ConditionEncoder(
+        condition_hidden_dim=8, num_condition_layers=2, out_dim=16
+    )
+    return {
+        "condition_encoder": c.wake(encoder),
+        "transformer": c.wake(transformer),
+        "scheduler": flow(num_train_timesteps=1, invert_sigmas=True),
+    }
+
+
+def music_call(batch: int, negative: bool, **extra: Any) -> dict:
+    """Long enough for two pieces, of which the second begins with the end of the first."""
+    generator = torch.Generator().manual_seed(0)
+    return {"frame_hiddens": c.noise(1, 250, 16), "generator": generator, **extra}
+
+
+workflow(
+    "MiniMaxMusic3",
+    music3,
+    music_call,
+    "Blocks",
+    output="latent_chunks",
+    without=("semantic_generator", "decode"),
+    max_batch=1,
+    num_inference_steps=c.STEPS,
+)
+
+
+def animate2() -> dict:
+    """Its attention compares frames with those of the driving video, which it has cached."""
+    transformer = df.WanAnimate2Transformer3DModel(
+        text_len=16,
+        in_dim=36,
+        dim=24,
+        ffn_dim=32,
+        freq_dim=32,
+        text_dim=c.WIDTH,
+        num_heads=2,
+        num_layers=2,
+        use_img_emb=False,
+    )
+    transformer = c.amplify(c.wake(transformer), ("text_embedding", "cross_attn"), 2.0)
+    parts = {"image_encoder": c.clip_vision(224), "scheduler": flow(shift=5.0)}
+    return wan.wan(transformer=transformer, **parts)
+
+
+def animate2_call(batch: int, negative: bool, **extra: Any) -> dict:
+    call = c.text_call(batch, negative, **extra)
+    call = {name: v[0] if isinstance(v, list) else v for name, v in call.items()}
+    return call | {"image": c.photo(0), "driving_video": [c.photo(s) for s in range(1, 10)]}
+
+
+for _name in ("WanAnimate2", "WanAnimate2Distilled"):
+    workflow(
+        _name,
+        animate2,
+        animate2_call,
+        "Blocks",
+        output="segment_frames",
+        without=("decode",),
+        max_batch=1,
+        steps=lambda kwargs: kwargs["kv_cache_mode"] == "cached",
+        height=32,
+        width=32,
+        segment_frame_length=9,
+        max_sequence_length=16,
+    )
