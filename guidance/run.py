@@ -132,7 +132,7 @@ class Run:
                 broadcasts.
             x_t: The network's input, with shape (B, \\*), as far as it is guided.
             own: What the pipeline itself made of its predictions, with shape (B, \\*), where
-                samples that are not guided have their conditional prediction; None if it made
+                samples that are not guided have what `pred_cond` has for them; None if it made
                 nothing. It is the result wherever guidance is the pipeline's own.
             after: What the pipeline does to a guided prediction afterwards, if anything.
 
@@ -150,10 +150,9 @@ class Run:
         self._keep("cond", pred_cond, x_t, every_row - skipped)
         guided_rows = record.guided
         if not guided_rows:
-            guided = pred_cond if own is None or skipped else own
-            self._end(guided, x_t)
+            self._end(pred_cond, x_t)
             self._forget()
-            return guided
+            return pred_cond
         every = len(guided_rows) == self.batch
         index = None if every else row_index(guided_rows, pred_cond.device)
         cond = pred_cond if index is None else pred_cond[index]
@@ -165,8 +164,7 @@ class Run:
             w = 1 + factor * (w - 1)
         step = replace(self.step, x_t=x_t if index is None else x_t[index])
         predictions = Predictions({"cond": cond, "uncond": uncond}, step)
-        evaluates_all = not (estimated or skipped)
-        keep_own = untouched and self.guidance.keeps_combination and evaluates_all
+        keep_own = untouched and self.guidance.keeps_combination and not estimated
         keep_own = keep_own and own is not None
         result = guide_step(
             self.guidance.rule,

@@ -23,7 +23,7 @@ from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
 from .seam.patch import aside, attached, one_at_a_time
 from .seam.patterns import Pattern
-from .seam.support import SCALE_ARGUMENTS, denoisers_of, layout_of
+from .seam.support import OTHER_SCALES, SCALE_ARGUMENTS, denoisers_of, layout_of
 
 GuidanceLike = str | Rule | Policy | Guidance
 
@@ -187,10 +187,12 @@ def _checked_scale(
     given = options[name]
     if guidance.is_plain:  # whatever the stock pipeline makes of it
         return given
+    if guidance.policy_alone:
+        return finite_number(name, given)
     scale = positive_scale(name, given, layout.scale_offset)
     if not guidance.keeps_combination:
         layout.check_options(options, asked)
-    if guidance.policy_alone:
+    if any(options[key] > off for key, off in OTHER_SCALES.items() if options.get(key)):
         return scale
     nothing = f"so that '{asked}' has nothing to act on: use"
     if scale + layout.scale_offset <= 1:
@@ -208,14 +210,19 @@ def _checked_scale(
 
 def positive_scale(name: str, scale: Any, offset: float = 0.0) -> float:
     """A guidance scale as a number; ValueError unless it is finite and w = scale + offset > 0."""
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise ValueError(f"{name} must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and float(scale) + offset > 0):
+    number = finite_number(name, scale)
+    if number + offset <= 0:
         raise ValueError(
-            f"{name} must be finite and > {0 - offset:g} ({1 - offset:g} is no guidance), "
-            f"got {scale}"
+            f"{name} must be > {0 - offset:g} ({1 - offset:g} is no guidance), got {scale}"
         )
-    return float(scale)
+    return number
+
+
+def finite_number(name: str, value: Any) -> float:
+    """An argument as a number; ValueError unless it is one, and finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 @functools.cache

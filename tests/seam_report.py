@@ -1,121 +1,225 @@
-"""Write what the seam's tests find, family by family and scheduler by scheduler.
+"""Write what the seam's tests find: ``eval/results/seam.json`` and ``pipelines/SUPPORT.md``.
 
-    python -m tests.seam_report
+    python -m tests.seam_report                # about eight minutes on two cores
+    python -m tests.seam_report --only sd wan  # measures these again
+    python -m tests.seam_report --list         # classes of diffusers without a family
 
-makes ``eval/results/seam.json`` and the table of ``pipelines/SUPPORT.md`` from the tests' own list
-(tests/families.py) and the layouts (pipelines/seam/support.py).
+Every family of the tests (tests/families) is measured in turn: the checks that the tests make, and
+what was learned of its pipeline. What a family fails or refuses is written down, not raised.
+Figures are kept in cache/seam.json as they come, so that an interrupted run goes on where it was;
+they hold as long as the code that they are made by and the versions stay the same. Both files are
+written once every family has figures.
 """
 
-from pathlib import Path
+import argparse
+import json
+import math
+import warnings
 
+import diffusers
 import torch
+import transformers
 from tqdm import tqdm
 
-from pilotage.eval.record import write_figures
-from pilotage.pipelines import LAYOUTS
-from pilotage.pipelines.seam.layouts import Batched, TwoCalls
+from pilotage.eval.record import versions, write_figures
+from pilotage.guidance.files import write_json, write_text
+from pilotage.pipelines import UnknownSchedulerError, guided
+from pilotage.pipelines.seam.layouts import LayoutError
+from pilotage.pipelines.seam.support import REFUSED
 
+from .docs.support import page
 from .families import FAMILIES
-from .pipelines.checks import (
-    COVERED,
-    NORM_MATCHED,
-    ag_rows_ok,
-    apg_error,
-    cfg_bit_equal,
-    forecast_error,
-    resting_rows_ok,
-)
+from .pipelines import checks
+from .pipelines.classes import definer, lineage, with_scale
 from .pipelines.seam.test_noise_levels import cases, scheduler_agrees
+from .structure import ROOT, code_of
 
-ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "eval" / "results" / "seam.json"
+PAGE = ROOT / "pipelines" / "SUPPORT.md"
+KEPT = ROOT / "cache" / "seam.json"
+# What the figures depend on.
+CODE = (
+    *("guidance/run.py", "pipelines/guided.py", "pipelines/seam/*.py"),
+    *("tests/components.py", "tests/families/*.py", "tests/oracles/*.py"),
+    "tests/pipelines/checks.py",
+)
+REFUSALS = (LayoutError, UnknownSchedulerError)
+MEASURED = [name for name, family in FAMILIES.items() if family.scheduler == "scheduler"]
+LIMIT = 1e-4  # of the relative error of APG
 
 
-def describe(layout):
-    """A layout in words."""
-    if isinstance(layout, TwoCalls):
-        return "two calls, cond first" + (", norm matched" if layout.matches_norm else "")
-    assert isinstance(layout, Batched)
-    words = "one batch, " + ("[cond, uncond]" if layout.cond_first else "[uncond, cond]")
-    if layout.listed:
-        words += ", lists"
-    if layout.channels:
-        words += f", first {layout.channels} channels"
-    return words
+def code() -> dict[str, str]:
+    """Fingerprints of the files of `CODE`."""
+    return code_of(path for pattern in CODE for path in ROOT.glob(pattern))
 
 
-def measure():
-    """Every family's figures and whether each scheduler's noise levels are right."""
-    families = {}
-    for name in tqdm(COVERED, unit="family"):
-        families[name] = {
-            "class": FAMILIES[name].cls,
-            "layout": describe(LAYOUTS[FAMILIES[name].cls]),
-            "cfg_bit_equal": cfg_bit_equal(name),
-            "apg_max_rel_error": apg_error(name),
-            "ag_rows_ok": ag_rows_ok(name),
-        }
-        if name not in NORM_MATCHED:
-            families[name] |= {
-                "forecast_error": forecast_error(name),
-                "resting_rows_ok": resting_rows_ok(name),
-            }
-    schedulers = {}
+def works(found: dict) -> bool:
+    """Whether a family does all that its class is counted for."""
+    error = found.get("apg_max_rel_error", math.inf)
+    return found.get("cfg_bit_equal", False) and error <= LIMIT and found.get("ag_rows_ok", False)
+
+
+def measure(name: str) -> dict:
+    """A family's figures, as far as it has them, and why it has no others."""
+    found: dict = {"class": FAMILIES[name].cls}
+    try:
+        for figure, value in figures(name):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(f"{figure} is {value}")
+            found[figure] = value
+    except REFUSALS as refusal:
+        found["refused"] = str(refusal)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def figures(name: str):
+    """(figure, value) of a family, in the order in which they are to be had."""
+    yield "cfg_bit_equal", checks.cfg_bit_equal(name)
+    if FAMILIES[name].layout == "one":
+        yield "layout", "one branch"
+        yield "one_branch_ok", checks.one_branch_ok(name)
+    pattern = pattern_of(name)
+    yield "branches", pattern.branches
+    yield "layout", describe(pattern)
+    if not pattern.norm:
+        yield "residual", pattern.residual
+    yield "apg_max_rel_error", checks.apg_error(name)
+    yield "ag_rows_ok", checks.ag_rows_ok(name)
+    try:
+        yield "forecast_error", checks.forecast_error(name)
+        yield "resting_rows_ok", checks.resting_rows_ok(name)
+    except REFUSALS as refusal:
+        yield "no_forecast", str(refusal)
+
+
+def pattern_of(name: str):
+    """What was learned of a family's pipeline."""
+    pipe = guided(FAMILIES[name].build())
+    checks.run(pipe, checks.paper_call(name) | {"guidance": "apg"})
+    return pipe.guidance_pattern
+
+
+def describe(pattern) -> str:
+    """A pattern in words."""
+    names = ["uncond" if pattern.branches == 2 else "another"] * pattern.branches
+    names[pattern.main] = "cond"
+    calls = [[names.pop(0) for _ in range(count)] for count in pattern.calls]
+    listed = ", then ".join(f"[{', '.join(call)}]" if len(call) > 1 else call[0] for call in calls)
+    kinds = {
+        "negated": pattern.sign < 0,
+        "norm of cond": pattern.norm == "match",
+        "norm at most cond's": pattern.norm == "limit",
+        {"behind": "the part behind"}.get(pattern.part, pattern.part): bool(pattern.part),
+    }
+    counted = "one batch" if len(calls) == 1 else f"{len(calls)} calls"
+    return "; ".join([f"{counted}: {listed}", *(kind for kind, is_so in kinds.items() if is_so)])
+
+
+def classes(families: dict[str, dict]) -> dict:
+    """Which of the classes with a scale work, share a tested loop, are refused, are not known.
+
+    A class is refused beforehand, or because every family of it is.
+    """
+    taken = with_scale()
+    of_class: dict[str, list[dict]] = {name: [] for name in taken}
+    for found in families.values():
+        of_class.setdefault(found["class"], []).append(found)
+    tested = sorted(name for name in taken if any(map(works, of_class[name])))
+    inferred, refused, unknown = {}, {}, []
+    for name in taken:
+        if name in tested:
+            continue
+        loop, known = definer(name, "__call__"), [b for b in lineage(name) if b in REFUSED]
+        if known:
+            refused[name] = REFUSED[known[0]]
+        elif loop in tested and not of_class[name]:
+            inferred[name] = loop
+        elif of_class[name] and all("refused" in found for found in of_class[name]):
+            refused[name] = of_class[name][0]["refused"]
+        else:
+            unknown.append(name)
+    names = {"works": tested, "inferred": inferred, "refused": refused, "unknown": unknown}
+    counts = {place: len(listed) for place, listed in names.items()}
+    return {"with_guidance": len(taken), **counts, "names": names}
+
+
+def summary(families: dict[str, dict]) -> dict:
+    """All that is written, of the families' figures."""
+    kinds: dict[str, dict] = {"families": {}, "one_branch": {}, "refusals": {}, "failures": {}}
+    for name, found in families.items():
+        marks = {"error": "failures", "one_branch_ok": "one_branch", "refused": "refusals"}
+        kind = next((kind for mark, kind in marks.items() if mark in found), "families")
+        kinds[kind][name] = found
+    guides = kinds["families"]
+    learned = [found["residual"] for found in guides.values() if "residual" in found]
+    schedulers: dict[str, dict] = {}
     for name, settings in cases():
         ok = scheduler_agrees(name, settings)
         schedulers[name] = {"ok": ok and schedulers.get(name, {"ok": True})["ok"]}
-    return {"families": families, "schedulers": schedulers}
+    return {
+        "classes": classes(families),
+        **kinds,
+        "branches3": {name: found for name, found in guides.items() if found["branches"] > 2},
+        "learned": {"affine": len(learned), "max_residual": max(learned, default=0.0)},
+        "schedulers": schedulers,
+        "code": code(),
+    }
 
 
-def table(families):
-    """SUPPORT.md: every class with a layout, the tested ones with what was found."""
-    by_class = {}
-    for name, found in families.items():
-        by_class.setdefault(found["class"], []).append((name, found))
-    lines = [
-        "# Pipelines that take `guidance=`",
-        "",
-        "Made by `python -m tests.seam_report` from `pipelines/seam/support.py` and the tests'",
-        "own list of families; do not edit. Classes without figures have the loop of a tested",
-        "class and are checked at run time only.",
-        "",
-        "- *layout*: how a pipeline evaluates its branches: in one batch, in the order given, or",
-        "  in two calls; *norm matched*: its guided prediction gets the norm of the conditional",
-        "  one.",
-        '- *CFG*: `guidance="cfg"` equals the stock pipeline bit for bit (batch 1 and 3, with and',
-        "  without negative prompts).",
-        "- *APG*: relative error against the paper's Algorithm 1 in float64 in the stock loop.",
-        "- *AG*: the rows counted at the network are those that Adaptive Guidance promises.",
-        "- *forecast*: error of a run in which every other step is skipped and reuses the last",
-        "  guided prediction, against the stock loop with a scheduler that does so, in units of",
-        "  what that changes; rows counted likewise. *refused*: where norms are matched no step",
-        "  can be skipped.",
-        "",
-        "| pipeline | layout | tested as | CFG | APG | AG | forecast |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for cls, layout in sorted(LAYOUTS.items()):
-        for name, found in by_class.get(cls, [("–", None)]):
-            figures = "– | – | – | – |"
-            if found:
-                cfg = "equal" if found["cfg_bit_equal"] else "DIFFERS"
-                rows = "ok" if found["ag_rows_ok"] else "WRONG"
-                figures = f"{cfg} | {found['apg_max_rel_error']:.0e} | {rows} |"
-                forecast = "refused"
-                if "forecast_error" in found:
-                    counted = "" if found["resting_rows_ok"] else ", rows WRONG"
-                    forecast = f"{found['forecast_error']:.0e}{counted}"
-                figures += f" {forecast} |"
-            lines.append(f"| {cls} | {describe(layout)} | {name} | {figures}")
-    return "\n".join(lines) + "\n"
+def kept() -> dict[str, dict]:
+    """The families' figures that still hold."""
+    if not KEPT.is_file():
+        return {}
+    stored = json.loads(KEPT.read_text())
+    same = stored["code"] == code() and stored["versions"] == versions()
+    return stored["families"] if same else {}
 
 
-def main():
-    """Measure and write both files."""
+def without_family() -> list[str]:
+    """Classes with a scale that no family is of."""
+    covered = {family.cls for family in FAMILIES.values()}
+    return [name for name in with_scale() if name not in covered]
+
+
+def main() -> int:
+    """Measure what has no figures yet, then write both files; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="only print classes without a family")
+    parser.add_argument(
+        *("--only",),
+        nargs="+",
+        metavar="FAMILY",
+        choices=MEASURED,
+        help="measure these, print them",
+    )
+    args = parser.parse_args()
+    if args.list:
+        for name in without_family():
+            refused = [base for base in lineage(name) if base in REFUSED]
+            print(name, f"(refused: {REFUSED[refused[0]]})" if refused else "")
+        return 0
     torch.set_num_threads(1)
-    figures = measure()
-    write_figures(ROOT / "eval" / "results" / "seam.json", figures)
-    (ROOT / "pipelines" / "SUPPORT.md").write_text(table(figures["families"]))
+    warnings.filterwarnings("ignore")
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    families = kept()
+    todo = args.only or [name for name in MEASURED if name not in families]
+    for name in (bar := tqdm(todo, unit="family")):
+        bar.set_postfix_str(name)
+        families[name] = measure(name)
+        write_json(KEPT, {"code": code(), "versions": versions(), "families": families})
+    if args.only:
+        print(json.dumps({name: families[name] for name in args.only}, indent=1))
+        return 0
+    write_figures(FIGURES, summary({name: families[name] for name in MEASURED}))
+    stored = json.loads(FIGURES.read_text())
+    write_text(PAGE, page(stored))
+    for place, count in stored["classes"].items():
+        print(place, count if place != "names" else "")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

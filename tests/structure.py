@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from pilotage.guidance.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"guidance": 0, "pipelines": 1, "eval": 2}  # imports go from higher to lower numbers only
@@ -130,3 +132,28 @@ def circles(root: Path = ROOT) -> list[list[str]]:
         if name in reach[name]
     }
     return [list(group) for group in sorted(groups)]
+
+
+def _essence(node: object) -> object:
+    """What a piece of code does, as something that JSON can hold: without docstrings."""
+    if isinstance(node, list):
+        return [_essence(item) for item in node if not _is_text(item)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return [type(node).__name__, *([name, _essence(value)] for name, value in fields)]
+
+
+def _is_text(node: object) -> bool:
+    """Whether a statement is a string alone."""
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return False
+    return isinstance(node.value.value, str)
+
+
+def code_of(paths: Iterable[Path], root: Path = ROOT) -> dict[str, str]:
+    """A fingerprint of what each file does, by its path; comments and docstrings do not count."""
+    return {
+        path.relative_to(root).as_posix(): fingerprint(_essence(parsed(path)))[:16]
+        for path in sorted(paths)
+    }

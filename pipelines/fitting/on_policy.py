@@ -157,8 +157,8 @@ class _Aim:
         scale = base.abs().amax() + slope.abs()
         if not (got - expected).abs().amax() <= 1e-3 * scale or slope == 0:
             raise ValueError(
-                f"the steps of {type(scheduler).__name__} are random or clipped: this fit needs "
-                "them to be affine in the network's output"
+                f"the steps of {scheduler.__class__.__name__} are random or clipped: this fit "
+                "needs them to be affine in the network's output"
             )
         return (self.states[index] - base) / slope
 

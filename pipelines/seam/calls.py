@@ -13,8 +13,19 @@ from ...guidance.device import row_index
 
 # Inputs that hold no samples, whatever the size of their first dimension: by their whole names,
 # and by parts of them.
-SHARED_INPUTS = {"img_ids", "txt_ids", "ip_adapter_masks", "return_dict", "num_frames"}
-SHARED_PARTS = ("rotary", "freqs_cis")
+SHARED_INPUTS = {
+    "chunk_partition",
+    "img_ids",
+    "ip_adapter_masks",
+    "num_frames",
+    "scale_factor",
+    "sparse_params",
+    "spatio_temporal_guidance_blocks",
+    "txt_ids",
+}
+SHARED_PARTS = ("rotary", "rope_pos", "freqs_cis")
+# Lists of plain values, one for each sample.
+SAMPLES = {"fps", "img_shapes", "shape_list", "txt_seq_lens"}
 
 
 class RowsError(RuntimeError):
@@ -25,15 +36,16 @@ class Call:
     """A call ``network(*args, **kwargs)`` of a denoiser.
 
     Attributes:
+        first: The network's first input, what it denoises.
         listed: Samples come as items of lists, not as rows of tensors.
         rows: Number of rows, of one or more branches.
     """
 
     def __init__(self, network: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.network, self.args, self.kwargs = network, args, kwargs
-        first = args[0] if args else self[self.names[0]]
-        self.listed = isinstance(first, (list, tuple))
-        self.rows = len(first)
+        self.first = args[0] if args else self[self.names[0]]
+        self.listed = isinstance(self.first, (list, tuple))
+        self.rows = len(self.first)
 
     @property
     def names(self) -> list[str]:
@@ -59,7 +71,8 @@ class Call:
 
         What is per sample is told by an input's name and kind: tensors by their first dimension
         (or a multiple of it, where a network is given its text once a frame), lists of tensors
-        likewise, other lists by their own length; what lies deeper in lists is never cut.
+        likewise, other lists by their own length; what lies deeper in lists is never cut. A mapping
+        from rows to places tells how many items of a list belong to each of them.
 
         Raises:
             RowsError: other rows came back than were asked for.
@@ -67,6 +80,9 @@ class Call:
         if keep is None:
             return self.network(*self.args, **self.kwargs)
         select = _Selection(keep, self.rows, self.listed)
+        for value in self.kwargs.values():
+            if _is_by_row(value):
+                select.owners = [row for row, places in value.items() for _ in places]
         named = zip(self.names, self.args, strict=False)
         args = [select(value, name) for name, value in named]
         kwargs = {name: select(value, name) for name, value in self.kwargs.items()}
@@ -86,6 +102,7 @@ class _Selection:
         together = keep == list(range(first, last))
         self.slice = slice(first, last) if together else None
         self.indices: dict[tuple[torch.device, int], Tensor] = {}  # one for all inputs of a call
+        self.owners: list[int] = []  # rows that the items of a list belong to
 
     def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -94,12 +111,21 @@ class _Selection:
             return value
         if isinstance(value, Tensor):
             return self._of_tensor(value)
-        if isinstance(value, Mapping):
-            return type(value)({key: self(item, key) for key, item in value.items()})
+        if _is_by_row(value):
+            return {new: value[row] for new, row in enumerate(self.keep) if row in value}
+        if isinstance(value, dict):
+            return {key: self(item, key) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             whole = len(value) == self.rows
             if not any(isinstance(item, Tensor) for item in value):
-                return type(value)(value[row] for row in self.keep) if whole else value
+                if not whole or isinstance(value, tuple):  # a tuple holds sizes or factors
+                    return value
+                if not self.listed and name not in SAMPLES:
+                    raise RowsError(f"whether the list {name!r} has an item a sample is not known")
+                return [value[row] for row in self.keep]
+            if self.owners and len(value) == len(self.owners):
+                owned = list(zip(value, self.owners, strict=True))
+                return [item for row in self.keep for item, owner in owned if owner == row]
             if self.listed and whole:
                 return type(value)(value[row] for row in self.keep)
             return type(value)(
@@ -120,6 +146,13 @@ class _Selection:
             rows = [row * each + i for row in self.keep for i in range(each)]
             self.indices[key] = row_index(rows, value.device)
         return value.index_select(0, self.indices[key])
+
+
+def _is_by_row(value: Any) -> bool:
+    """Whether something is a mapping from rows to lists, of places in their text for instance."""
+    if not (isinstance(value, Mapping) and value):
+        return False
+    return all(isinstance(k, int) and isinstance(v, (list, tuple)) for k, v in value.items())
 
 
 def _parameter_names(network: Any) -> list[str]:

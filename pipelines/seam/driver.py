@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models import attention_processor
-from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
 from ...guidance import Guidance, NoiseLevel, Run
 from ...guidance.device import LaggedReads, row_index
-from .calls import Call, prediction_of, with_rows
+from .calls import Call
+from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
+from .learning import learn
 from .noise_levels import check_falling_noise, next_noise_level, noise_level
 from .patterns import (
-    PARTS,
-    Part,
     Pattern,
-    learn,
-    learn_norm,
+    branches_of,
+    effective,
+    inside,
     normed,
     scale_of,
     scale_of_normed,
@@ -38,24 +36,9 @@ ROUNDING = 16.0
 # Calls of a network without a step of the scheduler, after which none is expected any more.
 MANY_CALLS = 64
 
-# (pipeline class, its call's options) -> pattern: for the first step of a later call, which may
-# then leave branches out already.
-_LEARNED: dict[Any, Pattern] = {}
-
-
-@dataclass
-class Made:
-    """What one call of the network gave to the pipeline.
-
-    Args:
-        rows: Number of rows.
-        output: As the pipeline has it.
-        prediction: The prediction in it, with shape (rows, \\*).
-    """
-
-    rows: int
-    output: Any
-    prediction: Tensor
+# Pipeline -> (its networks, a call's options) -> pattern: for the first step of a later call, which
+# may then leave branches out already.
+_LEARNED: weakref.WeakKeyDictionary[Any, dict[Any, Pattern]] = weakref.WeakKeyDictionary()
 
 
 class Driver:
@@ -90,51 +73,40 @@ class Driver:
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
         self.free = guidance.is_plain and not detailed  # nothing of the pipeline has to be known
-        self.key = None if self.free else _key(pipe, options)
-        self.pattern: Pattern | None = None if self.key is None else _LEARNED.get(self.key)
+        self.known = {} if self.free else _LEARNED.setdefault(pipe, {})
+        self.denoisers = denoisers_of(pipe, layout)
+        self.key = _key(pipe, self.denoisers, options)
+        self.pattern: Pattern | None = self.known.get(self.key)
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.made: list[Made] = []  # of this step
         self.last: list[Made] = []  # of the step before
-        self.planned = False
-        self.stale = False  # rows of this step have predictions of an earlier one
+        self.most_branches = 0  # of any step
+        self.wanted: Wanted | None = None  # of this step, if it was planned beforehand
         self.scheduler_timestep: Any = None
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
         self.device = torch.device("cpu")
         self.where = _positions(self.scheduler)
-        self.name = ""  # of the network called last
-        # What perturbed attention takes the place of.
-        self.attention: dict[str, dict[str, Any]] = {}
-        if isinstance(pipe, PAGMixin):
-            for name in denoisers_of(pipe, layout):
-                own = getattr(pipe, name).attn_processors
-                self.attention[name] = {key: _plain(value) for key, value in own.items()}
+        self.attention = own_attention(pipe, self.denoisers)
 
     # Calls of the network
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
-        call, self.name = Call(network, args, kwargs), name
+        call = Call(network, args, kwargs)
         if self.free:
-            output = call()
-            self.made.append(Made(call.rows, output, prediction_of(output)))
-            return output
-        if not self.made:
-            self.begin_step(call)
-        place = len(self.made)
-        if place >= MANY_CALLS:
-            raise LayoutError(
-                f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
-                f"step of its scheduler: '{self.asked}' has no place to act"
-            )
-        made = self.evaluate(call, place)
+            made = made_of(call.rows, call())
+        else:
+            if not self.made:
+                self.begin_step(call)
+            made = self.evaluate(name, call)
         self.made.append(made)
         return made.output
 
     def begin_step(self, call: Call) -> None:
         """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
-        self.first_call, self.planned, self.stale = call, False, False
+        self.first_call, self.wanted = call, None
         run, pattern = self.run, self.pattern
         if run is None:
             if pattern is None or call.rows % pattern.calls[0]:
@@ -147,149 +119,53 @@ class Driver:
             known = [p for c, p in self.patterns.items() if c[0] * run.batch == call.rows]
             self.pattern = pattern = known[0] if known else None
         if pattern is not None and (pattern.branches > 1 or run.one_branch):
-            self.plan(run, call)
+            self.wanted = self.plan(run, pattern, call)
 
-    def plan(self, run: Run, call: Call) -> None:
+    def plan(self, run: Run, pattern: Pattern, call: Call) -> Wanted:
         """Ask the policy what this step is to evaluate."""
-        first = call.args[0] if call.args else None
-        x_t = first[: run.batch] if isinstance(first, Tensor) else None
+        x_t = call.first[: run.batch] if isinstance(call.first, Tensor) else None
         run.plan(x_t, *self.levels(call.timestep))
-        self.planned = True
-        if run.skipped or any(d.estimates for d in run.decisions):
+        estimates = any(d.estimates for d in run.decisions)
+        if run.skipped or estimates:
             self.check_others()
+        every = list(range(run.batch))
+        cond, others = [row for row in every if row not in run.skipped], run.rows
+        if self.layout.whole:
+            if run.skipped and cond:
+                raise LayoutError(
+                    f"the network of {type(self.pipe).__name__} needs the rows of all samples, so "
+                    f"that '{self.asked}' cannot skip steps of some: give it one at a time"
+                )
+            others = every if others else []
+        return Wanted(pattern, run.batch, cond, others, measured=estimates)
 
-    def evaluate(self, call: Call, place: int) -> Made:
+    def evaluate(self, name: str, call: Call) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
-        run, pattern = self.run, self.pattern
-        whole = not self.planned or run is None or pattern is None
-        if whole or place >= len(pattern.calls):
-            if not whole and len(run.rows) < run.batch:
-                raise LayoutError(self.irregular(f"evaluates its network {place + 1} times"))
-            output = call()
-            return Made(call.rows, output, prediction_of(output))
-        batch, count = run.batch, pattern.calls[place]
-        if call.rows != count * batch:
-            raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
-        start = sum(pattern.calls[:place])
-        active = [row for row in range(batch) if row not in run.skipped]
-        wanted = [active if start + i == pattern.main else run.rows for i in range(count)]
-        keep = [i * batch + row for i, rows in enumerate(wanted) for row in rows]
-        if len(keep) == call.rows:
-            output = call()
-            return Made(call.rows, output, prediction_of(output))
-        last = self.last[place] if place < len(self.last) else None
-        if not keep:
-            if last is None:
-                raise LayoutError(self.irregular("has no prediction that a skipped call can give"))
-            return self.filled(last, pattern, start, count)
-        output = self.rows_of(call, keep)
-        estimated = any(d.estimates for d in run.decisions)
-        output = self.complete(
-            output,
-            keep,
-            wanted,
-            -1 if pattern.main is None else pattern.main - start,
-            estimated,
-            last,
-        )
-        return Made(call.rows, output, prediction_of(output))
-
-    def rows_of(self, call: Call, keep: list[int]) -> Any:
-        """The network's output for some rows."""
-        run = self.run
-        assert run is not None
-        try:
-            if not self.attention:
-                return call(keep)
-            # Perturbed attention takes the batch for its branches: the samples that have all of
-            # them make one call, those that have one another, without it.
-            whole = [k for k in keep if k % run.batch in run.rows]
-            alone = [k for k in keep if k % run.batch not in run.rows]
-            outputs = [call(whole)] if whole else []
-            if alone:
-                with unperturbed(call.network, self.attention[self.name]):
-                    outputs.append(call(alone))
-            order = [*whole, *alone]
-            places = [order.index(k) for k in keep]
-            sizes = [len(rows) for rows in (whole, alone) if rows]
-            return with_rows(outputs, lambda t: torch.cat(t)[row_index(places, t[0].device)], sizes)
-        except (RuntimeError, ValueError) as error:
+        wanted, place = self.wanted, len(self.made)
+        if place >= MANY_CALLS:
             raise LayoutError(
-                f"the network of {type(self.pipe).__name__} cannot evaluate {len(keep)} of its "
-                f"{call.rows} rows ({error}): something in it holds state over the batch, such as "
-                f"a cache or shared attention. Disable it, or leave out '{self.asked}'"
+                f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
+                f"step of its scheduler: '{self.asked}' has no place to act"
+            )
+        if wanted is None:
+            return made_of(call.rows, call())
+        expected = [count * wanted.batch for count in wanted.pattern.calls]
+        if place >= len(expected) or call.rows != expected[place]:
+            if len(wanted.others) < wanted.batch:
+                raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
+            return made_of(call.rows, call())
+        last = self.last[place] if place < len(self.last) else None
+        whole = len(wanted.others) == len(wanted.cond) == wanted.batch
+        try:
+            return wanted.make(call, self.made, last, self.attention.get(name))
+        except (RuntimeError, ValueError) as error:
+            if whole:
+                raise
+            raise LayoutError(
+                f"the network of {type(self.pipe).__name__} cannot evaluate some of its "
+                f"{call.rows} rows alone ({error}): something in it holds state over the batch, "
+                f"such as a cache or shared attention. Disable it, or leave out '{self.asked}'"
             ) from error
-
-    def complete(
-        self,
-        output: Any,
-        keep: list[int],
-        wanted: list[list[int]],
-        main: int,
-        estimated: bool,
-        last: Made | None,
-    ) -> Any:
-        """An output of all rows of a call, of one that has the rows `keep`.
-
-        Rows that were not evaluated are given the conditional prediction, so that what the pipeline
-        makes of both is that again; where the scale is to be measured on them, and where there is
-        no conditional prediction, what they had last.
-        """
-        assert self.run is not None
-        batch, count = self.run.batch, len(wanted)
-        known = 0 <= main < count and len(wanted[main]) == batch
-        if known and not estimated:
-            begin = sum(map(len, wanted[:main]))
-
-            def fill(tensors: list[Tensor]) -> Tensor:
-                (made,) = tensors
-                cond, parts, at = made[begin : begin + batch], [], 0
-                for i, rows in enumerate(wanted):
-                    part = made[at : at + len(rows)]
-                    at += len(rows)
-                    if i != main and len(rows) < batch:
-                        index = row_index(rows, made.device)
-                        part = cond.index_copy(0, index, part) if rows else cond
-                    parts.append(part)
-                return torch.cat(parts)
-
-            return with_rows([output], fill, [len(keep)])
-        if last is None:
-            raise LayoutError(self.irregular("leaves rows out before it has evaluated them all"))
-        self.stale = True
-
-        def insert(tensors: list[Tensor]) -> Tensor:
-            made, before = tensors
-            return before.index_copy(0, row_index(keep, made.device), made.to(before.dtype))
-
-        return with_rows([output, last.output], insert, [len(keep), last.rows])
-
-    def filled(self, last: Made, pattern: Pattern, start: int, count: int) -> Made:
-        """What a call gives that evaluates nothing."""
-        run = self.run
-        assert run is not None
-        estimated = any(d.estimates for d in run.decisions)
-        if pattern.main is not None and pattern.main < start and not run.skipped and not estimated:
-            # The conditional branch came in an earlier call: its prediction once more.
-            place, before = 0, 0
-            while before + pattern.calls[place] <= pattern.main:
-                before += pattern.calls[place]
-                place += 1
-            cond = self.made[place]
-            begin = (pattern.main - before) * run.batch
-            block = slice(begin, begin + run.batch)
-            like = last.output
-
-            def repeat(tensors: list[Tensor]) -> Tensor:
-                part = tensors[0][block]
-                return torch.cat([part] * count) if count > 1 else part.clone()
-
-            output = with_rows([cond.output], repeat, [cond.rows])
-            if type(output) is type(like):
-                return Made(count * run.batch, output, prediction_of(output))
-        self.stale = True
-        copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
-        return Made(last.rows, copied, prediction_of(copied))
 
     # Steps of the scheduler
 
@@ -329,6 +205,7 @@ class Driver:
         part = self.part_of(mixed, sample)
         batch = len(part)
         calls = tuple(m.rows // batch for m in made)
+        self.most_branches = max(self.most_branches, sum(calls))
         if any(m.rows % batch for m in made) or (self.run and self.run.batch != batch):
             raise LayoutError(self.irregular(f"steps {batch} samples"))
         pattern = self.pattern
@@ -338,23 +215,29 @@ class Driver:
         if pattern is None:
             pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
-        x_t = self.network_input(sample, part)
-        if pattern is None or (pattern.branches == 1 and not run.one_branch):
-            guided = self.end_unguided(run, part, x_t, learned_nothing=pattern is None)
+        whole, kept = part, None if pattern is None else pattern.kept
+        part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
+        if self.wanted is None:
+            assert self.first_call is not None
+            guides = pattern is None or pattern.branches > 1 or run.one_branch
+            (run.plan if guides else run.begin)(x_t, *self.levels(self.first_call.timestep))
+        if pattern is not None and pattern.branches > 1:
+            self.check_pattern(run, pattern)
+            run.branches = pattern.branches
+            guided = self.end_guided(run, pattern, made, whole, part, x_t)
         else:
-            if not self.planned:
-                assert self.first_call is not None
-                run.plan(x_t, *self.levels(self.first_call.timestep))
-            if run.one_branch:
-                guided = self.end_unguided(run, part, x_t)
-            else:
-                self.check_pattern(run, pattern)
-                run.branches = pattern.branches
-                guided = self.end_guided(run, pattern, made, part, x_t)
-        if fresh and sum(calls) > 1:
-            record = run.trace.steps[-1]
+            guided = self.end_unguided(run, part, x_t)
+        record = run.trace.steps[-1]
+        more = fresh or self.layout.whole and record.rows or any(m.more for m in made)
+        if more and sum(calls) > 1:
             record.unused = [row for row in range(batch) if row not in record.rows]
-        return self.put(guided, mixed, part)
+        if guided is part:
+            return mixed
+        if kept is not None:
+            axis, places = kept
+            index = row_index(places, whole.device)
+            guided = whole.index_copy(axis, index, guided.to(whole.dtype))
+        return self.put(guided, mixed)
 
     def end_free(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """Plain guidance: only the trace is kept."""
@@ -382,34 +265,16 @@ class Driver:
             sizes[1] = self.layout.channels
         return mixed if sizes == list(mixed.shape) else mixed[tuple(slice(n) for n in sizes)]
 
-    def put(self, guided: Tensor, mixed: Tensor, part: Tensor) -> Tensor:
+    def put(self, guided: Tensor, mixed: Tensor) -> Tensor:
         """What the scheduler steps, with the guided part in its place."""
-        if guided is part:
-            return mixed
         guided = guided.to(mixed.dtype)
-        if part is mixed:
+        if guided.shape == mixed.shape:
             return guided
-        whole = mixed.clone()
-        batch, inside = len(part), tuple(slice(n) for n in part.shape[1:])
+        whole, batch = mixed.clone(), len(guided)
+        block = tuple(slice(n) for n in guided.shape[1:])
         for start in range(0, batch * (2 if self.layout.doubled else 1), batch):
-            whole[(slice(start, start + batch), *inside)] = guided
+            whole[(slice(start, start + batch), *block)] = guided
         return whole
-
-    def branches_of(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
-    ) -> list[Tensor] | None:
-        """The predictions of every branch as far as they are guided, each with shape (B, \\*).
-
-        None if the pipeline steps something of another shape.
-        """
-        batch, found = len(part), []
-        for one, count in zip(made, calls, strict=True):
-            for i in range(count):
-                seen = view(one.prediction[i * batch : (i + 1) * batch], part, which)
-                if seen is None:
-                    return None
-                found.append(seen if seen.dtype == part.dtype else seen.to(part.dtype))
-        return found
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
@@ -417,48 +282,23 @@ class Driver:
         """The pattern of a step that was evaluated whole; None if it does not tell."""
         known = self.patterns.get(calls)
         if known is None:
-            known = Pattern(calls) if sum(calls) == 1 else self.learn(made, calls, part, sample)
+            assert self.first_call is not None
+            seen = None if self.first_call.listed else self.first_call.first
+            x_t, predictions = self.network_input(sample, part), [m.prediction for m in made]
+            known = learn(predictions, part, calls, self.layout, x_t, seen)
             if known is None:
                 return None
             self.patterns[calls] = known
-            if self.key is not None and self.run is None:
-                _LEARNED[self.key] = known
+            if self.run is None:
+                self.known[self.key] = known
         self.pattern = known
         return known
-
-    def learn(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """What the branches of a step say of how they are combined."""
-        main, first, alike = self.layout.main, None, False
-        added = view(sample, part) if self.layout.preconditioned else None
-        for which in PARTS:
-            branches = self.branches_of(made, calls, part, which)
-            if branches is None:
-                continue
-            found = learn(branches, part, calls, main, self.layout.frames, added)
-            if found is None:
-                alike = True
-                continue
-            if found.reason and len(branches) == 2:
-                found = learn_norm(branches, part, calls, main) or found
-            found = replace(found, part=which)
-            if not found.reason:
-                return found
-            first = first or found
-        if alike:
-            return None
-        if first is None:
-            shapes = tuple(made[0].prediction.shape), tuple(part.shape)
-            reason = f"it makes {shapes[1]} of what its network returned as {shapes[0]}"
-            return Pattern(calls, main, reason=reason)
-        return first
 
     def changed_pattern(self, planned: Pattern, calls: tuple[int, ...]) -> Pattern | None:
         """What to make of a step that was planned as one pattern and went as another."""
         run = self.run
         assert run is not None
-        whole = not self.planned or (len(run.rows) == run.batch and not run.skipped)
+        whole = self.wanted is None or (len(run.rows) == run.batch and not run.skipped)
         stopped = len(calls) < len(planned.calls) and planned.calls[: len(calls)] == calls
         if whole and not (stopped and sum(calls) == 1):
             return None
@@ -484,116 +324,130 @@ class Driver:
             )
 
     def end_guided(
-        self, run: Run, pattern: Pattern, made: list[Made], part: Tensor, x_t: Tensor
+        self,
+        run: Run,
+        pattern: Pattern,
+        made: list[Made],
+        whole: Tensor,
+        part: Tensor,
+        x_t: Tensor,
     ) -> Tensor:
         """The guided prediction of a step with several branches, with shape (B, \\*)."""
         if run.all_skipped:
             return run.reused(x_t)
         estimates = any(d.estimates for d in run.decisions)
-        if not run.rows and not estimates and not run.skipped and not self.stale:
-            return run.combine(part, None, 1.0, x_t, own=part)
+        filled = self.wanted is not None and not any(m.stale for m in made)
+        if not run.rows and not estimates and not run.skipped and filled:
+            return run.combine(part, None, 1.0, x_t)  # what all samples have is their cond
         if pattern.main is None:  # whole samples are evaluated or skipped, nothing between
             return self.end_unguided(run, part, x_t)
-        branches = self.branches_of(made, pattern.calls, part, pattern.part)
+        branches = branches_of([m.prediction for m in made], pattern, whole)
         if branches is None:  # guidance is the pipeline's own, and what it steps of another shape
             branches = [part] * pattern.branches
         if pattern.sign < 0 and not self.layout.preconditioned:
             branches = [-branch for branch in branches]
-        cond, w = branches[pattern.main], 1.0
-        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
-        uncond = others[0]
-        measures = estimates or self.detailed or not self.guidance.keeps_combination
-        measures = measures or any(d.changes_combination for d in run.decisions)
-        if self.layout.preconditioned:
-            sample = view(self.sample, part)
-            assert sample is not None
-            *weights, added = weights_of([cond, *others, sample], part)
-            scale = sum(weights)
-            w = weights[0] / scale
-            self.look(run, w, 0.0)
-            cond, uncond = (scale * pred + added * sample for pred in (cond, uncond))
-        elif len(others) > 1:
-            w = weights_of(branches, part)[pattern.main]
-            self.look(run, w, 0.0)
-        elif pattern.norm and measures:
-            w = scale_of_normed(*(t.double() for t in (cond, uncond, part))).abs().to(part.dtype)
-            self.look(run, w, 0.0)
-        elif measures and not pattern.reason:
-            w, left = scale_of(cond, uncond, part, self.layout.frames)
-            self.look(run, w, left)
-        if len(others) > 1:
-            uncond = cond - (part - cond) / (w - 1)
+        cond, uncond, w = self.pair(run, pattern, branches, part)
         handed = cond
         if run.skipped:
-            active = [row for row in range(run.batch) if row not in run.skipped]
-            index = row_index(active, cond.device)
-            cond = run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
-        rows = run.rows
-        evaluated: Tensor | None = uncond if rows else None
-        if rows and len(rows) < run.batch:
-            evaluated = uncond[row_index(rows, uncond.device)]
+            cond = self.with_skipped(run, cond, x_t)
+        evaluated: Tensor | None = uncond
         own: Tensor | None = part
-        if self.stale:
-            index = row_index(rows, part.device)
-            own = cond.index_copy(0, index, part[index]) if rows else None
+        if not run.rows:
+            evaluated = own = None
+        elif len(run.rows) < run.batch:
+            index = row_index(run.rows, part.device)
+            evaluated, own = uncond[index], cond.index_copy(0, index, part[index])
         norm = pattern.norm
         after = (lambda guided: normed(guided, handed, norm)) if norm else None
         return run.combine(cond, evaluated, w, x_t, own=own, after=after)
 
-    def end_unguided(
-        self, run: Run, part: Tensor, x_t: Tensor, learned_nothing: bool = False
-    ) -> Tensor:
+    def pair(
+        self, run: Run, pattern: Pattern, branches: list[Tensor], part: Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """The conditional and the effective unconditional prediction, and the scale measured.
+
+        Both with shape (B, \\*), as the scheduler steps them. Where nothing asks for the scale, it
+        is not measured: 1.
+        """
+        assert pattern.main is not None
+        cond = branches[pattern.main]
+        others = [branch for k, branch in enumerate(branches) if k != pattern.main]
+        uncond, decisions = others[0], run.decisions
+        measures = self.detailed or not self.guidance.keeps_combination
+        measures = measures or any(d.estimates or d.changes_combination for d in decisions)
+        if self.layout.preconditioned:
+            sample = inside(self.sample, pattern.kept)
+            *weights, added = weights_of([cond, *others, sample], part)
+            scale = sum(weights[1:], weights[0])
+            self.look(run, weights[0] / scale, 0.0)
+            return (
+                scale * cond + added * sample,
+                scale * uncond + added * sample,
+                weights[0] / scale,
+            )
+        if len(others) > 1:
+            away, w, left = effective(cond, others, part)
+            if measures:
+                self.look(run, w, left)
+            return cond, away, w
+        if not measures or pattern.reason:
+            return cond, uncond, 1.0
+        if pattern.norm:
+            wide = (t.double() for t in (cond, uncond, part))
+            w = scale_of_normed(*wide).abs().to(part.dtype)
+            self.look(run, w, 0.0)
+            return cond, uncond, w
+        measured, unexplained = scale_of(cond, uncond, part, self.layout.frames)
+        self.look(run, measured, unexplained)
+        return cond, uncond, measured
+
+    def end_unguided(self, run: Run, part: Tensor, x_t: Tensor) -> Tensor:
         """What is stepped where the pipeline evaluates one branch, or branches that are equal."""
-        if not self.planned and (learned_nothing or not run.one_branch):
-            assert self.first_call is not None
-            levels = self.levels(self.first_call.timestep)
-            (run.plan if learned_nothing else run.begin)(x_t, *levels)
         if run.skipped and run.all_skipped:
             return run.reused(x_t)
         if run.skipped:
-            active = [row for row in range(run.batch) if row not in run.skipped]
-            index = row_index(active, part.device)
-            cond = run.reused(x_t).to(part.dtype).index_copy(0, index, part[index])
-            return run.combine(cond, None, 1.0, x_t)
+            return run.combine(self.with_skipped(run, part, x_t), None, 1.0, x_t)
         run.unguided(part, x_t)
         return part
+
+    def with_skipped(self, run: Run, cond: Tensor, x_t: Tensor) -> Tensor:
+        """Conditional predictions, with shape (B, \\*), and what skipped samples reuse."""
+        active = [row for row in range(run.batch) if row not in run.skipped]
+        index = row_index(active, cond.device)
+        return run.reused(x_t).to(cond.dtype).index_copy(0, index, cond[index])
 
     # The run
 
     def start(self, batch: int, pattern: Pattern | None) -> Run:
         """Begin the run: its length, and what can be refused by now."""
         assert self.first_call is not None
-        one_branch = pattern is not None and pattern.branches == 1
-        if one_branch and not self.guidance.policy_alone:
-            if not getattr(self.pipe, "do_classifier_free_guidance", False):
-                raise LayoutError(
-                    f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has "
-                    "nothing to act on: its guidance is off at this scale or without a negative "
-                    "prompt, or built into the network (a distilled model). Policies that skip "
-                    "steps work ('forecast')"
-                )
-            one_branch = False
         total = self.total(self.first_call.timestep)
+        decisions = self.guidance.policy.decisions(total)
+        one_branch = pattern is not None and pattern.branches == 1
+        skips = decisions is None or any(d.skips for d in decisions)
+        if one_branch and not (self.guidance.policy_alone and (skips or self.guidance.is_plain)):
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                raise LayoutError(self.nothing_to_act_on())
+            one_branch = False
         if self.guidance.rule.needs_next_level:
             check_falling_noise(self.scheduler)
         if self.guidance.changes_combination(total):
             self.layout.check_options(self.options, self.asked)
-        decisions = self.guidance.policy.decisions(total)
         if any(d.skips or d.estimates for d in decisions or ()):
             self.check_others()
         call = self.first_call
         check_caches(call.network, self.guidance, self.asked, pattern, batch, decisions)
-        prediction_device = call.args[0] if call.args else next(iter(call.kwargs.values()))
-        while isinstance(prediction_device, (list, tuple)):
-            prediction_device = prediction_device[0]
-        self.run = self.new_run(batch, total, prediction_device.device, one_branch)
+        first = call.first
+        while not isinstance(first, Tensor):
+            first = first[0]
+        self.run = self.new_run(batch, total, first.device, one_branch)
         return self.run
 
     def is_over(self, run: Run) -> bool:
-        """Whether a run has all its steps, and the scheduler stands before its first one again."""
-        if run.step.index + 1 < run.total:
-            return False
-        index = getattr(self.scheduler, "step_index", None)
+        """Whether the scheduler stands before its first step again."""
+        if not hasattr(self.scheduler, "step_index"):
+            return run.step.index + 1 >= run.total
+        index = self.scheduler.step_index
         return index is None or index == (getattr(self.scheduler, "begin_index", None) or 0)
 
     def next_run(self, run: Run, timestep: Tensor | float) -> Run:
@@ -635,7 +489,7 @@ class Driver:
         if left > ROUNDING:
             raise LayoutError(
                 f"{name} changed the way it combines its branches at step {step}, under "
-                f"'{self.asked}': {left:.3g} times more than rounding is left over"
+                f"'{self.asked}': at the scale {w:.3g} is left {left:.3g} times more than rounding"
             )
         if w < 1 - 1e-2 and not self.guidance.keeps_combination:
             raise LayoutError(
@@ -676,35 +530,30 @@ class Driver:
             f"'{self.asked}' cannot go on"
         )
 
+    def nothing_to_act_on(self) -> str:
+        """The message of a pipeline that evaluates one branch."""
+        return (
+            f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has nothing "
+            "to act on: its guidance is off at this scale or without a negative prompt, or built "
+            "into the network (a distilled model). Policies that skip steps work ('forecast')"
+        )
+
     def finish(self) -> None:
-        """Raise what was still on its way from the device."""
-        if self.run is not None:
+        """Raise what was still on its way from the device, or if nothing was guided."""
+        run = self.run
+        if run is not None:
             for step, (low, rest) in self.looks.rest():
                 self.judge(step, low, rest)
-            self.run.finish()
-
-
-def _plain(processor: Any) -> Any:
-    """An attention processor; the plain one if it is one of perturbed attention.
-
-    Some pipelines leave those behind at the end of a call.
-    """
-    name = type(processor).__name__
-    if not name.startswith("PAG"):
-        return processor
-    kind = name.removeprefix("PAG").removeprefix("CFG").removeprefix("IdentitySelf")
-    return getattr(attention_processor, kind)()
-
-
-@contextlib.contextmanager
-def unperturbed(network: Any, own: dict[str, Any]) -> Iterator[None]:
-    """A network's own attention, for rows without a branch of perturbed attention."""
-    before = network.attn_processors
-    network.set_attn_processor(dict(own))
-    try:
-        yield
-    finally:
-        network.set_attn_processor(before)
+            run.finish()
+        if self.free:
+            return
+        if run is None:
+            raise LayoutError(
+                f"'{self.asked}' found nothing to guide: {type(self.pipe).__name__} has stepped "
+                "its scheduler without a call of its networks in between, or not at all"
+            )
+        if self.most_branches == 1 and not run.one_branch:
+            raise LayoutError(self.nothing_to_act_on())
 
 
 def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]) -> int:
@@ -719,14 +568,20 @@ def run_length(scheduler: Any, timestep: Tensor | float, options: dict[str, Any]
 
 
 def _positions(scheduler: Any) -> tuple[int, int]:
-    """Where `step` of a scheduler takes the network's output, and the sample."""
-    names = [name for name in inspect.signature(scheduler.step).parameters if name != "self"]
-    return names.index("model_output"), names.index("sample")
+    """Where `step` of a scheduler takes the network's output, and the sample.
+
+    A function put in the place of the method may take anything: then its class says.
+    """
+    for step in (scheduler.step, type(scheduler).step):
+        names = [name for name in inspect.signature(step).parameters if name != "self"]
+        if "model_output" in names and "sample" in names:
+            return names.index("model_output"), names.index("sample")
+    raise LayoutError(f"step of {type(scheduler).__name__} takes no model_output and sample")
 
 
-def _key(pipe: Any, options: dict[str, Any]) -> Any:
-    """What decides how a call guides: the class, and options as far as they are plain values."""
+def _key(pipe: Any, denoisers: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """What decides how a call guides: its networks, and options as far as they are plain values."""
     plain = (bool, int, float, type(None))
     listed = sorted(options.items(), key=lambda item: item[0])
     values = tuple((n, v if isinstance(v, plain) else type(v)) for n, v in listed if n != "self")
-    return (type(pipe), values)
+    return (*(id(getattr(pipe, name)) for name in denoisers), type(pipe.scheduler)), values

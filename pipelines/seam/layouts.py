@@ -25,10 +25,14 @@ class Layout:
         frames: Axis of the latents along which the guidance scale varies.
         doubled: The pipeline steps every latent twice, once for each branch.
         channels: Number of leading channels that it guides, of those that its scheduler steps.
+        given: Axis of the latents along which places may be given, and are not guided: frames that
+            a video begins with, or their tokens.
         conflicts: Options of the call by which the pipeline goes on from its own combination; they
             are refused beforehand where guided predictions take its place.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
             multiple of its sample, both by the noise level.
+        whole: The network needs the rows of all samples (a cache holds them, or they are one
+            sequence): a branch is evaluated for all of them or for none.
         others: The network predicts something else beside, which the pipeline guides on its own:
             no step can be skipped and no prediction estimated.
     """
@@ -41,8 +45,10 @@ class Layout:
     frames: int | None = None
     doubled: bool = False
     channels: int | None = None
+    given: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
     preconditioned: bool = False
+    whole: bool = False
     others: str = ""
 
     def check_options(self, options: dict[str, Any], asked: str) -> None:

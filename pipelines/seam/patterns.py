@@ -1,4 +1,4 @@
-r"""How a pipeline guides, learned from one of its steps.
+r"""How a pipeline guides: the pattern of its steps, and what a step says by it.
 
 A pipeline evaluates its branches :math:`P_k` in one or several calls of its network and hands its
 scheduler some combination of them,
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...guidance.device import row_index
 from ...guidance.prediction import accumulate
 
 Norm = Literal["", "match", "limit"]
@@ -41,6 +43,8 @@ class Pattern:
         main: The conditional branch, counted over all calls; None: not known.
         sign: -1 if the pipeline negates what the network returns.
         part: Which part of the network's output is guided.
+        kept: Axis, and the places along it that are guided, where others are given (frames of a
+            picture that a video begins with, tokens of it); None: all.
         norm: What becomes of the norms of tokens.
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
@@ -51,6 +55,7 @@ class Pattern:
     main: int | None = 0
     sign: int = 1
     part: Part = ""
+    kept: tuple[int, tuple[int, ...]] | None = None
     norm: Norm = ""
     reason: str = ""
     residual: float = 0.0
@@ -105,112 +110,40 @@ def view(prediction: Tensor, like: Tensor, part: Part = "") -> Tensor | None:
     if missing or any(a < b for a, b in zip(prediction.shape, like.shape, strict=True)):
         return None
     if part == "behind":
-        return prediction[
-            tuple(
-                slice(len_ - n, None) for len_, n in zip(prediction.shape, like.shape, strict=True)
-            )
-        ]
+        pairs = zip(prediction.shape, like.shape, strict=True)
+        return prediction[tuple(slice(size - kept, None) for size, kept in pairs)]
     return prediction[tuple(slice(size) for size in like.shape)]
 
 
-def learn(
-    predictions: Sequence[Tensor],
-    mixed: Tensor,
-    calls: tuple[int, ...],
-    main: int | None = None,
-    frames: int | None = None,
-    sample: Tensor | None = None,
-) -> Pattern | None:
-    """The pattern of a step whose branches were all evaluated.
+def inside(tensor: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
+    """The places of a tensor that are guided; see `Pattern.kept`."""
+    if kept is None:
+        return tensor
+    return tensor.index_select(kept[0], row_index(kept[1], tensor.device))
+
+
+def branches_of(
+    predictions: Sequence[Tensor], pattern: Pattern, stepped: Tensor
+) -> list[Tensor] | None:
+    """The prediction of every branch as far as it is guided, each with shape (B, \\*).
 
     Args:
-        predictions: Of every branch, with shape (B, \\*), as far as they are guided.
-        mixed: What reached the scheduler, with shape (B, \\*).
-        calls: See `Pattern`.
-        main: The conditional branch, if that is known.
-        frames: Axis along which the guidance scale varies, if it does.
-        sample: What the scheduler steps, with shape (B, \\*), if a multiple of it is added.
+        predictions: Of every call of the network.
+        pattern: How they hold the branches.
+        stepped: What reached the scheduler, with shape (B, \\*).
 
     Returns:
-        The pattern; None if the branches are too much alike to say.
+        Them, in the dtype of `stepped`; None if none of that shape is in `predictions`.
     """
-    eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
-    wide = torch.float64 if mixed.device.type != "mps" else torch.float32
-    parts = [*predictions] if sample is None else [*predictions, sample]
-    if frames is not None:  # every frame has weights of its own: one of them tells
-        parts = [p.select(frames, -1) for p in parts]
-        mixed = mixed.select(frames, -1)
-    flat = torch.stack([p.detach().to(wide).flatten(1) for p in parts])  # (n, B, N)
-    target = mixed.detach().to(wide).flatten(1)
-    every = flat.flatten(1)
-    gram, seen = (every @ every.T).cpu(), (every @ target.flatten()).cpu()
-    lengths = gram.diagonal().sqrt()
-    if not (torch.isfinite(gram).all() and torch.isfinite(seen).all() and (lengths > 0).all()):
-        return None  # the run itself says what is wrong with such predictions
-    unit = gram / lengths / lengths[:, None]
-    if torch.linalg.eigvalsh(unit)[0] < (8 * eps) ** 2 + 1e-14:
-        return None
-    weights = torch.linalg.solve(gram, seen)
-    rest = (target - torch.einsum("k,kbn->bn", weights.to(target), flat)).norm(dim=1).cpu()
-    allowed = 4 * eps * (weights.abs() @ flat.norm(dim=2).cpu())
-    length = target.norm(dim=1).cpu()
-    residual = float((rest / length.where(length > 0, 1)).max())
-    exact = bool((rest <= allowed).all())
-    weights = weights[: len(predictions)]
-    sum_, listed = float(weights.sum()), weights.tolist()
-    sign = -1 if sum_ < 0 else 1
-    if main is None:
-        main = _main([weight / sum_ for weight in listed]) if exact or residual < 0.5 else None
-    found = Pattern(calls, main, sign, residual=residual)
-    if exact and (sample is not None or abs(sign * sum_ - 1) <= max(1e-3, 2 * eps)):
-        return found
-    if exact:
-        return replace(
-            found,
-            reason="it changes its combination afterwards: the weights of its branches are "
-            f"{', '.join(f'{w:.3g}' for w in listed)}, which sum to {sum_:.2g}",
-        )
-    return replace(
-        found,
-        reason="what it hands its scheduler is no sum of what its network returned (a share of "
-        f"{residual:.2g} is left over)",
-    )
-
-
-def _main(shares: Sequence[float]) -> int | None:
-    """The branch that the others are guided away from: the only one with a positive share."""
-    positive = [k for k, share in enumerate(shares) if share > 1e-3]
-    return positive[0] if len(positive) == 1 else None
-
-
-def learn_norm(
-    predictions: Sequence[Tensor], mixed: Tensor, calls: tuple[int, ...], main: int | None
-) -> Pattern | None:
-    """The pattern of two branches where the norms of tokens are changed afterwards, if they are.
-
-    Arguments as of `learn`.
-    """
-    eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
-    norms: tuple[Norm, ...] = ("match", "limit")
-    for norm in norms:
-        for sign in (1, -1):
-            for which in (0, 1) if main is None else (main,):
-                pair = predictions[which], predictions[1 - which]
-                left, w = norm_residual(*pair, sign * mixed, norm)
-                if w > 1 and left <= 64 * eps * w:
-                    return Pattern(calls, which, sign, norm=norm, residual=left)
-    return None
-
-
-def norm_residual(cond: Tensor, uncond: Tensor, mixed: Tensor, norm: Norm) -> tuple[float, float]:
-    """What is left of a combination whose tokens' norms were changed, and its scale w."""
-    cond, uncond, mixed = (t.detach().double() for t in (cond, uncond, mixed))
-    w = float(scale_of_normed(cond, uncond, mixed))
-    if not math.isfinite(w):
-        return math.inf, w
-    # A factor that is not the norms' shows as what is left over.
-    own = normed(uncond + w * (cond - uncond), cond, norm)
-    return float((own - mixed).norm() / mixed.norm()), w
+    batch, found = len(stepped), []
+    for prediction, count in zip(predictions, pattern.calls, strict=True):
+        for i in range(count):
+            seen = view(prediction[i * batch : (i + 1) * batch], stepped, pattern.part)
+            if seen is None:
+                return None
+            seen = inside(seen, pattern.kept)
+            found.append(seen if seen.dtype == stepped.dtype else seen.to(stepped.dtype))
+    return found
 
 
 def scale_of_normed(cond: Tensor, uncond: Tensor, mixed: Tensor) -> Tensor:
@@ -263,30 +196,73 @@ def scale_of(
         - uncond)`` in units of rounding (of what every part of it has): more than a few is none.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (cond, mixed))
-    parts = (sample_of(t.detach()) for t in (cond, uncond, mixed))
     if frames is not None:
-        cond, uncond, mixed = (accumulate(t.detach()) for t in (cond, uncond, mixed))
-        axes = [axis for axis in range(mixed.ndim) if axis != frames]
-        difference, rest = cond - uncond, mixed - uncond
-        square = (difference * difference).sum(axes, keepdim=True)
-        w = ((rest * difference).sum(axes, keepdim=True) / square).where(square > 0, 1)
-        left = (rest - w * difference).norm()
-        return w, left / (eps * (w.abs().max() + 1) * (cond.norm() + uncond.norm()))
+        c, u, m = (accumulate(t.detach()) for t in (cond, uncond, mixed))
+        return _scale_by_frame(c, u, m, frames, eps)
+    c, u, m = (sample_of(t.detach()) for t in (cond, uncond, mixed))
     if cond.device.type == "cpu" and cond.dtype != torch.bfloat16:
-        c, u, m = (t.numpy() for t in parts)
-        d, r = (c - u).ravel().astype(float), (m - u).ravel().astype(float)
-        square = float(d @ d)
-        w = float(r @ d) / square if square else 1.0
-        r -= w * d
-        rounding = eps * (abs(w) + 1) * (2 * float(c.ravel() @ c.ravel()) ** 0.5 + 1e-300)
-        return w, float(r @ r) ** 0.5 / rounding
-    c, u, m = (accumulate(t) for t in parts)
+        return _scale_on_host(c.numpy(), u.numpy(), m.numpy(), eps)
+    c, u, m = (accumulate(t) for t in (c, u, m))
     d, r = c - u, m - u
     square = (d * d).sum()
     w = ((r * d).sum() / square).where(square > 0, 1)
     left = torch.linalg.vector_norm(r - w * d)
     rounding = eps * (w.abs() + 1) * 2 * torch.linalg.vector_norm(c)
     return w, left / rounding.clamp(min=1e-30)
+
+
+def _scale_on_host(c: np.ndarray, u: np.ndarray, m: np.ndarray, eps: float) -> tuple[float, float]:
+    """`scale_of` for small arrays, whose every operation costs less than one of torch's."""
+    d, r = (c - u).ravel().astype(float), (m - u).ravel().astype(float)
+    square = float(d @ d)
+    w = float(r @ d) / square if square else 1.0
+    r -= w * d
+    rounding = eps * (abs(w) + 1) * (2 * float(c.ravel() @ c.ravel()) ** 0.5 + 1e-300)
+    return w, float(r @ r) ** 0.5 / rounding
+
+
+def _scale_by_frame(
+    cond: Tensor, uncond: Tensor, mixed: Tensor, frames: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`scale_of` with a scale for each frame."""
+    axes = [axis for axis in range(mixed.ndim) if axis != frames]
+    difference, rest = cond - uncond, mixed - uncond
+    square = (difference * difference).sum(axes, keepdim=True)
+    w = ((rest * difference).sum(axes, keepdim=True) / square).where(square > 0, 1)
+    left = (rest - w * difference).norm()
+    return w, left / (eps * (w.abs().max() + 1) * (cond.norm() + uncond.norm()))
+
+
+def effective(
+    cond: Tensor, others: Sequence[Tensor], mixed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The effective unconditional prediction of more than two branches.
+
+    Args:
+        cond: The conditional prediction, with shape (B, \*).
+        others: The others, each with shape (B, \*).
+        mixed: What the pipeline made of them, with shape (B, \*).
+
+    Returns:
+        :math:`\tilde u`, with shape (B, \*); w, a 0-d tensor on the device; and what is left over,
+        as of `scale_of`: at w = 1, all that is added.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in (cond, mixed))
+    wide = torch.float64 if mixed.device.type != "mps" else torch.float32
+    samples = [sample_of(t.detach()).to(wide).flatten() for t in (cond, mixed, *others)]
+    c, added = samples[0], samples[1] - samples[0]
+    away = torch.stack([c - other for other in samples[2:]])
+    gram = away @ away.T
+    # Branches that are equal share a weight, all that are equal to c have none.
+    gram.diagonal().add_(gram.trace() * 10 * torch.finfo(wide).eps + torch.finfo(wide).tiny)
+    weights, _ = torch.linalg.solve_ex(gram, away @ added)
+    w = 1 + weights.sum()
+    none = (w - 1).abs() < 1e-3
+    rest = added - (weights @ away).where(~none, 0)
+    rounding = eps * (1 + 2 * weights.abs().sum()) * 2 * torch.linalg.vector_norm(c)
+    left = torch.linalg.vector_norm(rest) / rounding.clamp(min=1e-30)
+    w = w.to(accumulate(mixed).dtype)
+    return cond - (mixed - cond) / (w - 1).where(~none, 1).to(cond.dtype), w, left
 
 
 def weights_of(predictions: Sequence[Tensor], mixed: Tensor) -> Tensor:

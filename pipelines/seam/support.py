@@ -7,6 +7,8 @@ from typing import Any
 from .layouts import Layout, LayoutError
 
 SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
+# Scales of other guidance, and where that is off.
+OTHER_SCALES = {"pag_scale": 0.0, "stg_scale": 0.0, "modality_scale": 1.0}
 # Where pipelines keep the networks of their loops: the first of these groups that is there.
 NETWORKS = (("unet", "transformer", "transformer_2"), ("prior",), ("decoder",))
 
@@ -17,15 +19,16 @@ NAMES: dict[Layout, str] = {
         StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
         StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3Pipeline""",
     Layout(scale_offset=1.0, conflicts=RENORM): """
-        ZImageControlNetInpaintPipeline ZImageControlNetPipeline ZImageImg2ImgPipeline
-        ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
+        ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageOmniPipeline ZImagePipeline""",
+    Layout(scale_offset=1.0, conflicts=RENORM, whole=True): """
+        ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
     Layout(doubled=True): "DiTPipeline",
     Layout(channels=3): "LuminaPipeline",
     Layout(preconditioned=True): "PRXPixelPipeline StableDiffusionLatentUpscalePipeline",
     Layout(preconditioned=True, scale_offset=1.0): "Cosmos2TextToImagePipeline",
-    Layout(scale_offset=1.0): """
-        Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Kandinsky3Img2ImgPipeline
-        Kandinsky3Pipeline Krea2Pipeline""",
+    Layout(scale_offset=1.0): "Kandinsky3Img2ImgPipeline Kandinsky3Pipeline Krea2Pipeline",
+    Layout(scale_offset=1.0, given=2): """
+        Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline""",
     Layout(main=0): """
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",
@@ -36,9 +39,15 @@ NAMES: dict[Layout, str] = {
         KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline
         KandinskyV22InpaintCombinedPipeline""",
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
-    Layout(others="sound"): """
-        Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
-        LTX2InContextPipeline LTX2Pipeline""",
+    Layout(inner="generation_pipe"): "VisualClozePipeline",
+    Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
+    Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
+    Layout(given=2): "WanImageToVideoPipeline",
+    Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
+    Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
+    Layout(others="sound", given=1): """
+        LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline""",
+    Layout(preconditioned=True, scale_offset=1.0, given=2): "Cosmos2VideoToWorldPipeline",
 }
 LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.split()}
 
@@ -46,6 +55,22 @@ LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.spl
 REASONS: dict[str, str] = {
     "its scheduler is handed a denoised image that the pipeline has made up itself": """
         CosmosTextToWorldPipeline CosmosVideoToWorldPipeline""",
+    "its own guidance is adaptive projected guidance": "AceStepPipeline",
+    "its own guidance is CFG-Zero*": "HeliosPyramidPipeline",
+    "a cache holds what its network computed for all rows, of every piece of a video": """
+        AnyFlowFARPipeline""",
+    "its network takes text, pictures and sound as one sequence": "Cosmos3OmniPipeline",
+    "it blends given frames into what is stepped, after its network has seen it": """
+        LTXI2VLongMultiPromptPipeline""",
+    "its edits are masked by quantiles of their own differences, without a conditional branch": """
+        LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL""",
+    "its network is a session of ONNX Runtime on arrays, not a module": """
+        OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline
+        OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline
+        StableDiffusionOnnxPipeline""",
+    "it does not run beside transformers 5 (its own Q-Former fails before the loop)": """
+        BlipDiffusionControlNetPipeline""",
+    "it raises a TypeError of its own in diffusers 0.42": "EasyAnimateControlPipeline",
     "every frame has a noise level and a scheduler of its own": """
         SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline""",

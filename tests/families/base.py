@@ -68,10 +68,13 @@ class Family:
             the denoised image, where the scheduler is not handed what the network predicts.
         steps: keyword arguments of the network -> whether this call is a branch of a step.
         latents: Argument of the network that holds what is denoised, if it is not the first.
+        space: Where rules can act: "native" if the scheduler's noise levels say nothing of x0.
         max_batch: How many samples a call can have, up to 3.
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
         second: What else is denoised, with the network's second output, and returned second: the
             network's argument that holds it, and how the names of its scales start in the call.
+        whole: The network mixes samples or counts them, so that a branch can only be evaluated for
+            all of them.
     """
 
     name: str
@@ -93,16 +96,18 @@ class Family:
     x0: Callable[..., Tensor] | None = None
     steps: Callable[[dict], bool] = lambda kwargs: True
     latents: str = ""
+    space: str = "x0"
     max_batch: int = 3
     scheduler: str = "scheduler"
     second: tuple[str, str] | None = None
+    whole: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
     *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
-    *("norm_axis", "second", "scheduler"),
+    *("norm_axis", "second", "scheduler", "space", "whole"),
 )
 
 

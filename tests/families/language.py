@@ -1,8 +1,13 @@
 """Pictures from transformers whose prompts a language model reads."""
 
+from functools import reduce
+from types import SimpleNamespace
+
 import diffusers as df
+import numpy as np
 import torch
 import transformers as tr
+from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from diffusers.utils import is_torchvision_available
 from tokenizers import processors
 
@@ -342,6 +347,7 @@ def qwen_21_edit_call(batch: int, negative: bool, **extra) -> dict:
 
 
 QWEN_21 = {
+    "whole": True,
     "scale_name": "true_cfg_scale",
     "part": lambda output, x: (slice(None), slice(-16, None)),
     "true_cfg_scale": 4.0,
@@ -616,22 +622,30 @@ def omnigen() -> dict:
     }
 
 
-OMNIGEN = {"negative": False, "height": 64, "width": 64}
-if is_torchvision_available():  # its pipeline cannot be built without
-    family(
-        "omnigen",
-        "OmniGenPipeline",
-        "batch: cond uncond",
-        TRANSFORMER,
-        omnigen_call,
-        **OMNIGEN,
-    )(omnigen)
-    family(
-        "omnigen_edit",
-        "OmniGenPipeline",
-        "batch: cond uncond image",
-        TRANSFORMER,
-        omnigen_edit_call,
-        mix=omnigen_mix,
-        **OMNIGEN,
-    )(omnigen)
+OMNIGEN = {"negative": False, "height": 64, "width": 64, "whole": True}
+if not is_torchvision_available():
+    # Its pipeline prepares pictures with torchvision and cannot be built without: the same by hand.
+    processor_omnigen.transforms = SimpleNamespace(
+        Compose=lambda steps: lambda picture: reduce(lambda p, step: step(p), steps, picture),
+        Lambda=lambda function: function,
+        ToTensor=lambda: lambda picture: torch.tensor(np.asarray(picture)).movedim(2, 0) / 255,
+        Normalize=lambda mean, std, inplace: lambda picture: (picture - mean[0]) / std[0],
+    )
+    pipeline_omnigen.OmniGenMultiModalProcessor = processor_omnigen.OmniGenMultiModalProcessor
+family(
+    "omnigen",
+    "OmniGenPipeline",
+    "batch: cond uncond",
+    TRANSFORMER,
+    omnigen_call,
+    **OMNIGEN,
+)(omnigen)
+family(
+    "omnigen_edit",
+    "OmniGenPipeline",
+    "batch: cond uncond image",
+    TRANSFORMER,
+    omnigen_edit_call,
+    mix=omnigen_mix,
+    **OMNIGEN,
+)(omnigen)

@@ -29,7 +29,6 @@ MORE = {
     "audio_modality_scale": 2.0,
     "spatio_temporal_guidance_blocks": [1],
 }
-SOUND = ("audio_hidden_states", "audio_")
 FRAME, ALL = 64, 192  # tokens
 
 
@@ -92,7 +91,6 @@ def refine_call(batch: int, negative: bool, **extra) -> dict:
     "LTX2Pipeline",
     "batch: uncond cond",
     TRANSFORMER,
-    second=SOUND,
     **BOTH,
 )
 def ltx2(**parts) -> dict:
@@ -146,7 +144,6 @@ def ltx2(**parts) -> dict:
     "batch: uncond cond | skipped | isolated",
     TRANSFORMER,
     mix=all_guidances,
-    second=SOUND,
     **(BOTH | MORE),
 )
 def ltx2_all_guidances() -> dict:
@@ -161,7 +158,6 @@ def ltx2_all_guidances() -> dict:
     TRANSFORMER,
     call=picture_as_it_is,
     part=free_tokens(FRAME),
-    second=SOUND,
     **BOTH,
 )
 def ltx2_image() -> dict:
@@ -176,7 +172,6 @@ def ltx2_image() -> dict:
     TRANSFORMER,
     call=frames_call,
     part=later_frames,
-    second=SOUND,
     **BOTH,
 )
 def ltx2_condition() -> dict:
@@ -193,7 +188,6 @@ def ltx2_condition() -> dict:
     kind="pipeline_ltx2_ic_lora.LTX2ReferenceCondition",
     frames=True,
     part=later_frames,
-    second=SOUND,
     **BOTH,
 )
 def ltx2_in_context() -> dict:

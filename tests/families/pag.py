@@ -31,6 +31,7 @@ def sd_pag() -> dict:
     return perturbed(sd(ddim()))
 
 
+LATE = {"first_step": 1, **PAG}  # its strength is just under 1
 SIZED = {"height": None, "width": None}  # by the picture
 SOME = {"first_step": 1, **PARTIAL, **PAG}
 IMG2IMG = SOME | SIZED
@@ -39,7 +40,7 @@ family("sd_pag_img2img", "StableDiffusionPAGImg2ImgPipeline", *GUIDED, c.picture
 )
 
 
-@family("sd_pag_inpaint", "StableDiffusionPAGInpaintPipeline", *GUIDED, c.inpaint_call, **PAG)
+@family("sd_pag_inpaint", "StableDiffusionPAGInpaintPipeline", *GUIDED, c.inpaint_call, **LATE)
 def sd_pag_inpaint() -> dict:
     return perturbed(sd(channels=9))
 

@@ -74,7 +74,14 @@ def z_control_inpaint_call(batch: int, negative: bool, **extra) -> dict:
     return call | {"control_image": c.per_sample(batch, 3, 16, 16, seed=500, low=-1.0)}
 
 
-@family("z_image_controlnet", "ZImageControlNetPipeline", *Z_VARIANT, z_control_call, **Z_GUIDES)
+@family(
+    "z_image_controlnet",
+    "ZImageControlNetPipeline",
+    *Z_VARIANT,
+    z_control_call,
+    whole=True,
+    **Z_GUIDES,
+)
 def z_image_controlnet(channels: int = 4) -> dict:
     """The control network sees both branches and leaves its residuals by layer, in a dict."""
     controlnet = df.ZImageControlNetModel(
@@ -95,6 +102,7 @@ family(
     "ZImageControlNetInpaintPipeline",
     *Z_VARIANT,
     z_control_inpaint_call,
+    whole=True,
     **Z_GUIDES,
 )(partial(z_image_controlnet, channels=9))
 

@@ -242,7 +242,14 @@ def skyreels_df_v2v() -> dict:
     return skyreels_df()
 
 
-@family("any_flow", "AnyFlowPipeline", "batch: uncond cond", TRANSFORMER, **VIDEO)
+@family(
+    "any_flow",
+    "AnyFlowPipeline",
+    "batch: uncond cond",
+    TRANSFORMER,
+    space="native",
+    **VIDEO,
+)
 def any_flow() -> dict:
     """It predicts the mean velocity on the way to the next noise level."""
     return wan(

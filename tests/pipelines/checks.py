@@ -70,17 +70,27 @@ def cfg_bit_equal(name):
     return True
 
 
+def stopping_at(name, threshold):
+    """Adaptive Guidance in the space that a family has."""
+    return AdaptiveGuidance(threshold, space=FAMILIES[name].space)
+
+
 def parting_policy(pipe, name, **extra):
     """A policy under which the samples of a batch stop at different steps, if there is one."""
-    latents(pipe, name, guidance=AdaptiveGuidance(1.5), **extra)
+    latents(pipe, name, guidance=stopping_at(name, 1.5), **extra)
     gammas = sorted(g for step in pipe.guidance_trace.steps for g in step.gamma.tolist())
     for low, high in zip(gammas, gammas[1:], strict=False):
-        policy = AdaptiveGuidance((low + high) / 2)
+        policy = stopping_at(name, (low + high) / 2)
         latents(pipe, name, guidance=policy, **extra)
-        stops = len(set(pipe.guidance_trace.nfe))
+        stops = len(set(guided_steps(pipe.guidance_trace)))
         if stops > 1 or (FAMILIES[name].max_batch == 1 and low < high):
             return policy
     return None
+
+
+def guided_steps(trace):
+    """How many steps of every sample were guided."""
+    return [sum(row in step.rows for step in trace.steps) for row in range(trace.batch)]
 
 
 def branches_of(name):
@@ -91,7 +101,7 @@ def branches_of(name):
 def ag_rows_ok(name):
     """Whether the rows counted at the network are all branches of the guided steps and the rest."""
     pipe = guided(FAMILIES[name].build())
-    never, at_once = AdaptiveGuidance(1.5), AdaptiveGuidance(-1.0)
+    never, at_once = stopping_at(name, 1.5), stopping_at(name, -1.0)
     batch, branches = FAMILIES[name].max_batch, branches_of(name)
     for policy in (never, at_once, parting_policy(pipe, name)):
         if policy is None:
@@ -99,16 +109,18 @@ def ag_rows_ok(name):
         with Rows(pipe, name) as rows:
             latents(pipe, name, guidance=policy)
         trace = pipe.guidance_trace
-        steps = len(trace.steps)
-        guided_steps = [sum(row in step.rows for step in trace.steps) for row in range(batch)]
-        if trace.nfe != [branches * k + (steps - k) for k in guided_steps]:
+        steps, found = len(trace.steps), guided_steps(trace)
+        evaluated = found
+        if FAMILIES[name].whole:  # as long as one sample is guided, all are
+            evaluated = [sum(bool(step.rows) for step in trace.steps)] * batch
+        if trace.nfe != [branches * k + (steps - k) for k in evaluated]:
             return False
         if sum(rows.calls) != sum(trace.nfe):
             return False
-        if policy is never and guided_steps != [steps] * batch:
+        if policy is never and found != [steps] * batch:
             return False
         pieces = steps // (1 + max(step.index for step in trace.steps))
-        if policy is at_once and guided_steps != [pieces] * batch:
+        if policy is at_once and found != [pieces] * batch:
             return False
     return True
 
@@ -157,10 +169,10 @@ def resting_rows_ok(name):
     parting = parting_policy(pipe, name)
     latents(pipe, name, guidance=parting)
     steps = len(pipe.guidance_trace.steps)
-    guided_steps = [(n - steps) // (branches - 1) for n in pipe.guidance_trace.nfe]
+    found = guided_steps(pipe.guidance_trace)
     with Rows(pipe, name) as rows:
         latents(pipe, name, guidance=replace(parting, then="forecast"))
-    expected = [branches * (k + (steps - k) // 2) for k in guided_steps]
+    expected = [branches * (k + (steps - k) // 2) for k in found]
     return pipe.guidance_trace.nfe == expected and sum(rows.calls) == sum(expected)
 
 
@@ -244,6 +256,8 @@ class PaperGuidance:
         averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
 
         def denoised(prediction):
+            if self.family.space == "native":
+                return prediction
             if self.family.x0 is not None:
                 return self.family.x0(self.scheduler, self.index, kwargs, prediction, x)
             return own_x0(self.scheduler, self.index, prediction, x)
@@ -409,7 +423,7 @@ def apg_error(name):
     """Relative difference between the guided pipeline and the stock one led by the paper."""
     family = FAMILIES[name]
     eta, r, beta = 0.2, 2.0, -0.6
-    rule = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
+    rule = APG(eta, r, beta, threshold_unit="l2", space=family.space)
     ours = run(guided(family.build()), paper_call(name) | {"guidance": rule})[0]
     values = (ours, led(name, eta, r, beta)[0], run(family.build(), paper_call(name))[0])
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)

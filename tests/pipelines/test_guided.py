@@ -99,10 +99,10 @@ def test_configuration_is_untouched_by_a_call(pipe):
     [
         ({"guidance": "agp"}, "unknown guidance 'agp'.*apg, cfg"),
         ({"guidance": "apg", "guidance_scale": math.nan}, "finite"),
-        ({"guidance": "cfg", "guidance_scale": math.inf}, "finite"),
-        ({"guidance": "cfg", "guidance_scale": 0}, "> 0"),
+        ({"guidance": "forecast", "guidance_scale": math.inf}, "finite"),
+        ({"guidance": "ag", "guidance_scale": 0}, "> 0"),
         ({"guidance": "apg", "guidance_scale": -2.0}, "> 0"),
-        ({"guidance": "cfg", "guidance_scale": "7"}, "must be a number"),
+        ({"guidance": "apg", "guidance_scale": "7"}, "a finite number, got '7'"),
         ({"guidance": "apg", "guidance_scale": 1.0}, "switches guidance off"),
         ({"guidance": "ag", "guidance_scale": 0.5}, "switches guidance off"),
         ({"guidance": "interval"}, "no known window"),
@@ -112,6 +112,15 @@ def test_configuration_is_untouched_by_a_call(pipe):
 def test_errors_come_before_any_work(no_work, extra, message):
     with pytest.raises(ValueError, match=message):
         no_work(**(FAMILIES["sd"].call(2, False) | extra))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -2.0, 1.0])
+def test_plain_guidance_takes_the_scales_that_the_stock_pipeline_takes(pipe, scale):
+    stock, ours = (
+        pipe(**FAMILIES["sd"].call(2, False) | {"guidance": guidance, "guidance_scale": scale})[0]
+        for guidance in (None, "cfg")
+    )
+    assert torch.equal(stock, ours)
 
 
 def test_wrong_guidance_type(no_work):

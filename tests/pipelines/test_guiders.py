@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -32,7 +33,8 @@ from pilotage.pipelines import LayoutError, UnknownSchedulerError, guided
 from pilotage.pipelines.guiders import Guider
 
 from .. import components as c
-from .. import families as f
+from ..families import images, qwen, stable_diffusion, wan
+from ..families.base import SD_NOISE, flow
 from ..oracles.apg import PaperMomentum, paper_apg
 
 SCALE, SCALE_2 = 5.0, 3.0
@@ -44,7 +46,7 @@ class Modular:
     """A modular pipeline, the stock pipeline of the same components, and what sets them apart."""
 
     blocks: str
-    parts: str
+    parts: Callable[..., dict]
     stock: str
     size: int = 16
     scale_name: str = "guidance_scale"
@@ -56,15 +58,18 @@ class Modular:
 # Wan's modular text encoder needs ftfy, which may be missing: its embeddings are given.
 MODULAR = {
     "sdxl": Modular(
-        "StableDiffusionXLAutoBlocks", "sdxl", "StableDiffusionXLPipeline", network="unet"
+        "StableDiffusionXLAutoBlocks",
+        stable_diffusion.sdxl,
+        "StableDiffusionXLPipeline",
+        network="unet",
     ),
-    "sd3": Modular("StableDiffusion3AutoBlocks", "sd3", "StableDiffusion3Pipeline"),
-    "wan": Modular("WanBlocks", "wan", "WanPipeline", size=32, text=False),
-    "wan22": Modular("Wan22Blocks", "wan2", "WanPipeline", size=32, text=False),
+    "sd3": Modular("StableDiffusion3AutoBlocks", images.sd3, "StableDiffusion3Pipeline"),
+    "wan": Modular("WanBlocks", wan.wan, "WanPipeline", size=32, text=False),
+    "wan22": Modular("Wan22Blocks", wan.wan2, "WanPipeline", size=32, text=False),
     "qwen_image": Modular(
-        "QwenImageAutoBlocks", "qwen_image", "QwenImagePipeline", 32, "true_cfg_scale"
+        "QwenImageAutoBlocks", qwen.qwen_image, "QwenImagePipeline", 32, "true_cfg_scale"
     ),
-    "z_image": Modular("ZImageAutoBlocks", "z_image", "ZImagePipeline", scale_offset=1.0),
+    "z_image": Modular("ZImageAutoBlocks", qwen.z_image, "ZImagePipeline", scale_offset=1.0),
 }
 every_pipeline = pytest.mark.parametrize("name", MODULAR)
 
@@ -80,7 +85,7 @@ def quiet(blocks):
 def parts_of(name, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return getattr(f, MODULAR[name].parts)(**changes)
+        return MODULAR[name].parts(**changes)
 
 
 def build(name, parts=None):
@@ -261,7 +266,7 @@ SCHEDULERS = {
 def test_runs_end_with_the_scheduler(scheduler, evaluations):
     """Also where there are more network evaluations than steps."""
     config = {"skip_prk_steps": True} if scheduler is df.PNDMScheduler else {}
-    parts = parts_of("sdxl") | {"scheduler": scheduler(**f.SD_NOISE, **config)}
+    parts = parts_of("sdxl") | {"scheduler": scheduler(**SD_NOISE, **config)}
     pipe, stock = build("sdxl", parts), df.StableDiffusionXLPipeline(**parts)
     stock.set_progress_bar_config(disable=True)
     expected = stock(**inputs("sdxl"), guidance_scale=SCALE, output_type="latent")[0]
@@ -282,7 +287,7 @@ def test_diffusers_guider_takes_steps_for_evaluations(scheduler, evaluations):
     """Its guidance ends after as many evaluations as there are steps; ours goes on."""
     config = {"skip_prk_steps": True} if scheduler is df.PNDMScheduler else {}
     pipe = build("sdxl")
-    pipe.update_components(scheduler=scheduler(**f.SD_NOISE, **config))
+    pipe.update_components(scheduler=scheduler(**SD_NOISE, **config))
     use(pipe, df.ClassifierFreeGuidance(SCALE))
     theirs = latents(pipe, "sdxl")
     use(pipe, Guider("cfg", SCALE))
@@ -403,7 +408,7 @@ def test_two_pipelines_of_one_network_do_not_share_state():
         handle.remove()
         again.append(latents(pipes[1], "sd3", [1]))
 
-    pipes[1].update_components(scheduler=f.flow(shift=3.0))
+    pipes[1].update_components(scheduler=flow(shift=3.0))
     handle = pipes[0].transformer.register_forward_hook(other_pipeline)
     assert torch.equal(latents(pipes[0], "sd3", [0]), expected[0])
     assert torch.equal(again[0], expected[1])
@@ -525,9 +530,11 @@ def test_pipelines_that_cannot_be_bound():
 
 def test_schedulers_and_rules_that_do_not_fit():
     pipe = build("sdxl")
-    pipe.update_components(scheduler=df.EDMEulerScheduler())
+    pipe.update_components(scheduler=df.DDIMInverseScheduler(**SD_NOISE))
     use(pipe, Guider("apg", SCALE).bind(pipe))
-    with pytest.raises(UnknownSchedulerError, match="EDMEulerScheduler"):
+    with pytest.raises(
+        UnknownSchedulerError, match="DDIMInverseScheduler are not known .it steps towards noise"
+    ):
         latents(pipe, "sdxl")
     pipe = shared("qwen_image")
     use(pipe, Guider(FDG(), SCALE).bind(pipe))
