@@ -29,13 +29,15 @@ from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
 from .guided import positive_scale
-from .seam.driver import Driver, Made
+from .seam.driver import Driver
+from .seam.filling import Made, Wanted, made_of
 from .seam.hooks import check_caches
 from .seam.layouts import LayoutError
+from .seam.learning import learn
 from .seam.noise_levels import check_guidance, noise_level
 from .seam.patch import attached
-from .seam.patterns import Part, Pattern
-from .seam.support import layout_of
+from .seam.patterns import PARTS, Part, Pattern, branches_of
+from .seam.support import guiders_of, layout_of
 
 NOT_THE_SCHEDULER = (
     "the scheduler of the pipeline this guider is bound to is not the one that runs: bind it to "
@@ -133,7 +135,7 @@ class Guider(BaseGuidance):
         Raises:
             LayoutError: the pipeline has no guider among its components.
         """
-        if not slots_of(pipe):
+        if not guiders_of(pipe):
             instead = "" if isinstance(pipe, ModularPipeline) else ": use pilotage.pipelines.guided"
             raise LayoutError(f"{type(pipe).__name__} has no guider among its components{instead}")
         self._pipe = weakref.ref(pipe)
@@ -319,8 +321,10 @@ class Guider(BaseGuidance):
                 loop.run = loop.new_run(batch, total, device)
                 shared.begin(loop.run, scheduler, loop)
         run, shared.leader = shared.begin_step(step), self
-        level = None if shared.loop is None else shared.loop.levels(self._timestep)[0]
-        run.plan(None, level)
+        if shared.loop is None:
+            run.plan()
+        else:
+            shared.loop.begin(run, self._timestep)
         if run.skipped:
             raise ValueError(NO_SKIPPING.format(self.guidance))
         batches = self._batches(run, cond, make_batch)
@@ -339,21 +343,31 @@ class _Loop(Driver):
     """The seam behind a guider, whose passes are the conditional branch and the other.
 
     Attributes:
-        denoised: The blocks convert predictions to denoised images before the guider has them, and
-            back afterwards.
         guides: Whether the guider of this step guides at all.
+        denoised: The part of the predictions that is guided, if the blocks convert them to denoised
+            images before the guider has them, and back afterwards; None if they do not.
+        checked: The network last seen.
     """
 
     def __init__(self, pipe: Any, guidance: Guidance, asked: str, detailed: bool) -> None:
         layout = replace(layout_of(type(pipe)), main=0)
         super().__init__(pipe, guidance, layout, asked, {}, detailed)
-        self.key = self.pattern = None  # nothing is kept from call to call
-        self.denoised, self.guides, self.checked = False, True, None
+        self.pattern = None
+        self.guides, self.checked = True, None
+        self.denoised: Part | None = None
 
     @property
     def last_predictions(self) -> list[Tensor]:
         """What the branches of the step before were given."""
         return [made.prediction for made in self.last]
+
+    def begin(self, run: Run, timestep: Tensor) -> None:
+        """Plan a step of the run."""
+        run.plan(None, *self.levels(timestep))
+        every, estimates = list(range(run.batch)), any(d.estimates for d in run.decisions)
+        if estimates:
+            self.check_others()
+        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, measured=estimates)
 
     def check_network(self, network: Any) -> None:
         """Refuse caches within the network that this guidance would mislead."""
@@ -365,47 +379,50 @@ class _Loop(Driver):
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler is to step instead of `mixed`."""
-        run, calls = self.run, (1,) * len(made)
+        run, part = self.run, self.part_of(mixed, sample)
         assert run is not None
-        part = self.part_of(mixed, sample)
         if len(part) != run.batch:
             raise LayoutError(self.irregular(f"steps {len(part)} samples of {run.batch}"))
+        if len(made) == 2:
+            if self.pattern is None:
+                self.pattern = self.learned(made, (1, 1), part, sample)
+            return super().end_step(self.native(made, part, sample), mixed, sample)
         x_t = self.network_input(sample, part)
-        if not self.guides:
+        if self.guides:
+            run.combine(part, None, 1.0, x_t)
+        else:
             run.unguided(part, x_t)
-            return mixed
-        if len(made) == 1:
-            return self.put(run.combine(part, None, 1.0, x_t, own=part), mixed, part)
-        self.stale = any(d.estimates for d in run.decisions)
-        pattern = self.pattern or self.learned(made, calls, part, sample)
-        if pattern is None:  # both branches are the same
-            run.unguided(part, x_t)
-            return mixed
-        self.check_pattern(run, pattern)
-        return self.put(self.end_guided(run, pattern, made, part, x_t), mixed, part)
+        return mixed
 
-    def learn(
+    def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
     ) -> Pattern | None:
-        """What the branches of a step say of how they are combined."""
-        found = super().learn(made, calls, part, sample)
-        if found is None or not found.reason:
-            return found
-        self.denoised = True
-        again = super().learn(made, calls, part, sample)
-        self.denoised = again is not None and not again.reason
-        return again if self.denoised else found
+        """The pattern of a step; None if its branches are too much alike to tell."""
+        x_t, plain = self.network_input(sample, part), None
+        for self.denoised in (None, *PARTS):
+            seen = [m.prediction for m in self.native(made, part, sample)]
+            found = learn(seen, part, calls, self.layout, x_t, None)
+            if found is None and self.denoised is None:
+                return None  # too much alike
+            if found is not None and not found.reason:
+                return found
+            plain = plain or found
+        self.denoised = None
+        return plain
 
-    def branches_of(
-        self, made: list[Made], calls: tuple[int, ...], part: Tensor, which: Part = ""
-    ) -> list[Tensor] | None:
-        """The predictions of both branches as the scheduler has them, each with shape (B, \\*)."""
-        found = super().branches_of(made, calls, part, which)
-        if found is None or not self.denoised:
-            return found
+    def native(self, made: list[Made], part: Tensor, sample: Tensor) -> list[Made]:
+        """Predictions as the scheduler has them, each with shape (B, \\*)."""
+        if self.denoised is None:
+            return made
+        branches = branches_of(
+            [m.prediction for m in made], Pattern((1, 1), part=self.denoised), part
+        )
+        if branches is None:
+            return made
         level = noise_level(self.scheduler, self.scheduler_timestep)
-        x_t = self.network_input(self.sample, part)
-        return [level.from_x0(branch, x_t).to(part.dtype) for branch in found]
+        x_t = self.network_input(sample, part)
+        found = [level.from_x0(branch, x_t).to(part.dtype) for branch in branches]
+        return [made_of(len(branch), branch) for branch in found]
 
 
 class _Shared:
@@ -443,7 +460,7 @@ class _Shared:
         """Have the step that the scheduler takes next guided by the predictions `made`."""
         loop = self.loop
         assert loop is not None
-        loop.made = [Made(len(pred), pred, pred) for pred in made]
+        loop.made = [made_of(len(pred), pred) for pred in made]
         loop.guides = guides
         self.attached.enter_context(attached(loop.pipe, (), loop, self.step))
 
@@ -465,13 +482,6 @@ class _Shared:
             self.run.finish() if self.loop is None else self.loop.finish()
             self.loop = None
             self.run = None if self.scheduler is not None else self.run
-
-
-def slots_of(pipe: Any) -> list[str]:
-    """Names of the components of a pipeline that are guiders."""
-    names = ("guider", "ocr_guider", "guider_2", "audio_guider")
-    known = getattr(pipe, "_component_specs", None) or getattr(pipe, "config", {})
-    return [name for name in names if name in known]
 
 
 def _evaluations(scheduler: Any, timestep: Tensor) -> int | None:

@@ -16,10 +16,10 @@ from diffusers.models.transformers import transformer_cosmos
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.modular_pipelines.wan import encoders
 
-from pilotage.pipelines.guiders import slots_of
+from pilotage.pipelines.seam.support import guiders_of
 
 from .. import components as c
-from . import (
+from ..families import (
     controlnets,
     flux,
     flux_like,
@@ -32,7 +32,7 @@ from . import (
     wan,
     worlds,
 )
-from .base import PARTIAL, SPEC, TRANSFORMER, UNET, Family, flow
+from ..families.base import PARTIAL, SPEC, TRANSFORMER, UNET, Family, flow
 
 SCALE = 6.0
 MODULAR: dict[str, Family] = {}
@@ -88,7 +88,7 @@ def _build(blocks: str, parts: Callable[[], dict], output: str, without: tuple[s
     quiet(built)
     pipe = built.init_pipeline()
     pipe.update_components(**{k: v for k, v in components.items() if k in pipe.components})
-    pipe.update_components(**{name: stock_guider(pipe) for name in slots_of(pipe)})
+    pipe.update_components(**{name: stock_guider(pipe) for name in guiders_of(pipe)})
     pipe.__class__ = ending_in(type(pipe), output)
     return pipe
 
@@ -104,7 +104,7 @@ class OfTwoBranches(df.ClassifierFreeGuidance):
 
 def stock_guider(pipe: Any) -> Any:
     """diffusers' own guider for a pipeline."""
-    kind = OfTwoBranches if "audio_guider" in slots_of(pipe) else df.ClassifierFreeGuidance
+    kind = OfTwoBranches if "audio_guider" in guiders_of(pipe) else df.ClassifierFreeGuidance
     return kind(SCALE)
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from pilotage.guidance import APG, CFG, AdaptiveGuidance, Guidance
-from pilotage.pipelines.guiders import Guider, slots_of
+from pilotage.pipelines.guiders import Guider
+from pilotage.pipelines.seam.support import guiders_of
 
-from .families.modular import MODULAR, SCALE, stock_guider
-from .pipelines.checks import PaperGuidance, equal, run
+from .workflows import MODULAR, SCALE, stock_guider
+from ..pipelines.checks import PaperGuidance, equal, run
 
 
 def use(pipe: Any, guider: Any) -> Any:
     """Makes `guider` the guider of `pipe`, and ones like it of what else it guides."""
     parts = {"guider": guider}
-    for name in slots_of(pipe)[1:]:
+    for name in guiders_of(pipe)[1:]:
         own = isinstance(guider, Guider)
         parts[name] = guider.partner(SCALE) if own else stock_guider(pipe)
     pipe.update_components(**parts)
