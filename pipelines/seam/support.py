@@ -35,6 +35,9 @@ NAMES: dict[Layout, str] = {
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",
     Layout(scale="guidance_scale"): "ChromaInpaintPipeline",
+    # Of its distilled models, which have no guider.
+    Layout(scale="distilled_guidance_scale"): """
+        HunyuanImagePipeline HunyuanImageRefinerPipeline""",
     Layout(denoisers=("transformer", "unconditional_transformer")): "Ideogram4Pipeline",
     Layout(inner="decoder_pipe"): """
         KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyInpaintCombinedPipeline
