@@ -279,7 +279,7 @@ class Guider(BaseGuidance):
         """No blocks of the network are perturbed (LTX-2 asks, for its audio guider as well)."""
         pipe = None if self._pipe is None else self._pipe()
         if pipe is None:
-            raise LayoutError("LTX-2 needs a guider that is bound to it: guider.bind(pipe)")
+            raise LayoutError("LTX-2 needs a guider that knows it: guider.bind(pipe)")
         if getattr(getattr(pipe, "audio_guider", None), "stg_scale", 0):
             raise LayoutError(
                 "the audio guider wants spatio-temporal guidance, whose blocks a Guider does not "
@@ -301,6 +301,7 @@ class Guider(BaseGuidance):
         pipe, shared, step = self._bound_pipe(), self._shared, self._step
         if step is None:
             raise LayoutError("a guider's prepare_inputs came before set_state")
+        shared.attached.close()  # if a step before was never taken
         self._follows = shared.leader not in (None, self) and step == shared.next_step - 1
         if self._follows and shared.run is not None:
             return self._batches(shared.run, cond, make_batch)

@@ -215,6 +215,8 @@ workflow(
     **TALL,
 )
 workflow("QwenImageEditPlus", qwen.qwen_image_edit, qwen.edit_call, max_batch=1, **EDIT, **TALL)
+
+
 def krea2() -> dict:
     """Its blocks read twelve layers of the language model, wherever they are."""
     parts = flux_like.krea2()
@@ -278,9 +280,41 @@ def flux3_call(batch: int, negative: bool, **extra: Any) -> dict:
     return call | {name: call[name][0] for name in ("prompt", "negative_prompt")}
 
 
+workflow(
+    "QwenImageLayered",
+    qwen.qwen_image_layered,
+    qwen.layered_call,
+    max_batch=1,
+    norm_matched=True,
+    max_sequence_length=512,
+    part=qwen.leading_tokens(40),
+)
+QWEN_21 = {n: language.QWEN_21[n] for n in ("part", "height", "width", "output_resolution")}
+workflow("QwenImage21 text2image", language.qwen_image_21, language.level_call, **QWEN_21)
+workflow(
+    "QwenImage21 image_conditioned",
+    language.qwen_image_21,
+    language.qwen_21_edit_call,
+    **QWEN_21,
+)
+workflow("Krea2 text2image", krea2, height=32, width=32)
+workflow("ErnieImage text2image", language.ernie_image)
+workflow("Flux2KleinBase text2image", flux.klein_parts, **flux.LAYERS)
+workflow(
+    "Flux2KleinBase image_conditioned",
+    flux.small_klein_parts,
+    flux.reference_call,
+    part=flux.first_half,
+    **flux.LAYERS,
+)
 workflow("Anima text2image", anima, max_sequence_length=16)
 workflow("Anima img2img", anima, c.picture_call, first_step=1, max_sequence_length=16, **qwen.LATE)
-FLUX3: dict = {"without": ("prompt_upsampler", "decode"), "text_encoder_out_layers": (0, 1, 2), "height": 64, "width": 64}
+FLUX3: dict = {
+    "without": ("prompt_upsampler", "decode"),
+    "text_encoder_out_layers": (0, 1, 2),
+    "height": 64,
+    "width": 64,
+}
 workflow("Flux3 text2image", flux3, flux3_call, **FLUX3)
 workflow("Flux3 image_conditioned", flux3, flux3_call, image=flux.picture(), **FLUX3)
 
@@ -334,7 +368,9 @@ BOTH: dict = {"denoisers": wan.PAIR, "scales": ("guider", "guider_2")}
 BOTH["scale_at"] = lambda call, t: call[f"guider{'' if t >= 875 else '_2'}.guidance_scale"]
 workflow("Wan", wan.wan, in_embeds, "Blocks", **WAN)
 workflow("Wan22", wan.wan2, in_embeds, "Blocks", **WAN, **BOTH)
-workflow("WanImage2Video image2video", wan.wan_i2v, pictures(in_embeds, image=[0]), max_batch=1, **WAN)
+workflow(
+    "WanImage2Video image2video", wan.wan_i2v, pictures(in_embeds, image=[0]), max_batch=1, **WAN
+)
 workflow(
     "WanImage2Video flf2v",
     first_and_last,
@@ -420,20 +456,19 @@ helios_workflows()
 
 
 def ltx2_workflows() -> None:
-    """2.5 differs in how it decodes. The sound keeps diffusers' own guider."""
+    """2.5 differs in how it decodes. The sound has the same guidance, at a scale of its own."""
     common: dict = {"scales": ("guider", "audio_guider"), "frame_rate": 24.0, **WAN}
     common["without"] = ("prompt_enhancer", "duration", "decode")
-    given = common | {"part": ltx2.later_frames}
-    condition = "pipeline_ltx2_ic_lora.LTX2ReferenceCondition"
+    reference = {"kind": "pipeline_ltx2_ic_lora.LTX2ReferenceCondition", "frames": True}
+    calls: dict[str, tuple] = {
+        "text2video": (c.text_call, {}),
+        "image2video": (ltx2.picture_as_it_is, {"part": videos.free_tokens(ltx2.FRAME)}),
+        "condition": (ltx2.frames_call, {"part": ltx2.later_frames}),
+        "in_context": (ltx2.reference_call, {"part": ltx2.later_frames, **reference}),
+    }
     for name in ("LTX2", "LTX25"):
-        workflow(f"{name} text2video", ltx2.ltx2, **common)
-        free = videos.free_tokens(ltx2.FRAME)
-        picture = functools.partial(ltx2.picture_as_it_is)
-        workflow(f"{name} image2video", ltx2.ltx2, picture, part=free, **common)
-        workflow(f"{name} condition", ltx2.ltx2, ltx2.frames_call, **given)
-        workflow(
-            f"{name} in_context", ltx2.ltx2, ltx2.reference_call, kind=condition, frames=True, **given
-        )
+        for task, (call, extra) in calls.items():
+            workflow(f"{name} {task}", ltx2.ltx2, call, **common, **extra)
 
 
 ltx2_workflows()
