@@ -305,9 +305,9 @@ class Driver:
 
     def check_pattern(self, run: Run, pattern: Pattern) -> None:
         """Refuse what a pattern has no place for."""
-        if self.checked is not None and self.checked[0] is run.decisions:
-            if self.checked[1] is pattern:
-                return
+        done = self.checked
+        if done is not None and done[0] is run.decisions and done[1] is pattern:
+            return
         self.checked = run.decisions, pattern
         guidance, name = self.guidance, type(self.pipe).__name__
         decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
