@@ -27,7 +27,7 @@ def latents(pipe, name, batch=3, negative=None, **extra):
     if negative is None:  # true CFG means a second branch only where there is a negative prompt
         negative = FAMILIES[name].scale_name == "true_cfg_scale"
     batch = min(batch, FAMILIES[name].max_batch)
-    return pipe(**(FAMILIES[name].call(batch, negative) | extra))[0]
+    return run(pipe, FAMILIES[name].call(batch, negative) | extra)[0]
 
 
 def equal(a, b):
