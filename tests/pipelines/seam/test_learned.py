@@ -615,3 +615,23 @@ def test_a_combination_that_is_rescaled_in_low_precision(batch, dtype):
     pipe = guided(stock_like(SoftenedPipeline, "sd").to(dtype))
     with pytest.raises(LayoutError, match="changes its combination|no sum of"):
         latents(pipe, "sd", batch, guidance="apg", softened=0.7)
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "sana_wm"])
+def test_schedulers_that_are_told_a_time_for_every_token(name):
+    """They step the other way round, and what is given has the time 0."""
+    assert apg_error(name) <= 1e-4
+
+
+def test_tokens_that_are_given_in_part_are_refused():
+    pipe, call = guided(FAMILIES["ltx_condition"].build()), FAMILIES["ltx_condition"].call(1, True)
+    for condition in call["conditions"]:
+        condition.strength = 0.5
+    with pytest.raises(LayoutError, match="tokens are guided in part only"):
+        pipe(**call, guidance="apg")
+    assert equal(pipe(**call, guidance="cfg")[0], pipe(**call)[0])
+
+
+def test_a_pipeline_that_takes_small_noise_levels_for_larger_ones():
+    """PRXPixel divides by no less than 0.05, which its last steps are below."""
+    assert apg_error("prx_pixel") <= 1e-4
