@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .base import COND, Decision, Guidance, Kept, Kind, Predictions, Step, Weights
+from .base import (
+    COND,
+    Decision,
+    Guidance,
+    Kept,
+    Kind,
+    PolicyState,
+    Predictions,
+    Step,
+    Weights,
+)
 from .device import LaggedReads, row_index
 from .ops import guide_step
 from .prediction import NoiseLevel, Space, accumulate, norm, sum_of
 from .trace import StepRecord, Trace
 
 KINDS: dict[Kind, str] = {"cond": "conditional", "uncond": "unconditional", "guided": "guided"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the decisions of a step come to: its samples, ascending.
+
+    Args:
+        decisions: One for every sample.
+        rows: Whose both branches are evaluated.
+        skipped: That evaluate nothing.
+        estimated: Whose unconditional prediction is an estimate.
+        guided: That are guided, by predictions or estimates.
+        scaled: Whether w is changed for one of them.
+    """
+
+    decisions: Sequence[Decision] = ()
+    rows: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    estimated: list[int] = field(default_factory=list)
+    guided: list[int] = field(default_factory=list)
+    scaled: bool = False
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision]) -> Plan:
+        """The plan of some decisions."""
+        listed = list(enumerate(decisions))
+        guided = [row for row, d in listed if "uncond" in d.evaluate or d.estimates]
+        return cls(
+            list(decisions),
+            [row for row, d in listed if "uncond" in d.evaluate],
+            [row for row, d in listed if d.skips],
+            [row for row, d in listed if d.estimates],
+            guided,
+            any(decisions[row].changes_combination for row in guided),
+        )
+
+
+NOTHING = Plan()
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -40,8 +89,6 @@ class Run:
     Attributes:
         branches: How many branches a step has.
         step: The step begun last.
-        rows: The samples whose both branches are to be evaluated at it.
-        skipped: The samples that evaluate nothing at it.
     """
 
     def __init__(
@@ -64,9 +111,25 @@ class Run:
         self.step = Step(-1, total)
         self.every = list(range(batch))
         self.one_branch, self.branches = one_branch, 2
-        self.decisions: Sequence[Decision] = ()
-        self.rows: list[int] = []
-        self.skipped: list[int] = []
+        self.now = self.last_plan = NOTHING
+        state = type(self.policy_state)
+        self.reuses = state.keep_until is not PolicyState.keep_until
+        self.observes = state.observe is not PolicyState.observe
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What every sample does at the step planned last."""
+        return self.now.decisions
+
+    @property
+    def rows(self) -> list[int]:
+        """The samples whose both branches are to be evaluated at it."""
+        return self.now.rows
+
+    @property
+    def skipped(self) -> list[int]:
+        """The samples that evaluate nothing at it."""
+        return self.now.skipped
 
     def plan(
         self,
@@ -82,20 +145,24 @@ class Run:
             next_level: Noise level that the solver goes to, for rules that need it.
         """
         self.begin(x_t, level, next_level)
-        self.decisions = self.policy_state.decide(self.step)
+        decisions, before = self.policy_state.decide(self.step), self.last_plan.decisions
         if self.one_branch:
-            self.decisions = [d if d.skips else COND for d in self.decisions]
-        whole = len(self.decisions) == self.batch
-        if not whole or not all(isinstance(d, Decision) for d in self.decisions):
+            decisions = [d if d.skips else COND for d in decisions]
+        if len(decisions) != len(before) or not all(map(operator.is_, decisions, before)):
+            self.last_plan = self._checked(decisions)  # mostly it is what was decided last
+        self.now = self.last_plan
+        return self.now.rows
+
+    def _checked(self, decisions: Sequence[Decision]) -> Plan:
+        """The plan of decisions, if they are what they should be."""
+        whole = len(decisions) == self.batch
+        if not whole or not all(isinstance(d, Decision) for d in decisions):
             raise ValueError(
                 f"'{self.guidance.policy}' has to decide for {self.batch} samples at step "
-                f"{self.step.index}, got {self.decisions!r}"
+                f"{self.step.index}, got {decisions!r}"
             )
-        self.guidance.check_decisions(self.decisions)
-        evaluated = [decision.evaluate for decision in self.decisions]
-        self.rows = [row for row in range(self.batch) if "uncond" in evaluated[row]]
-        self.skipped = [row for row in range(self.batch) if not evaluated[row]]
-        return self.rows
+        self.guidance.check_decisions(decisions)
+        return Plan.of(decisions)
 
     def begin(
         self,
@@ -108,18 +175,18 @@ class Run:
         if self.finite.queue:
             self._raise_if_not_finite(self.finite.due(index))
         self.step = Step(index, self.total, level, next_level, x_t)
-        self.decisions, self.rows, self.skipped = (), [], []
+        self.now = NOTHING
 
-    def count(self, prediction: Tensor, guided: bool) -> None:
+    def count(self, prediction: Tensor, branches: int) -> None:
         """Make a whole step, without a plan, that the pipeline makes on its own.
 
         Args:
             prediction: What the pipeline steps, with shape (B, \\*).
-            guided: Whether every sample's branches were evaluated, or the conditional one alone.
+            branches: How many of every sample were evaluated.
         """
         self.begin()
-        self.rows = self.every if guided else []
-        self.trace.steps.append(StepRecord(self.step.index, None, self.rows))
+        self.branches, rows = branches, self.every if branches > 1 else []
+        self.trace.steps.append(StepRecord(self.step.index, None, rows, branches=branches))
         self._look(sum_of(prediction))
 
     @property
@@ -160,12 +227,10 @@ class Run:
         """
         now = self.step
         self.step = step = Step(now.index, now.total, now.level, now.next_level, x_t)
-        estimated = [row for row, d in enumerate(self.decisions) if d.estimates]
-        record = self._record(estimated)
-        skipped = self.skipped
+        plan, record = self.now, self._record()
+        estimated, guided_rows = plan.estimated, plan.guided
         if self._keeps("cond"):
-            self._keep("cond", pred_cond, x_t, set(self.every) - set(skipped))
-        guided_rows = record.guided
+            self._keep("cond", pred_cond, x_t, set(self.every) - set(plan.skipped))
         if not guided_rows:
             self._end(pred_cond, x_t)
             self._forget()
@@ -174,15 +239,14 @@ class Run:
         index = None if every else row_index(guided_rows, pred_cond.device)
         cond = pred_cond if index is None else pred_cond[index]
         uncond = self._with_estimates(pred_uncond, estimated, guided_rows, pred_cond)
-        factor, untouched = self._factor(guided_rows, cond)
         if index is not None and isinstance(w, Tensor) and w.ndim and len(w) > 1:
             w = w[index]  # a scale for every sample
-        if not untouched:
-            w = 1 + factor * (w - 1)
+        if plan.scaled:
+            w = 1 + self._factor(guided_rows, cond) * (w - 1)
         if index is not None:
             step = replace(step, x_t=x_t[index])
         predictions = Predictions({"cond": cond, "uncond": uncond}, step)
-        keep_own = untouched and self.guidance.keeps_combination and not estimated
+        keep_own = not plan.scaled and self.guidance.keeps_combination and not estimated
         keep_own = keep_own and own is not None
         result = guide_step(
             self.guidance.rule,
@@ -210,7 +274,8 @@ class Run:
             if after is not None:
                 guided = after(guided)
         self._end(guided, x_t, result.finite if every else None)
-        self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
+        if self.observes:
+            self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
         self._forget()
         return guided
 
@@ -227,7 +292,7 @@ class Run:
         if self.guidance.policy.space == "x0":
             guided = self._level().from_x0(guided, x_t)
         if self.all_skipped:
-            self._record([])
+            self._record()
             self._end(guided, x_t)
             self._forget()
         return guided
@@ -240,8 +305,8 @@ class Run:
                 steps later take it for the guided one.
             x_t: Network input, with shape (B, \\*).
         """
-        self.rows, self.skipped = [], []
-        self._record([])
+        self.now = NOTHING
+        self._record()
         self._end(prediction, x_t)
         self._forget()
 
@@ -249,12 +314,13 @@ class Run:
         """Raise what was still on its way from the device."""
         self._raise_if_not_finite(self.finite.rest())
 
-    def _record(self, estimated: list[int]) -> StepRecord:
+    def _record(self) -> StepRecord:
+        plan = self.now
         wants_noise = self.guidance.policy.needs_noise or self.detailed
         level = self.step.level if wants_noise else None
         noise = None if level is None else level.ratio
         record = StepRecord(
-            self.step.index, noise, self.rows, self.skipped, estimated, self.branches
+            self.step.index, noise, plan.rows, plan.skipped, plan.estimated, self.branches
         )
         self.trace.steps.append(record)
         return record
@@ -305,16 +371,16 @@ class Run:
             raise ValueError("no sample reuses anything")
         return result
 
-    def _factor(self, rows: Sequence[int], like: Tensor) -> tuple[float | Tensor, bool]:
-        """What w - 1 is multiplied with, and whether that is 1 for every one of `rows`."""
+    def _factor(self, rows: Sequence[int], like: Tensor) -> float | Tensor:
+        """What w - 1 is multiplied with."""
         factors = [self.decisions[row].factor for row in rows]
         first = factors[0]
         if all(factor is first for factor in factors) or not any(
             isinstance(factor, Tensor) or factor != first for factor in factors
         ):
-            return first, not isinstance(first, Tensor) and first == 1
+            return first
         values = torch.stack([torch.as_tensor(f, dtype=torch.float32) for f in factors])
-        return values.to(like.device).view(-1, *(1,) * (like.ndim - 1)), False
+        return values.to(like.device).view(-1, *(1,) * (like.ndim - 1))
 
     @property
     def _gamma_space(self) -> Space | None:
@@ -331,6 +397,8 @@ class Run:
         return self.step.level
 
     def _keeps(self, kind: Kind) -> bool:
+        if not self.reuses:
+            return False
         last = self.policy_state.keep_until(kind, self.step.index)
         return last >= self.step.index + (kind != "cond")
 
@@ -353,7 +421,7 @@ class Run:
     def _forget(self) -> None:
         """Drop what no later step reuses."""
         index = self.step.index
-        for kind, made in list(self.kept):
+        for kind, made in list(self.kept) if self.kept else ():
             if self.policy_state.keep_until(kind, made) <= index:
                 del self.kept[kind, made], self.kept_rows[kind, made]
 

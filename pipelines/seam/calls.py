@@ -49,7 +49,7 @@ class Call:
         self.network, self.args, self.kwargs = network, args, kwargs
         self.first = args[0] if args else self[self.names[0]]
         self.listed = isinstance(self.first, (list, tuple))
-        self.rows = len(self.first)
+        self.rows = len(self.first) if self.listed else self.first.shape[0]
 
     @property
     def names(self) -> list[str]:

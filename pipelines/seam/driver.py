@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import Guidance, NoiseLevel, Run
+from ...guidance import Always, Guidance, NoiseLevel, Run
 from ...guidance.device import LaggedReads, row_index
 from .calls import Call
 from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .learning import by_token, learn
-from .noise_levels import check_falling_noise, next_noise_level, noise_level
+from .noise_levels import Levels, check_falling_noise, next_noise_level
 from .patterns import (
     Pattern,
     branches_of,
@@ -82,14 +83,22 @@ class Driver:
         self.last: list[Made] = []  # of the step before
         self.most_branches = 0  # of any step
         self.wanted: Wanted | None = None  # of this step, if it was planned beforehand
+        self.plans: Wanted | None = None  # of the step planned last
+        self.checked: Any = None  # decisions and pattern of the step checked last
         self.scheduler_timestep: Any = None
         self.token_times: Tensor | None = None  # where the scheduler is told one for every token
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
+        self.scale: float | None = None  # measured last
         self.device = torch.device("cpu")
         self.where = _positions(self.scheduler)
         self.attention = own_attention(pipe, self.denoisers)
+
+    @functools.cached_property
+    def noise(self) -> Levels:
+        """The noise levels of the scheduler."""
+        return Levels(self.scheduler)
 
     # Calls of the network
 
@@ -121,8 +130,10 @@ class Driver:
 
     def plan(self, run: Run, pattern: Pattern, call: Call) -> Wanted:
         """Ask the policy what this step is to evaluate."""
-        x_t = call.first[: run.batch] if isinstance(call.first, Tensor) else None
-        run.plan(x_t, *self.levels(call.timestep))
+        read = isinstance(call.first, Tensor) and not isinstance(self.guidance.policy, Always)
+        run.plan(call.first[: run.batch] if read else None, *self.levels(call.timestep))
+        if self.plans is not None and self.plans.of(run.decisions, pattern):
+            return self.plans
         estimates = any(d.estimates for d in run.decisions)
         if run.skipped or estimates:
             self.check_others()
@@ -137,7 +148,8 @@ class Driver:
             others = every if others else []
         if pattern.alike:
             others = cond
-        return Wanted(pattern, run.batch, cond, others, measured=estimates)
+        self.plans = Wanted(pattern, run.batch, cond, others, estimates, run.decisions)
+        return self.plans
 
     def evaluate(self, name: str, call: Call) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
@@ -149,18 +161,17 @@ class Driver:
             )
         if wanted is None:
             return made_of(call.rows, call())
-        expected = [count * wanted.batch for count in wanted.pattern.calls]
-        if place >= len(expected) or call.rows != expected[place]:
+        counts = wanted.pattern.calls
+        if place >= len(counts) or call.rows != counts[place] * wanted.batch:
             if len(wanted.others) < wanted.batch:
                 raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
             return made_of(call.rows, call())
+        if wanted.whole:
+            return made_of(call.rows, call())
         last = self.last[place] if place < len(self.last) else None
-        whole = len(wanted.others) == len(wanted.cond) == wanted.batch
         try:
             return wanted.make(call, self.made, last, self.attention.get(name))
         except (RuntimeError, ValueError) as error:
-            if whole:
-                raise
             raise LayoutError(
                 f"the network of {type(self.pipe).__name__} cannot evaluate some of its "
                 f"{call.rows} rows alone ({error}): something in it holds state over the batch, "
@@ -202,9 +213,10 @@ class Driver:
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler is to step instead of `mixed`."""
         part = self.part_of(mixed, sample)
-        batch = len(part)
+        batch = part.shape[0]
         calls = tuple(m.rows // batch for m in made)
-        self.most_branches = max(self.most_branches, sum(calls))
+        branches = sum(calls)
+        self.most_branches = max(self.most_branches, branches)
         if any(m.rows % batch for m in made) or (self.run and self.run.batch != batch):
             raise LayoutError(self.irregular(f"steps {batch} samples"))
         pattern = self.pattern
@@ -228,7 +240,7 @@ class Driver:
             guided = self.end_unguided(run, part, x_t)
         record = run.trace.steps[-1]
         more = fresh or self.layout.whole and record.rows or any(m.more for m in made)
-        if more and sum(calls) > 1:
+        if more and branches > 1:
             counted = {*record.rows, *record.skipped}
             record.unused = [row for row in range(batch) if row not in counted]
         if guided is part:
@@ -241,6 +253,8 @@ class Driver:
 
     def part_of(self, mixed: Tensor, sample: Tensor) -> Tensor:
         """What is guided of what the scheduler steps, with shape (B, \\*)."""
+        if mixed.shape == sample.shape and not (self.layout.doubled or self.layout.channels):
+            return mixed
         sizes = list(mixed.shape)
         if mixed.ndim == sample.ndim:
             sizes = [min(pair) for pair in zip(mixed.shape, sample.shape, strict=True)]
@@ -296,6 +310,10 @@ class Driver:
 
     def check_pattern(self, run: Run, pattern: Pattern) -> None:
         """Refuse what a pattern has no place for."""
+        done = self.checked
+        if done is not None and done[0] is run.decisions and done[1] is pattern:
+            return
+        self.checked = run.decisions, pattern
         guidance, name = self.guidance, type(self.pipe).__name__
         decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
         alone = any(d.evaluate == ("cond",) for d in decisions)
@@ -390,8 +408,9 @@ class Driver:
             w = scale_of_normed(*wide).abs().to(part.dtype)
             self.look(run, w, 0.0)
             return cond, uncond, w
-        measured, unexplained = scale_of(cond, uncond, part, self.layout.frames)
-        self.look(run, measured, unexplained)
+        measured, left = scale_of(cond, uncond, part, self.layout.frames, self.scale)
+        self.look(run, measured, left)
+        self.scale = None if isinstance(measured, Tensor) else float(f"{measured:.6g}")
         return cond, uncond, measured
 
     def end_unguided(self, run: Run, part: Tensor, x_t: Tensor) -> Tensor:
@@ -494,7 +513,7 @@ class Driver:
         """Noise levels now and next, as far as the guidance or the trace needs them."""
         if not (self.guidance.needs_level or self.detailed):
             return None, None
-        level = noise_level(self.scheduler, timestep)
+        level = self.noise(timestep)
         if self.pattern is not None and self.pattern.upward:
             level = replace(level, sign=-level.sign)
         if least := self.layout.least_sigma:
@@ -505,9 +524,11 @@ class Driver:
 
     def network_input(self, sample: Tensor, part: Tensor) -> Tensor:
         """x_t as far as it is guided, scaled as the network has it."""
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        if scale is not None and (self.guidance.needs_level or self.detailed):
-            sample = scale(sample, self.scheduler_timestep)
+        if self.guidance.needs_level or self.detailed:
+            level = None if self.wanted is None or self.run is None else self.run.step.level
+            sample = self.noise.network_input(sample, self.scheduler_timestep, level)
+        if sample.shape == part.shape:
+            return sample
         seen = view(sample[: len(part)], part)
         return part if seen is None else seen
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers.models import attention_processor
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
+from ...guidance import Decision
 from ...guidance.device import row_index
 from .calls import Call, prediction_of, with_rows
 from .patterns import Pattern
@@ -57,6 +59,7 @@ class Wanted:
         cond: The samples whose conditional branch is evaluated.
         others: The samples whose other branches are evaluated.
         measured: The scale is to be measured where a branch is not evaluated.
+        decisions: That this follows from.
     """
 
     pattern: Pattern
@@ -64,6 +67,16 @@ class Wanted:
     cond: list[int]
     others: list[int]
     measured: bool
+    decisions: Sequence[Decision]
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Whether everything is evaluated."""
+        return len(self.others) == len(self.cond) == self.batch
+
+    def of(self, decisions: Sequence[Decision], pattern: Pattern) -> bool:
+        """Whether it follows from these very decisions."""
+        return self.decisions is decisions and self.pattern is pattern
 
     def make(
         self, call: Call, before: list[Made], last: Made | None, own: Attention | None

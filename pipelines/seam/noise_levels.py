@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -246,21 +247,63 @@ def next_noise_level(scheduler: Any, timestep: Tensor | float) -> NoiseLevel:
 
 def of_sigma(scheduler: Any, sigma: float | Tensor) -> NoiseLevel:
     """The noise level of the network's input at entries of a scheduler's sigma table."""
+    return _by_sigma(scheduler)(sigma)
+
+
+def _by_sigma(scheduler: Any) -> Callable[[float | Tensor], NoiseLevel]:
+    """`of_sigma` of one scheduler."""
     name, prediction = scheduler_name(scheduler), prediction_type_of(scheduler)
     if name in BY_FLOW_SIGMA or scheduler.config.get("use_flow_sigmas", False):
         if scheduler.config.get("invert_sigmas", False):  # the table holds the picture's share
-            return NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
+            return lambda sigma: NoiseLevel(sigma, 1 - sigma, prediction, sign=-1)
         sign = -1 if name == "MiniMaxH3Scheduler" else 1  # whose velocity points to the picture
-        return NoiseLevel(1 - sigma, sigma, prediction, sign)
+        return lambda sigma: NoiseLevel(1 - sigma, sigma, prediction, sign)
     if name in BY_SIGMA:
-        alpha = (sigma * sigma + 1) ** -0.5
-        return NoiseLevel(alpha, sigma * alpha, prediction)
-    if name in EDM:
-        spread = float(scheduler.config["sigma_data"])
-        alpha = (sigma * sigma + spread**2) ** -0.5
+        sign, spread = 1, 1.0
+    elif name in EDM:
         sign = EDM_SIGNS[scheduler.config["prediction_type"]]
+        spread = float(scheduler.config["sigma_data"])
+    else:
+        raise UnknownSchedulerError(f"the noise levels of {name} are not known")
+
+    def level(sigma: float | Tensor) -> NoiseLevel:
+        alpha = (sigma * sigma + spread**2) ** -0.5
         return NoiseLevel(alpha, sigma * alpha, prediction, sign, spread)
-    raise UnknownSchedulerError(f"the noise levels of {name} are not known")
+
+    return level
+
+
+class Levels:
+    """The noise levels of one run of a scheduler.
+
+    The same as `noise_level`; what does not change from step to step is looked up once.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, name = scheduler, scheduler_name(scheduler)
+        self.sigmas: Any = None  # the scheduler's table, and the numbers in it
+        self.listed: list[float] = []
+        self.by_sigma: Callable[[float | Tensor], NoiseLevel] | None = None
+        own = hasattr(scheduler, "noise_level") or hasattr(scheduler, "state_in_first_order")
+        if not own and name in BY_SIGMA | EDM | BY_FLOW_SIGMA:
+            self.by_sigma = _by_sigma(scheduler)
+        self.scales = name in EXPLODING | EDM
+
+    def __call__(self, timestep: Tensor | float) -> NoiseLevel:
+        """See `noise_level`."""
+        if self.by_sigma is None:
+            return noise_level(self.scheduler, timestep)
+        if self.scheduler.sigmas is not self.sigmas:
+            self.sigmas = self.scheduler.sigmas
+            self.listed = self.sigmas.tolist()
+        return self.by_sigma(self.listed[_sigma_index(self.scheduler, timestep)])
+
+    def network_input(self, sample: Tensor, timestep: Any, level: NoiseLevel | None) -> Tensor:
+        """A sample as the network has it."""
+        if self.scales and level is not None:
+            return sample * level.alpha
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return sample if scale is None else scale(sample, timestep)
 
 
 def _alpha_squared(scheduler: Any, timestep: Tensor | float) -> Tensor:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,10 +141,10 @@ def branches_of(
     Returns:
         Them, in the dtype of `stepped`; None if none of that shape is in `predictions`.
     """
-    batch, found = len(stepped), []
+    batch, found = stepped.shape[0], []
     for prediction, count in zip(predictions, pattern.calls, strict=True):
-        for i in range(count):
-            seen = view(prediction[i * batch : (i + 1) * batch], stepped, pattern.part)
+        for branch in prediction.split(batch) if count > 1 else (prediction,):
+            seen = view(branch, stepped, pattern.part)
             if seen is None:
                 return None
             seen = inside(seen, pattern.kept)
@@ -177,18 +176,20 @@ def normed(guided: Tensor, cond: Tensor, norm: Norm) -> Tensor:
 
 
 def sample_of(tensor: Tensor) -> Tensor:
-    """Some elements of a tensor, at most about `ENOUGH` of every sample, spread over all of it."""
-    excess = tensor[0].numel() // ENOUGH
+    """Some elements of a tensor, about `ENOUGH` of every sample, spread over all of it."""
+    excess = tensor.numel() // (tensor.shape[0] * ENOUGH)
     if excess < 2:
         return tensor
-    stride = math.isqrt(excess)
-    if tensor.ndim > 2 and tensor.shape[-2] >= 2 * stride:
-        return tensor[..., ::stride, ::stride]
-    return tensor[..., ::excess] if tensor.shape[-1] >= 2 * excess else tensor[:, ::excess]
+    # Whole rows, which lie together: elements far apart take longer than all of them.
+    return tensor[..., ::excess, :] if tensor.ndim > 2 else tensor[:, ::excess]
 
 
 def scale_of(
-    cond: Tensor, uncond: Tensor, mixed: Tensor, frames: int | None = None
+    cond: Tensor,
+    uncond: Tensor,
+    mixed: Tensor,
+    frames: int | None = None,
+    guess: float | None = None,
 ) -> tuple[float | Tensor, Tensor | float]:
     """The guidance scale w that a pipeline really used, and what it does not explain.
 
@@ -196,19 +197,24 @@ def scale_of(
         cond, uncond: What the pipeline was given, each with shape (B, \\*).
         mixed: What it made of them, with shape (B, \\*).
         frames: Axis along which w varies.
+        guess: What w may be: if the usual formula makes `mixed` of it to the last bit, it is.
 
     Returns:
         w, 1 where both predictions are equal: a number on the CPU, elsewhere a 0-d tensor on the
         device, or a tensor that varies along `frames`; and the norm of ``mixed - uncond - w * (cond
         - uncond)`` in units of rounding (of what every part of it has): more than a few is none.
     """
-    eps = max(torch.finfo(t.dtype).eps for t in (cond, mixed))
+    eps = max(torch.finfo(t).eps for t in {cond.dtype, mixed.dtype})
     if frames is not None:
         c, u, m = (accumulate(t.detach()) for t in (cond, uncond, mixed))
         return _scale_by_frame(c, u, m, frames, eps)
-    c, u, m = (sample_of(t.detach()) for t in (cond, uncond, mixed))
-    if cond.device.type == "cpu" and cond.dtype != torch.bfloat16:
-        return _scale_on_host(c.numpy(), u.numpy(), m.numpy(), eps)
+    on_host = cond.device.type == "cpu"
+    c, u, m = sample_of(cond), sample_of(uncond), sample_of(mixed)
+    if on_host and guess is not None and torch.equal(u + guess * (c - u), m):
+        return guess, 0.0
+    c, u, m = c.detach(), u.detach(), m.detach()
+    if on_host and cond.dtype != torch.float64:
+        return _scale_on_host(torch.stack([c, u, m]).double().flatten(1), eps)
     c, u, m = (accumulate(t) for t in (c, u, m))
     d, r = c - u, m - u
     square = (d * d).sum()
@@ -218,14 +224,14 @@ def scale_of(
     return w, left / rounding.clamp(min=1e-30)
 
 
-def _scale_on_host(c: np.ndarray, u: np.ndarray, m: np.ndarray, eps: float) -> tuple[float, float]:
-    """`scale_of` for small arrays, whose every operation costs less than one of torch's."""
-    d, r = (c - u).ravel().astype(float), (m - u).ravel().astype(float)
-    square = float(d @ d)
-    w = float(r @ d) / square if square else 1.0
-    r -= w * d
-    rounding = eps * (abs(w) + 1) * (2 * float(c.ravel() @ c.ravel()) ** 0.5 + 1e-300)
-    return w, float(r @ r) ** 0.5 / rounding
+def _scale_on_host(rows: Tensor, eps: float) -> tuple[float, float]:
+    """`scale_of` by the inner products of c, u and m, shape (3, n), which are exact in float64."""
+    (cc, cu, cm), (_, uu, um), (_, _, mm) = (rows @ rows.T).tolist()
+    square, product = cc - 2 * cu + uu, cm - um - cu + uu  # of d = c - u, with r = m - u
+    w = product / square if square > 1e-14 * cc else 1.0
+    left = max(mm - 2 * um + uu + w * (w * square - 2 * product), 0.0)
+    rounding = eps * (abs(w) + 1) * (2 * cc**0.5 + 1e-300)
+    return w, left**0.5 / rounding
 
 
 def _scale_by_frame(

@@ -219,7 +219,7 @@ class Bank:
 
 
 class ReferencePipeline(HomemadePipeline):
-    """As diffusers' community pipelines with a reference picture: two network calls a step.
+    """As diffusers' community pipelines with a reference picture: the network runs twice a step.
 
     A pass over the noised reference, which writes, and one over the latents, which reads.
     """
