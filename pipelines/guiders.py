@@ -363,7 +363,7 @@ class _Loop(Driver):
     def __init__(self, pipe: Any, guidance: Guidance, asked: str, detailed: bool) -> None:
         layout = replace(layout_of(type(pipe)), main=0)
         super().__init__(pipe, guidance, layout, asked, {}, detailed)
-        self.pattern, self.checked = None, None
+        self.pattern, self.checked_network = None, None
         self.scale = self.share = 1.0
         self.own: Made | None = None
         self.denoised: Part | None = None
@@ -380,15 +380,15 @@ class _Loop(Driver):
         every, estimates = list(range(run.batch)), any(d.estimates for d in run.decisions)
         if estimates:
             self.check_others()
-        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, measured=estimates)
+        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, estimates, run.decisions)
 
     def check_network(self, network: Any) -> None:
         """Refuse caches within the network that this guidance would mislead."""
         run = self.run
-        if run is not None and network is not self.checked:
+        if run is not None and network is not self.checked_network:
             decisions = self.guidance.policy.decisions(run.total)
             check_caches(network, self.guidance, self.asked, Pattern((1, 1)), 1, decisions)
-            self.checked = network
+            self.checked_network = network
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler is to step instead of `mixed`."""
