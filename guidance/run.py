@@ -177,15 +177,16 @@ class Run:
         self.step = Step(index, self.total, level, next_level, x_t)
         self.now = NOTHING
 
-    def count(self, prediction: Tensor, guided: bool) -> None:
+    def count(self, prediction: Tensor, branches: int) -> None:
         """Make a whole step, without a plan, that the pipeline makes on its own.
 
         Args:
             prediction: What the pipeline steps, with shape (B, \\*).
-            guided: Whether every sample's branches were evaluated, or the conditional one alone.
+            branches: How many of every sample were evaluated.
         """
         self.begin()
-        self.trace.steps.append(StepRecord(self.step.index, None, self.every if guided else []))
+        self.branches, rows = branches, self.every if branches > 1 else []
+        self.trace.steps.append(StepRecord(self.step.index, None, rows, branches=branches))
         self._look(sum_of(prediction))
 
     @property

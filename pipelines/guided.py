@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -24,7 +26,14 @@ from .seam.noise_levels import check_guidance
 from .seam.patch import aside, attached, one_at_a_time
 from .seam.patterns import Pattern
 from .seam.plain import PlainDriver
-from .seam.support import OTHER_SCALES, SCALE_ARGUMENTS, denoisers_of, layout_of
+from .seam.support import (
+    GUIDERS,
+    OTHER_SCALES,
+    SCALE_ARGUMENTS,
+    denoisers_of,
+    guiders_of,
+    layout_of,
+)
 
 GuidanceLike = str | Rule | Policy | Guidance
 
@@ -130,20 +139,25 @@ class GuidedMixin(_Stock):
         settings = self.resolve_guidance(guidance)
         asked = guidance if isinstance(guidance, str) else str(settings)
         layout = layout_of(type(self))
-        signature = inspect.signature(type(self).stock_class.__call__)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        scale = _checked_scale(type(self), settings, asked, layout, bound.arguments)
+        options = _options(self, args, kwargs)
+        scales = guider_scales(self)
+        if not scales:
+            name = scale_argument(type(self))
+            scales = {name: options[name]}
+        scale, *_ = [
+            _checked_scale(type(self), settings, asked, layout, options, name, given)
+            for name, given in scales.items()
+        ]
         for identity in settings.policy.identities:
-            check_identity(self, identity, bound.arguments, scale + layout.scale_offset)
+            check_identity(self, identity, options, scale + layout.scale_offset)
         loop = getattr(self, layout.inner) if layout.inner else self
-        eta = bound.arguments.get("eta") or 0.0
+        eta = options.get("eta") or 0.0
         self._guidance_trace = None
-        with one_at_a_time(loop):
+        with one_at_a_time(loop), plain_guiders(self, settings):
             check_guidance(settings, loop.scheduler, detailed_trace, eta)
             plain = settings.is_plain and not detailed_trace
             made = PlainDriver if plain else Driver
-            driver = made(loop, settings, layout, asked, bound.arguments, detailed_trace)
+            driver = made(loop, settings, layout, asked, options, detailed_trace)
             try:
                 with attached(loop, denoisers_of(loop, layout), driver, driver.step):
                     output = stock_call(self, *args, **kwargs)
@@ -161,13 +175,44 @@ def guidance_folder(pipe: Any) -> Path | None:
     return Path(loaded_from) / "guidance" if loaded_from and Path(loaded_from).is_dir() else None
 
 
+def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
+    """Arguments of a pipeline's call, and of those of bases that ``**kwargs`` may be passed to."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in pipeline_class.__mro__:
+        call = vars(base).get("__call__")
+        if call is None or issubclass(base, GuidedMixin):
+            continue
+        own = inspect.signature(call).parameters
+        found = {**own, **found}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return found
+
+
+def _options(pipe: GuidedMixin, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults included."""
+    bound = inspect.signature(pipe.stock_class.__call__).bind(pipe, *args, **kwargs)
+    parameters = _parameters(type(pipe)).items()
+    defaults = {name: p.default for name, p in parameters if p.default is not p.empty}
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return defaults | given
+
+
 def scale_argument(pipeline_class: type) -> str:
     """Name of the argument of a pipeline's call for the guidance scale, else LayoutError."""
-    call: Any = pipeline_class.__call__
-    parameters = inspect.signature(call).parameters
+    parameters = _parameters(pipeline_class)
     known = layout_of(pipeline_class).scale
     found = [name for name in ((known,) if known else SCALE_ARGUMENTS) if name in parameters]
     if not found:
+        parts = [name for name in GUIDERS if name in inspect.signature(pipeline_class).parameters]
+        if parts:
+            raise LayoutError(
+                f"the call of {pipeline_class.__name__} takes no scale: set "
+                f"pipe.{parts[0]}.guidance_scale"
+            )
         raise LayoutError(
             f"{pipeline_class.__name__} has no classifier-free guidance: its call takes none of "
             f"{', '.join(SCALE_ARGUMENTS)}"
@@ -182,12 +227,53 @@ def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, fl
     return {scale_argument(pipeline_class): guidance_scale - offset}
 
 
+def guider_scales(pipe: Any) -> dict[str, float]:
+    """The scales of a pipeline's guiders, with which w = 1 is no guidance, by where they are."""
+    guiders = {name: getattr(pipe, name) for name in guiders_of(pipe)}
+    return {
+        f"{name}.guidance_scale": guider.guidance_scale + _offset(guider)
+        for name, guider in guiders.items()
+        if guider is not None
+    }
+
+
+def _offset(guider: Any) -> float:
+    """What the scale of a guider lacks to w."""
+    return float(getattr(guider, "use_original_formulation", False))
+
+
+@contextlib.contextmanager
+def plain_guiders(pipe: Any, guidance: Guidance) -> Iterator[None]:
+    """Exchange a pipeline's guiders for plain guidance at their scales, which `guidance` acts on.
+
+    Those that are switched off, and plain `guidance`, leave them alone. At the end what is still
+    ours is taken away again.
+    """
+    own, exchanged = pipe.__dict__, {}
+    for name in () if guidance.is_plain else guiders_of(pipe):
+        guider = own[name]
+        if guider is not None and guider._enabled:
+            scale = guider.guidance_scale + _offset(guider)
+            exchanged[name] = guider, ClassifierFreeGuidance(guidance_scale=scale)
+    own.update({name: plain for name, (_, plain) in exchanged.items()})
+    try:
+        yield
+    finally:
+        for name, (guider, plain) in exchanged.items():
+            if own.get(name) is plain:
+                own[name] = guider
+
+
 def _checked_scale(
-    pipeline_class: type, guidance: Guidance, asked: str, layout: Layout, options: dict[str, Any]
+    pipeline_class: type,
+    guidance: Guidance,
+    asked: str,
+    layout: Layout,
+    options: dict[str, Any],
+    name: str,
+    given: Any,
 ) -> float:
     """The scale of a call, if it and the other options leave the guidance something to do."""
-    name = scale_argument(pipeline_class)
-    given = options[name]
     if guidance.is_plain:  # whatever the stock pipeline makes of it
         return given
     if guidance.policy_alone:
@@ -275,6 +361,8 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
 def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Let a pipeline instance take ``guidance=``.
 
+    Where the scale is that of a guider among its components, it is taken from there, and for
+    anything but plain "cfg" the guider makes way for plain guidance at its scale meanwhile.
     Modular pipelines take a `Guider` component instead.
 
     Args:
@@ -292,7 +380,8 @@ def guided(pipe: DiffusionPipeline) -> DiffusionPipeline:
             'pipe.update_components(guider=Guider("apg", guidance_scale=7.5).bind(pipe))'
         )
     cls: Any = type(pipe)
-    scale_argument(cls)
+    if not guiders_of(pipe):
+        scale_argument(cls)
     layout_of(cls)
     pipe.__class__ = guided_class(cls)
     return pipe

@@ -3,43 +3,41 @@
     pipe.update_components(guider=Guider("apg", guidance_scale=15).bind(pipe))
 
 A guider is told of a step, makes one set of conditions per pass, and combines the predictions. It
-sees neither the network's input nor the noise level, which rules on denoised images need: the input
-is read where the denoiser is called, the noise level from the scheduler of the bound pipeline.
+sees neither what its pipeline makes of that nor the noise level, which rules on denoised images
+need. So it combines as plain guidance does, and where the scheduler of the bound pipeline is to
+step, the guided prediction takes the place of that combination, as in every pipeline behind the
+seam: what the blocks do in between is learned at the first guided step and looked at at every one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from ..guidance import Guidance, NoiseLevel, Policy, Rule, Run, Trace, resolve
+from ..guidance import Guidance, Policy, Rule, Run, Trace, resolve
 from ..guidance.device import row_index
 from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
 from .guided import positive_scale
+from .seam.driver import Driver
+from .seam.filling import Made, Wanted, made_of
+from .seam.hooks import check_caches
 from .seam.layouts import LayoutError
+from .seam.learning import learn
 from .seam.noise_levels import check_guidance, noise_level
-
-# Modular pipelines whose guider gets predictions in the scheduler's own convention (Z-Image negates
-# its network's output before) of the latents alone -> the argument of the denoiser that holds them.
-NETWORK_INPUTS: dict[str, str] = {
-    "QwenImageModularPipeline": "hidden_states",
-    "StableDiffusion3ModularPipeline": "hidden_states",
-    "StableDiffusionXLModularPipeline": "sample",
-    "Wan22Image2VideoModularPipeline": "hidden_states",
-    "Wan22ModularPipeline": "hidden_states",
-    "Wan22VaceModularPipeline": "hidden_states",
-    "WanImage2VideoModularPipeline": "hidden_states",
-    "WanModularPipeline": "hidden_states",
-    "ZImageModularPipeline": "x",
-}
+from .seam.patch import attached
+from .seam.patterns import PARTS, Part, Pattern, branches_of
+from .seam.support import guiders_of, layout_of
 
 NOT_THE_SCHEDULER = (
     "the scheduler of the pipeline this guider is bound to is not the one that runs: bind it to "
@@ -53,7 +51,7 @@ NO_SKIPPING = (
 
 
 class Guider(BaseGuidance):
-    r"""A guidance rule and policy as the ``guider`` component of a modular pipeline.
+    r"""A guidance rule and policy as the ``guider`` component of a pipeline that has one.
 
     Args:
         guidance: A name ("cfg", "apg", "apg+ag"), a rule, a policy, or both
@@ -63,9 +61,10 @@ class Guider(BaseGuidance):
         enabled: False leaves the conditional prediction alone.
         detailed_trace: Record cosines and norms of the predictions at every step.
 
-    Everything but plain "cfg" has to know its pipeline: see `bind`. A modular pipeline evaluates
-    whole batches, so the unconditional pass is left out once no sample wants it. Guidance lasts for
-    every network evaluation, also of second-order schedulers.
+    Everything but plain "cfg" has to know its pipeline: see `bind`. What `forward` returns is plain
+    guidance; the guided prediction takes its place in the ``step`` of the pipeline's scheduler that
+    follows. Such a pipeline evaluates whole batches, so the unconditional pass is left out once no
+    sample wants it. Guidance lasts for every network evaluation, also of second-order schedulers.
 
     Raises:
         ValueError: unknown name or setting, or a scale at which there is nothing to guide.
@@ -89,11 +88,10 @@ class Guider(BaseGuidance):
             guidance=_to_config(self._given), enabled=enabled, detailed_trace=detailed_trace
         )
         self.guidance_scale = guidance_scale
-        self._pipe: weakref.ref[ModularPipeline] | None = None
+        self._pipe: weakref.ref[DiffusionPipeline] | None = None
         self._shared = _Shared()
-        self._rows: list[int] | None = None
-        self._level: NoiseLevel | None = None
-        self._sample: Tensor | list[Tensor] | None = None
+        self._run: Run | None = None  # of the step now begun, its passes and samples guided
+        self._passes, self._rows, self._follows = 0, [], False
 
     @property
     def guidance_scale(self) -> float:
@@ -114,40 +112,33 @@ class Guider(BaseGuidance):
     def guidance_trace(self) -> Trace | None:
         """What the last run did; None before the first. Its rows are the samples guided.
 
-        Whole batches are evaluated: see `passes` for what that cost.
+        Where a video is made piece by piece, every piece is a run. Whole batches are evaluated: see
+        `passes` for what that cost.
         """
         return self._shared.trace
 
     @property
     def passes(self) -> int:
         """Passes of a batch through the network in the last run, 1 or 2 a step."""
-        steps = self._shared.trace.steps if self._shared.trace else []
-        return sum(2 if step.rows else 1 for step in steps)
+        return self._shared.passes
 
-    def bind(self, pipe: ModularPipeline) -> Guider:
+    def bind(self, pipe: DiffusionPipeline | ModularPipeline) -> Guider:
         """Tell the guider its pipeline, whose scheduler and model family it needs.
 
         Args:
-            pipe: The modular pipeline that this guider is, or will be, a component of. Its
-                scheduler may be exchanged at any time. Only a weak reference is kept.
+            pipe: The pipeline that this guider is, or will be, a component of. Its scheduler may be
+                exchanged at any time. Only a weak reference is kept.
 
         Returns:
             The guider itself.
 
         Raises:
-            LayoutError: not a modular pipeline whose guider calls are known.
+            LayoutError: the pipeline has no guider among its components.
         """
-        if not isinstance(pipe, ModularPipeline):
-            raise LayoutError(
-                f"{type(pipe).__name__} is not a modular pipeline: use pilotage.pipelines.guided"
-            )
-        known = _input_name(pipe) is not None
-        if not (known or self._is_free):
-            raise LayoutError(
-                f"what {type(pipe).__name__} gives its guider is not known, so only 'cfg' works "
-                f"there; known are: {', '.join(NETWORK_INPUTS)}"
-            )
-        self._pipe = weakref.ref(pipe) if known else None
+        if not guiders_of(pipe):
+            instead = "" if isinstance(pipe, ModularPipeline) else ": use pilotage.pipelines.guided"
+            raise LayoutError(f"{type(pipe).__name__} has no guider among its components{instead}")
+        self._pipe = weakref.ref(pipe)
         self.guidance = resolve_for(pipe, self._given)
         if self.guidance.rule.needs_next_level:
             raise ValueError(
@@ -164,7 +155,9 @@ class Guider(BaseGuidance):
     def partner(self, guidance_scale: float) -> Guider:
         """A guider of another scale that takes part in the same runs.
 
-        For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``.
+        For the second network of Wan 2.2: ``update_components(guider=g, guider_2=g.partner(3.0))``;
+        or for the sound of LTX-2: ``update_components(guider=g, audio_guider=g.partner(7.0))``,
+        which is guided plainly at the steps and for the samples at which the video is guided.
         """
         partner = self.new(guidance_scale=guidance_scale)
         partner._shared = self._shared
@@ -200,18 +193,10 @@ class Guider(BaseGuidance):
         )
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Before a pass: arrange for the network's input to be read."""
+        """Before a pass: look at the network once a run."""
         super().prepare_models(denoiser)
-        if self._is_free or not self.is_conditional:
-            return
-        pipe = self._bound_pipe()
-        name = None if pipe is None else _input_name(pipe)
-
-        def read(network: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            handle.remove()
-            self._sample = args[0] if args else kwargs[str(name)]
-
-        handle = denoiser.register_forward_pre_hook(read, with_kwargs=True)
+        if self._shared.loop is not None:
+            self._shared.loop.check_network(denoiser)
 
     def __call__(self, data: list[BlockState]) -> GuiderOutput:
         """End a step: combine the predictions of its passes."""
@@ -220,41 +205,52 @@ class Guider(BaseGuidance):
         )
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """The guided prediction of the step that `prepare_inputs` began.
+        """End the step that `prepare_inputs` began.
 
         Args:
-            pred_cond: Conditional prediction, with shape (B, \\*), as the scheduler expects it.
-            pred_uncond: Unconditional prediction, with shape (B, \\*); None if it was not wanted.
+            pred_cond: Conditional prediction, with shape (B, \\*) (or that of the only sample).
+            pred_uncond: Unconditional prediction, likewise; None if it was not wanted.
 
         Returns:
-            The guided prediction, with shape (B, \\*) and the dtype of `pred_cond`, and its inputs.
+            What plain guidance makes of them, in their shape and the dtype of `pred_cond`, and its
+            inputs. Samples that want no guidance have their conditional prediction.
 
         Raises:
             LayoutError: no step was begun, or the predictions do not fit it.
             NonFinitePredictionError: a prediction is NaN or infinite.
         """
-        run, rows = self._shared.run, self._rows
-        if run is None or rows is None:
+        shared, run, passes = self._shared, self._run, self._passes
+        self._run, self._passes = None, 0
+        if run is None:
             raise LayoutError("a guider's predictions came before its prepare_inputs")
-        if len(pred_cond) != run.batch or (pred_uncond is None) != (not rows):
+        preds = [pred for pred in (pred_cond, pred_uncond) if pred is not None]
+        single = run.batch == 1 and len(pred_cond) != 1  # no axis of samples
+        made = [pred[None] for pred in preds] if single else preds
+        if len(made) != passes or any(len(pred) != run.batch for pred in made):
             raise LayoutError(
-                f"expected {2 if rows else 1} predictions of {run.batch} samples, got shapes "
-                f"{[tuple(pred.shape) for pred in (pred_cond, pred_uncond) if pred is not None]}"
+                f"expected {passes} predictions of {run.batch} samples, got shapes "
+                f"{[tuple(pred.shape) for pred in preds]}"
             )
-        x_t = pred_cond if self._is_free else self._network_input(pred_cond)  # free: never read
-        kept, own, scale = pred_uncond, None, self.guidance_scale
-        if self.num_conditions == 1:
-            run.unguided(pred_cond, x_t)
-            pred = pred_cond
+        cond, scale, rows = made[0], self.guidance_scale, self._rows
+        if len(made) > 1 and len(rows) < run.batch:
+            index = row_index(rows, cond.device)
+            made[1] = cond.index_copy(0, index, made[1][index])
+        elif not self._follows and shared.loop and any(d.estimates for d in run.decisions):
+            made = [cond, *shared.loop.last_predictions[1:]]
+        pred = cfg(cond, made[1], scale) if len(made) > 1 else cond
+        if self._follows:
+            pass
+        elif shared.loop is not None:
+            shared.hand_over(made, guides=self.num_conditions == 2)
         else:
-            if pred_uncond is not None and len(rows) < run.batch:
-                kept = pred_uncond[row_index(rows, pred_uncond.device)]
-            elif pred_uncond is not None:
-                own = cfg(pred_cond, pred_uncond, scale)
-            pred = run.combine(pred_cond, kept, scale, x_t, own=own)
-        self._rows = self._level = self._sample = None
-        self._shared.end_step()
-        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+            if self.num_conditions == 1:
+                run.unguided(pred, pred)
+            else:
+                run.combine(cond, made[1], scale, cond, own=pred)
+            shared.end_step()
+        return GuiderOutput(
+            pred=pred[0] if single else pred, pred_cond=pred_cond, pred_uncond=pred_uncond
+        )
 
     @property
     def is_conditional(self) -> bool:
@@ -274,7 +270,24 @@ class Guider(BaseGuidance):
         """Whether neither noise level nor network input are needed, hence no pipeline."""
         return self.guidance.is_plain and not self.detailed_trace
 
-    def _bound_pipe(self) -> ModularPipeline | None:
+    def active_predictions(self) -> list[str]:
+        """Names of the predictions that the step now begun combines (LTX-2 asks)."""
+        return self._input_predictions[: self._passes]  # type: ignore[index]  # None in the base
+
+    @property
+    def spatio_temporal_guidance_blocks(self) -> None:
+        """No blocks of the network are perturbed (LTX-2 asks, for its audio guider as well)."""
+        pipe = None if self._pipe is None else self._pipe()
+        if pipe is None:
+            raise LayoutError("LTX-2 needs a guider that knows it: guider.bind(pipe)")
+        if getattr(getattr(pipe, "audio_guider", None), "stg_scale", 0):
+            raise LayoutError(
+                "the audio guider wants spatio-temporal guidance, whose blocks a Guider does not "
+                "name: give it stg_scale=0"
+            )
+        return None
+
+    def _bound_pipe(self) -> DiffusionPipeline | None:
         pipe = None if self._pipe is None else self._pipe()
         if pipe is None and not self._is_free:
             raise LayoutError(
@@ -288,39 +301,129 @@ class Guider(BaseGuidance):
         pipe, shared, step = self._bound_pipe(), self._shared, self._step
         if step is None:
             raise LayoutError("a guider's prepare_inputs came before set_state")
-        scheduler = None if pipe is None else pipe.scheduler
-        needs_level = self.guidance.needs_level or self.detailed_trace
+        shared.attached.close()  # if a step before was never taken
+        self._follows = shared.leader not in (None, self) and step == shared.next_step - 1
+        if self._follows and shared.run is not None:
+            return self._batches(shared.run, cond, make_batch)
         if step == 0 or (self._is_free and step != shared.next_step):
-            if not self._is_free:
-                check_guidance(self.guidance, scheduler, self.detailed_trace, eta=0.0)
-            batch, on_cpu = _batch_of(cond)
+            scheduler = None if pipe is None else pipe.scheduler
+            batch, device = _batch_of(cond)
             total = _evaluations(scheduler, self._timestep) or self._num_inference_steps
             decisions = self.guidance.policy.decisions(total) or ()
             if any(decision.skips for decision in decisions):
                 raise ValueError(NO_SKIPPING.format(self.guidance))
-            new = Run(self.guidance, batch, total, on_cpu, self.detailed_trace)
-            shared.begin(new, exact=scheduler is not None)
-        run = shared.begin_step(step, scheduler)
-        self._level = noise_level(scheduler, self._timestep) if needs_level else None
-        rows = run.plan(None, self._level)
+            if self._is_free:
+                run = Run(self.guidance, batch, total, device.type == "cpu")
+                shared.begin(run, scheduler)
+            else:
+                check_guidance(self.guidance, scheduler, self.detailed_trace, eta=0.0)
+                asked = self._given if isinstance(self._given, str) else str(self.guidance)
+                loop = _Loop(pipe, self.guidance, asked, self.detailed_trace)
+                loop.run = loop.new_run(batch, total, device)
+                shared.begin(loop.run, scheduler, loop)
+        run, shared.leader = shared.begin_step(step), self
+        if shared.loop is None:
+            run.plan()
+        else:
+            shared.loop.begin(run, self._timestep)
         if run.skipped:
             raise ValueError(NO_SKIPPING.format(self.guidance))
-        self._rows = rows if self.num_conditions == 2 else []
-        return [cond, make_batch(1, self._input_predictions[1])] if self._rows else [cond]
+        batches = self._batches(run, cond, make_batch)
+        shared.passes += self._passes
+        return batches
 
-    def _network_input(self, prediction: Tensor) -> Tensor:
-        """x_t as the network saw it, in the shape of its prediction."""
-        x_t = self._sample
-        if isinstance(x_t, (list, tuple)):  # Z-Image: samples of one frame each
-            x_t = torch.stack(tuple(x_t)).squeeze(2)
-        if x_t is not None:
-            x_t = x_t[:, : prediction.shape[1]]  # without masks and reference images
-        if x_t is None or x_t.shape != prediction.shape:
-            raise LayoutError(
-                f"the network's input does not fit its prediction of shape "
-                f"{tuple(prediction.shape)}: got {None if x_t is None else tuple(x_t.shape)}"
-            )
-        return x_t
+    def _batches(
+        self, run: Run, cond: BlockState, make_batch: Callable[[int, str], BlockState]
+    ) -> list[BlockState]:
+        self._run, self._rows = run, run.rows
+        self._passes = 2 if self._rows and self.num_conditions == 2 else 1
+        return [cond, *(make_batch(1, name) for name in self.active_predictions()[1:])]
+
+
+class _Loop(Driver):
+    """The seam behind a guider, whose passes are the conditional branch and the other.
+
+    Attributes:
+        guides: Whether the guider of this step guides at all.
+        denoised: The part of the predictions that is guided, if the blocks convert them to denoised
+            images before the guider has them, and back afterwards; None if they do not.
+        checked: The network last seen.
+    """
+
+    def __init__(self, pipe: Any, guidance: Guidance, asked: str, detailed: bool) -> None:
+        layout = replace(layout_of(type(pipe)), main=0)
+        super().__init__(pipe, guidance, layout, asked, {}, detailed)
+        self.pattern = None
+        self.guides, self.checked = True, None
+        self.denoised: Part | None = None
+
+    @property
+    def last_predictions(self) -> list[Tensor]:
+        """What the branches of the step before were given."""
+        return [made.prediction for made in self.last]
+
+    def begin(self, run: Run, timestep: Tensor) -> None:
+        """Plan a step of the run."""
+        run.plan(None, *self.levels(timestep))
+        every, estimates = list(range(run.batch)), any(d.estimates for d in run.decisions)
+        if estimates:
+            self.check_others()
+        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, measured=estimates)
+
+    def check_network(self, network: Any) -> None:
+        """Refuse caches within the network that this guidance would mislead."""
+        run = self.run
+        if run is not None and network is not self.checked:
+            decisions = self.guidance.policy.decisions(run.total)
+            check_caches(network, self.guidance, self.asked, Pattern((1, 1)), 1, decisions)
+            self.checked = network
+
+    def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
+        """What the scheduler is to step instead of `mixed`."""
+        run, part = self.run, self.part_of(mixed, sample)
+        assert run is not None
+        if len(part) != run.batch:
+            raise LayoutError(self.irregular(f"steps {len(part)} samples of {run.batch}"))
+        if len(made) == 2:
+            if self.pattern is None:
+                self.pattern = self.learned(made, (1, 1), part, sample)
+            return super().end_step(self.native(made, part, sample), mixed, sample)
+        x_t = self.network_input(sample, part)
+        if self.guides:
+            run.combine(part, None, 1.0, x_t)
+        else:
+            run.unguided(part, x_t)
+        return mixed
+
+    def learned(
+        self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
+    ) -> Pattern | None:
+        """The pattern of a step; None if its branches are too much alike to tell."""
+        x_t, plain = self.network_input(sample, part), None
+        for self.denoised in (None, *PARTS):
+            seen = [m.prediction for m in self.native(made, part, sample)]
+            found = learn(seen, part, calls, self.layout, x_t, None)
+            if found is None and self.denoised is None:
+                return None  # too much alike
+            if found is not None and not found.reason:
+                return found
+            plain = plain or found
+        self.denoised = None
+        return plain
+
+    def native(self, made: list[Made], part: Tensor, sample: Tensor) -> list[Made]:
+        """Predictions as the scheduler has them, each with shape (B, \\*)."""
+        if self.denoised is None:
+            return made
+        branches = branches_of(
+            [m.prediction for m in made], Pattern((1, 1), part=self.denoised), part
+        )
+        if branches is None:
+            return made
+        level = noise_level(self.scheduler, self.scheduler_timestep)
+        x_t = self.network_input(sample, part)
+        found = [level.from_x0(branch, x_t).to(part.dtype) for branch in branches]
+        return [made_of(len(branch), branch) for branch in found]
 
 
 class _Shared:
@@ -328,47 +431,58 @@ class _Shared:
 
     def __init__(self) -> None:
         self.run: Run | None = None
+        self.loop: _Loop | None = None  # None: plain guidance
+        self.leader: Guider | None = None  # whose the step now begun is
         self.trace: Trace | None = None
-        self.exact = False
-        self.next_step = 0
-        self.offset: int | None = None
+        self.scheduler: Any = None
+        self.passes = self.next_step = 0
+        self.attached = contextlib.ExitStack()  # until the scheduler steps
 
-    def begin(self, run: Run, exact: bool) -> None:
-        """Drop what is left of an earlier run; `exact` if the new one knows its last step."""
-        self.run, self.trace, self.exact = run, run.trace, exact
-        self.next_step, self.offset = 0, None
+    def begin(self, run: Run, scheduler: Any, loop: _Loop | None = None) -> None:
+        """Drop what is left of an earlier run; without `scheduler`, there may be more steps."""
+        self.attached.close()
+        self.run, self.loop, self.trace, self.scheduler = run, loop, run.trace, scheduler
+        self.passes, self.next_step, self.leader = 0, 0, None
 
-    def begin_step(self, step: int, scheduler: Any) -> Run:
-        """The run, once it is sure that a step follows the last one and `scheduler` keeps pace."""
+    def begin_step(self, step: int) -> Run:
+        """The run, once it is sure that a step follows the last one and that was guided."""
         if self.run is None or step != self.next_step:
             raise LayoutError(
                 f"step {step} came where step {self.next_step if self.run else 0} was expected: a "
                 "run begins at step 0 and visits every step once. The second guider of a pipeline "
                 "has to be a partner of the first: guider_2=guider.partner(guidance_scale)"
             )
-        self.next_step = step + 1
-        index = getattr(scheduler, "step_index", None)
-        if index is not None and self.offset is None:
-            self.offset = index - step
-        keeps_pace = step == 0 if index is None else index - step == self.offset
-        if hasattr(scheduler, "step_index") and not keeps_pace:
+        if self.loop is not None and self.loop.made:  # the last step went past it
             raise LayoutError(NOT_THE_SCHEDULER)
+        self.next_step = step + 1
         return self.run
+
+    def hand_over(self, made: list[Tensor], guides: bool) -> None:
+        """Have the step that the scheduler takes next guided by the predictions `made`."""
+        loop = self.loop
+        assert loop is not None
+        loop.made = [made_of(len(pred), pred) for pred in made]
+        loop.guides = guides
+        self.attached.enter_context(attached(loop.pipe, (), loop, self.step))
+
+    def step(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Take the place of ``scheduler.step(*args, **kwargs)``, once."""
+        self.attached.close()
+        assert self.loop is not None
+        result = self.loop.step(stock, args, kwargs)
+        self.end_step()
+        return result
 
     def end_step(self) -> None:
         """Finish and drop the run after its last step.
 
         Without a scheduler there may be more to come, but such a run holds nothing to get rid of.
         """
+        self.leader = None
         if self.run is not None and self.next_step >= self.run.total:
-            self.run.finish()
-            self.run = None if self.exact else self.run
-
-
-def _input_name(pipe: ModularPipeline) -> str | None:
-    """The denoiser's argument with the latents, None if the pipeline is not known."""
-    stock = next(base for base in type(pipe).__mro__ if base.__module__.startswith("diffusers."))
-    return NETWORK_INPUTS.get(stock.__name__)
+            self.run.finish() if self.loop is None else self.loop.finish()
+            self.loop = None
+            self.run = None if self.scheduler is not None else self.run
 
 
 def _evaluations(scheduler: Any, timestep: Tensor) -> int | None:
@@ -382,12 +496,12 @@ def _evaluations(scheduler: Any, timestep: Tensor) -> int | None:
     return len(scheduler.timesteps) - (int(places[0]) if start is None else start)
 
 
-def _batch_of(batch: BlockState) -> tuple[int, bool]:
-    """Number of samples in the conditions of a pass, and whether they are on the CPU."""
+def _batch_of(batch: BlockState) -> tuple[int, torch.device]:
+    """Number of samples in the conditions of a pass, and their device."""
     for value in batch.as_dict().values():
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, Tensor) and (first is not value or first.ndim > 0):
-            return len(value), first.device.type == "cpu"
+            return len(value), first.device
     raise LayoutError("a guider got no conditions to make batches of")
 
 

@@ -490,6 +490,30 @@ def clip_vision(size: int = 16, width: int = 16) -> nn.Module:
     return tr.CLIPVisionModelWithProjection(config).eval()
 
 
+def ip_adapter(unet: nn.Module, tokens: int = 4, width: int = 16) -> dict:
+    """Random weights of an IP-Adapter for a UNet, in the layout its loader reads."""
+    generator = torch.Generator().manual_seed(0)
+    cross = unet.config.cross_attention_dim
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    projections, key = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            projections[f"{key}.to_k_ip.weight"] = draw(hidden, cross)
+            projections[f"{key}.to_v_ip.weight"] = draw(hidden, cross)
+            key += 2
+    image_projection = {
+        "proj.weight": draw(tokens * cross, width),
+        "proj.bias": draw(tokens * cross),
+        "norm.weight": torch.ones(cross),
+        "norm.bias": torch.zeros(cross),
+    }
+    return {"image_proj": image_projection, "ip_adapter": projections}
+
+
 def t2i_adapter(kind: str, downscale_factor: int) -> df.T2IAdapter:
     sizes = {"channels": [8, 16], "num_res_blocks": 1, "downscale_factor": downscale_factor}
     return wake(df.T2IAdapter(in_channels=3, adapter_type=kind, **sizes))

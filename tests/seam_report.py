@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import warnings
+from collections import Counter
 
 import diffusers
 import torch
@@ -26,7 +27,7 @@ from pilotage.eval.record import versions, write_figures
 from pilotage.guidance import APG
 from pilotage.guidance.files import write_json, write_text
 from pilotage.pipelines import UnknownSchedulerError, guided
-from pilotage.pipelines.seam.layouts import LayoutError
+from pilotage.pipelines.seam.layouts import LayoutError, OptionError
 from pilotage.pipelines.seam.support import REFUSED
 
 from .docs.support import page
@@ -36,16 +37,21 @@ from .pipelines.classes import BROKEN, definer, lineage, with_scale
 from .pipelines.seam.test_noise_levels import cases, scheduler_agrees
 from .structure import ROOT, code_of
 
+try:
+    from .modular.checks import modular_report
+except ModuleNotFoundError:
+    modular_report = None
+
 FIGURES = ROOT / "eval" / "results" / "seam.json"
 PAGE = ROOT / "pipelines" / "SUPPORT.md"
 KEPT = ROOT / "cache" / "seam.json"
 # What the figures depend on.
 CODE = (
-    *("guidance/run.py", "pipelines/guided.py", "pipelines/seam/*.py"),
-    *("tests/components.py", "tests/families/*.py", "tests/oracles/*.py"),
+    *("guidance/run.py", "pipelines/guided.py", "pipelines/guiders.py", "pipelines/seam/*.py"),
+    *("tests/components.py", "tests/families/*.py", "tests/modular/*.py", "tests/oracles/*.py"),
     "tests/pipelines/checks.py",
 )
-REFUSALS = (LayoutError, UnknownSchedulerError)
+REFUSALS = (LayoutError, OptionError, UnknownSchedulerError)
 MEASURED = [name for name, family in FAMILIES.items() if family.scheduler == "scheduler"]
 LIMIT = 1e-4  # of the relative error of APG
 
@@ -80,7 +86,7 @@ def measure(name: str) -> dict:
 def figures(name: str):
     """(figure, value) of a family, in the order in which they are to be had."""
     yield "cfg_bit_equal", checks.cfg_bit_equal(name)
-    if FAMILIES[name].layout == "one":
+    if FAMILIES[name].layout == "one" and hasattr(checks, "one_branch_ok"):
         yield "layout", "one branch"
         yield "one_branch_ok", checks.one_branch_ok(name)
     pattern = pattern_of(name)
@@ -100,8 +106,9 @@ def figures(name: str):
 def pattern_of(name: str):
     """What was learned of a family's pipeline."""
     pipe = guided(FAMILIES[name].build())
-    rule = APG(space=FAMILIES[name].space)
-    checks.run(pipe, checks.paper_call(name) | {"guidance": rule})
+    space = FAMILIES[name].space
+    guidance = "apg" if space == "x0" else APG(space=space)
+    checks.run(pipe, checks.paper_call(name) | {"guidance": guidance})
     return pipe.guidance_pattern
 
 
@@ -151,8 +158,15 @@ def classes(families: dict[str, dict]) -> dict:
     return {"with_guidance": len(taken), **counts, "names": names}
 
 
-def summary(families: dict[str, dict]) -> dict:
-    """All that is written, of the families' figures."""
+def modular() -> dict:
+    """The states of modular pipelines under our guider: how many, and of each its state."""
+    found = {} if modular_report is None else modular_report()
+    counts = Counter(one["state"] for one in found.values())
+    return {state: counts[state] for state in ("works", "refused", "unknown")} | {"names": found}
+
+
+def summary(families: dict[str, dict], modular: dict) -> dict:
+    """All that is written, of the families' figures and of the modular pipelines."""
     kinds: dict[str, dict] = {"families": {}, "one_branch": {}, "refusals": {}, "failures": {}}
     for name, found in families.items():
         marks = {"error": "failures", "one_branch_ok": "one_branch", "refused": "refusals"}
@@ -169,18 +183,19 @@ def summary(families: dict[str, dict]) -> dict:
         **kinds,
         "branches3": {name: found for name, found in guides.items() if found["branches"] > 2},
         "learned": {"affine": len(learned), "max_residual": max(learned, default=0.0)},
+        "modular": modular,
         "schedulers": schedulers,
         "code": code(),
     }
 
 
-def kept() -> dict[str, dict]:
-    """The families' figures that still hold."""
-    if not KEPT.is_file():
-        return {}
-    stored = json.loads(KEPT.read_text())
-    same = stored["code"] == code() and stored["versions"] == versions()
-    return stored["families"] if same else {}
+def kept() -> dict:
+    """What was measured by this code with these versions; empty if nothing was."""
+    now = {"code": code(), "versions": versions()}
+    found = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    if any(found.get(key) != value for key, value in now.items()):
+        return now | {"families": {}}
+    return found
 
 
 def main() -> int:
@@ -202,16 +217,20 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    families = kept()
+    found = kept()
+    families = found["families"]
     todo = args.only or [name for name in MEASURED if name not in families]
     for name in (bar := tqdm(todo, unit="family")):
         bar.set_postfix_str(name)
         families[name] = measure(name)
-        write_json(KEPT, {"code": code(), "versions": versions(), "families": families})
+        write_json(KEPT, found)
     if args.only:
         print(json.dumps({name: families[name] for name in args.only}, indent=1))
         return 0
-    write_figures(FIGURES, summary({name: families[name] for name in MEASURED}))
+    if "modular" not in found:
+        found["modular"] = modular()
+        write_json(KEPT, found)
+    write_figures(FIGURES, summary({name: families[name] for name in MEASURED}, found["modular"]))
     stored = json.loads(FIGURES.read_text())
     write_text(PAGE, page(stored))
     for place, count in stored["classes"].items():

@@ -147,8 +147,9 @@ def measure(size: int, name: str, rounds: int) -> dict[str, Any]:
             steps["stock"].append(took[None][0])
             steps[key].append(took[guidance][0] / took[None][0])
             calls[key].append(took[guidance][1] / took[None][1])
-    figures = {key: round(statistics.median(values), 3) for key, values in steps.items()
-               if key != "stock"}
+    figures = {
+        key: round(statistics.median(values), 3) for key, values in steps.items() if key != "stock"
+    }
     figures["stock_ms"] = round(1000 * statistics.median(steps["stock"]), 4)
     figures["whole_call"] = {key: round(statistics.median(v), 3) for key, v in calls.items()}
     return figures
@@ -156,16 +157,15 @@ def measure(size: int, name: str, rounds: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None, own_process: bool = False) -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(
-        "examples.studies.overhead", description=__doc__.split(":")[0]
-    )
+    parser = argparse.ArgumentParser("examples.studies.overhead", description=__doc__.split(":")[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kept = own_process and keep_freed_memory()
     figures = {key: measure(*of, args.rounds) for key, of in SIZES.items()}
-    write_figures(args.output, figures | {"rounds": args.rounds, "steps": STEPS, "memory_kept": kept})
+    figures |= {"rounds": args.rounds, "steps": STEPS, "memory_kept": kept}
+    write_figures(args.output, figures)
     print(args.output.read_text())
 
 

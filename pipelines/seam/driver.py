@@ -144,6 +144,8 @@ class Driver:
                     f"that '{self.asked}' cannot skip steps of some: give it one at a time"
                 )
             others = every if others else []
+        if pattern.alike:
+            others = cond
         self.plans = Wanted(pattern, run.batch, cond, others, estimates, run.decisions)
         return self.plans
 
@@ -217,26 +219,27 @@ class Driver:
         pattern = self.pattern
         if pattern is not None and pattern.calls != calls:
             pattern = self.changed_pattern(pattern, calls)
-        fresh = pattern is None
-        if pattern is None:
+        fresh = pattern is None or pattern.alike
+        if pattern is None or (pattern.alike and self.run and not self.run.skipped):
             pattern = self.learned(made, calls, part, sample)
         run = self.run or self.start(batch, pattern)
-        whole, kept = part, None if pattern is None else pattern.kept
+        run.branches = pattern.branches
+        whole, kept = part, pattern.kept
         part, x_t = inside(part, kept), inside(self.network_input(sample, part), kept)
         if self.wanted is None:
             assert self.first_call is not None
-            guides = pattern is None or pattern.branches > 1 or run.one_branch
+            guides = pattern.branches > 1 or run.one_branch
             (run.plan if guides else run.begin)(x_t, *self.levels(self.first_call.timestep))
-        if pattern is not None and pattern.branches > 1:
+        if pattern.branches > 1 and not pattern.alike:
             self.check_pattern(run, pattern)
-            run.branches = pattern.branches
             guided = self.end_guided(run, pattern, made, whole, part, x_t)
         else:
             guided = self.end_unguided(run, part, x_t)
         record = run.trace.steps[-1]
         more = fresh or self.layout.whole and record.rows or any(m.more for m in made)
         if more and branches > 1:
-            record.unused = [row for row in range(batch) if row not in record.rows]
+            counted = {*record.rows, *record.skipped}
+            record.unused = [row for row in range(batch) if row not in counted]
         if guided is part:
             return mixed
         if kept is not None:
@@ -271,8 +274,8 @@ class Driver:
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """The pattern of a step that was evaluated whole; None if it does not tell."""
+    ) -> Pattern:
+        """The pattern of a step that was evaluated whole."""
         known = self.patterns.get(calls)
         if known is None:
             assert self.first_call is not None
@@ -280,10 +283,11 @@ class Driver:
             x_t, predictions = self.network_input(sample, part), [m.prediction for m in made]
             known = learn(predictions, part, calls, self.layout, x_t, seen)
             if known is None:
-                return None
-            self.patterns[calls] = known
-            if self.run is None:
-                self.known[self.key] = known
+                known = Pattern(calls, None, alike=True)
+            else:
+                self.patterns[calls] = known
+                if self.run is None:
+                    self.known[self.key] = known
         self.pattern = known
         return known
 
@@ -301,13 +305,18 @@ class Driver:
 
     def check_pattern(self, run: Run, pattern: Pattern) -> None:
         """Refuse what a pattern has no place for."""
-        if self.checked is not None and self.checked[0] is run.decisions:
-            if self.checked[1] is pattern:
-                return
+        done = self.checked
+        if done is not None and done[0] is run.decisions and done[1] is pattern:
+            return
         self.checked = run.decisions, pattern
         guidance, name = self.guidance, type(self.pipe).__name__
         decisions = [*run.decisions, *(guidance.policy.decisions(run.total) or ())]
         alone = any(d.evaluate == ("cond",) for d in decisions)
+        if pattern.aside and (alone or (run.skipped and not run.all_skipped)):
+            raise LayoutError(
+                f"'{self.asked}' cannot leave rows out of this call of {name}, which evaluates its "
+                "network in a pass that takes no part in guidance (for a reference, for instance)"
+            )
         if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")

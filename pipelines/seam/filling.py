@@ -97,20 +97,21 @@ class Wanted:
         has_cond = 0 <= main < count and len(wanted[main]) == batch and not self.measured
         if len(keep) == call.rows:
             return made_of(call.rows, call())
-        if last is None and not has_cond:  # there is nothing to fill in yet
+        if has_cond:
+            return made_of(call.rows, self.with_cond(self.evaluated(call, keep, own), wanted, main))
+        if last is None:  # there is nothing to fill in yet
             return made_of(call.rows, call(), stale=True, more=True)
-        if not keep and last is not None:
-            return self.repeated(before, last, start, count)
+        filled, stale = self.filled(before, last, start, count)
+        if not keep:
+            return made_of(call.rows, filled, stale)
         output = self.evaluated(call, keep, own)
-        if has_cond or last is None:
-            return made_of(call.rows, self.with_cond(output, wanted, main))
 
         def insert(tensors: list[Tensor]) -> Tensor:
             made, old = tensors
             return old.index_copy(0, row_index(keep, made.device), made.to(old.dtype))
 
-        output = with_rows([output, last.output], insert, [len(keep), last.rows])
-        return made_of(call.rows, output, stale=True)
+        output = with_rows([output, filled], insert, [len(keep), call.rows])
+        return made_of(call.rows, output, stale)
 
     def evaluated(self, call: Call, keep: list[int], own: Attention | None) -> Any:
         """The network's output for some rows."""
@@ -147,28 +148,29 @@ class Wanted:
 
         return with_rows([output], fill, [sum(map(len, wanted))])
 
-    def repeated(self, before: list[Made], last: Made, start: int, count: int) -> Made:
-        """What a call gives that evaluates nothing."""
+    def filled(self, before: list[Made], last: Made, start: int, count: int) -> tuple[Any, bool]:
+        """What a call gives for rows that it does not evaluate, and whether that is stale.
+
+        The conditional prediction, if an earlier call of this step made that of every sample;
+        otherwise what the call made at the step before.
+        """
         main, calls = self.pattern.main, self.pattern.calls
-        whole = len(self.cond) == self.batch
-        if main is not None and main < start and whole and not self.measured:
-            place, first = 0, 0  # the conditional branch came in an earlier call of this step
+        if main is not None and main < start and len(self.cond) == self.batch and not self.measured:
+            place, first = 0, 0
             while first + calls[place] <= main:
                 first += calls[place]
                 place += 1
             begin = (main - first) * self.batch
-            cond = before[place]
 
             def repeat(tensors: list[Tensor]) -> Tensor:
                 part = tensors[0][begin : begin + self.batch]
                 return torch.cat([part] * count) if count > 1 else part.clone()
 
-            made = made_of(count * self.batch, with_rows([cond.output], repeat, [cond.rows]))
-            alike = made.prediction.shape == last.prediction.shape
-            if alike and type(made.output) is type(last.output):
-                return made
-        copied = with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows])
-        return made_of(last.rows, copied, stale=True)
+            output = with_rows([before[place].output], repeat, [before[place].rows])
+            alike = prediction_of(output).shape == last.prediction.shape
+            if alike and type(output) is type(last.output):
+                return output, False
+        return with_rows([last.output], lambda tensors: tensors[0].clone(), [last.rows]), True
 
 
 def own_attention(pipe: Any, denoisers: tuple[str, ...]) -> dict[str, Attention]:

@@ -10,6 +10,10 @@ class LayoutError(RuntimeError):
     """A pipeline cannot be guided, or not in this way."""
 
 
+class OptionError(ValueError):
+    """An option of a call leaves a guided prediction no place."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What is known of a pipeline class beforehand; the defaults are those of most.
@@ -52,7 +56,7 @@ class Layout:
     others: str = ""
 
     def check_options(self, options: dict[str, Any], asked: str) -> None:
-        """Raise ValueError if one of `conflicts` is set where `asked` combines the branches."""
+        """Raise OptionError if one of `conflicts` is set where `asked` combines the branches."""
         for option in self.conflicts:
             if options.get(option):
-                raise ValueError(f"{option} cannot be combined with '{asked}': leave it out")
+                raise OptionError(f"{option} cannot be combined with '{asked}': leave it out")

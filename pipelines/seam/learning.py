@@ -7,6 +7,7 @@ batch 1, and the sum alone tells.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from .layouts import Layout
 from .patterns import PARTS, Norm, Pattern, branches_of, normed, scale_of_normed, view
+
+FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def learn(
@@ -37,8 +40,7 @@ def learn(
         network_input: What the network was given; None: a list.
 
     Returns:
-        The pattern, with a reason if it is none of the known ones; None if the branches are too
-        much alike to say.
+        The pattern, with a reason if it is none of the known ones; None if this step does not tell.
     """
     if sum(calls) == 1:
         return Pattern(calls)
@@ -109,7 +111,8 @@ def learn_sum(
         sample: What the scheduler steps, with shape (B, \\*), if a multiple of it is added.
 
     Returns:
-        The pattern; None if the branches are too much alike to say.
+        The pattern; None if it cannot be said: the branches are too much alike, or the pipeline
+        stepped one of them as it is.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
     wide = torch.float64 if mixed.device.type != "mps" else torch.float32
@@ -118,27 +121,30 @@ def learn_sum(
         parts = [p.select(frames, -1) for p in parts]
         mixed = mixed.select(frames, -1)
     flat = torch.stack([p.detach().to(wide).flatten(1) for p in parts])  # (n, B, N)
-    target = mixed.detach().to(wide).flatten(1)
-    every = flat.flatten(1)
-    gram, seen = (every @ every.T).cpu(), (every @ target.flatten()).cpu()
-    lengths = gram.diagonal().sqrt()
-    if not (torch.isfinite(gram).all() and torch.isfinite(seen).all() and (lengths > 0).all()):
-        return None  # the run itself says what is wrong with such predictions
-    unit = gram / lengths / lengths[:, None]
-    if torch.linalg.eigvalsh(unit)[0] < (8 * eps) ** 2 + 1e-14:
+    target, count = mixed.detach().to(wide).flatten(1), len(predictions)
+    fit = _weights(flat, target, count, eps)
+    if fit is None:
         return None
-    weights = torch.linalg.solve(gram, seen)
+    weights, spread = fit
+    if bool((spread > 0.05 * (1 + weights.abs().max())).any()):
+        return None
     rest = (target - torch.einsum("k,kbn->bn", weights.to(target), flat)).norm(dim=1).cpu()
-    allowed = 4 * eps * (weights.abs() @ flat.norm(dim=2).cpu())
+    # Four operations lose less than that.
+    allowed = max(eps, 4 * FLOAT32) * (weights.abs() @ flat.norm(dim=2).cpu())
     length = target.norm(dim=1).cpu()
     residual = float((rest / length.where(length > 0, 1)).max())
     exact = bool((rest <= allowed).all())
-    weights = weights[: len(predictions)]
+    weights = weights[:count]
     sum_, listed = float(weights.sum()), weights.tolist()
     sign = -1 if sum_ < 0 else 1
     if main is None:
         main = _main([weight / sum_ for weight in listed]) if exact or residual < 0.5 else None
-    found = Pattern(calls, main, sign, residual=residual)
+    ends = list(itertools.accumulate(calls))
+    shares = [listed[end - n : end] for end, n in zip(ends, calls, strict=True)]
+    taking = [n for n, own in zip(calls, shares, strict=True) if max(map(abs, own)) > 1e-3]
+    if exact and len(taking) < len(calls) and sum(taking) < 2:
+        return None
+    found = Pattern(calls, main, sign, aside=len(taking) < len(calls), residual=residual)
     if exact and (sample is not None or abs(sign * sum_ - 1) <= max(1e-3, 2 * eps)):
         return found
     if exact:
@@ -152,6 +158,38 @@ def learn_sum(
         reason="what it hands its scheduler is no sum of what its network returned (a share of "
         f"{residual:.2g} is left over)",
     )
+
+
+def _weights(flat: Tensor, target: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Least squares, and how far rounding may have led it astray; each with shape (n,), on the CPU.
+
+    The unknowns are the weights of the differences from the first branch: near as branches may be
+    to each other, these are exact, whatever the precision of the network.
+
+    Args:
+        flat: The branches and what else is added, with shape (n, B, N).
+        target: What the pipeline made of them, with shape (B, N).
+        count: Number of branches.
+        eps: Precision of what they were made in.
+
+    Returns:
+        None if branches are equal, or no number.
+    """
+    change = torch.eye(len(flat), dtype=torch.float64)
+    change[1:count, 0] = -1
+    basis = torch.cat([flat[:1], flat[1:count] - flat[0], flat[count:]]).flatten(1)
+    gram, seen = (basis @ basis.T).cpu().double(), (basis @ target.flatten()).cpu().double()
+    lengths = gram.diagonal().sqrt()
+    if not (torch.isfinite(gram).all() and torch.isfinite(seen).all()):
+        return None  # the run itself says what is wrong with such predictions
+    if not (lengths > 8 * FLOAT32 * lengths.max()).all():
+        return None
+    unit = gram / lengths / lengths[:, None]
+    if torch.linalg.eigvalsh(unit)[0] < 1e-12:
+        return None
+    inverse = torch.linalg.inv(unit) / lengths / lengths[:, None]
+    noise = eps * float(target.norm()) / math.sqrt(target.numel())
+    return change.T @ (inverse @ seen), noise * inverse.diagonal().sqrt()
 
 
 def _main(shares: Sequence[float]) -> int | None:
@@ -174,7 +212,7 @@ def learn_norm(
             for which in (0, 1) if main is None else (main,):
                 pair = predictions[which], predictions[1 - which]
                 left, w = norm_residual(*pair, sign * mixed, norm)
-                if w > 1 and left <= 64 * eps * w:
+                if w > 1 and left <= max(eps, 64 * FLOAT32) * w:
                     return Pattern(calls, which, sign, norm=norm, residual=left)
     return None
 

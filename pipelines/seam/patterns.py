@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +45,8 @@ class Pattern:
         kept: Axis, and the places along it that are guided, where others are given (frames of a
             picture that a video begins with, tokens of it); None: all.
         norm: What becomes of the norms of tokens.
+        alike: The branches were equal so far, so that nothing can be told of them.
+        aside: Some call takes no part in the combination (it may write what another reads).
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
             sample's.
@@ -57,6 +58,8 @@ class Pattern:
     part: Part = ""
     kept: tuple[int, tuple[int, ...]] | None = None
     norm: Norm = ""
+    alike: bool = False
+    aside: bool = False
     reason: str = ""
     residual: float = 0.0
 

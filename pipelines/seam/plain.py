@@ -27,14 +27,14 @@ class PlainDriver(Driver):
             mixed = args[at] if len(args) > at else kwargs["model_output"]
             run = self.run
             if run is None or self.is_over(run):
-                timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
+                timestep = args[at + 1] if len(args) > at + 1 else kwargs["timestep"]
                 if run is None:
                     sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
                     batch = len(sample) // 2 if self.layout.doubled else len(sample)
                     self.run = run = self.new_run(batch, self.total(timestep), mixed.device)
                 else:
                     run = self.next_run(run, timestep)
-            run.count(mixed, guided=rows > run.batch)
+            run.count(mixed, rows // run.batch)
         return stock(*args, **kwargs)
 
     def finish(self) -> None:

@@ -9,6 +9,8 @@ from .layouts import Layout, LayoutError
 SCALE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 # Scales of other guidance, and where that is off.
 OTHER_SCALES = {"pag_scale": 0.0, "stg_scale": 0.0, "modality_scale": 1.0}
+# Components that are guiders of diffusers.
+GUIDERS = ("guider", "ocr_guider", "guider_2", "audio_guider")
 # Where pipelines keep the networks of their loops: the first of these groups that is there.
 NETWORKS = (("unet", "transformer", "transformer_2"), ("prior",), ("decoder",))
 
@@ -33,6 +35,9 @@ NAMES: dict[Layout, str] = {
         StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline""",
     Layout(frames=1, scale="max_guidance_scale"): "StableVideoDiffusionPipeline",
     Layout(scale="guidance_scale"): "ChromaInpaintPipeline",
+    # Of its distilled models, which have no guider.
+    Layout(scale="distilled_guidance_scale"): """
+        HunyuanImagePipeline HunyuanImageRefinerPipeline""",
     Layout(denoisers=("transformer", "unconditional_transformer")): "Ideogram4Pipeline",
     Layout(inner="decoder_pipe"): """
         KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyInpaintCombinedPipeline
@@ -46,7 +51,8 @@ NAMES: dict[Layout, str] = {
     Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
     Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
     Layout(others="sound", given=1): """
-        LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline""",
+        LTX25ModularPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline
+        LTX2ModularPipeline""",
     Layout(preconditioned=True, scale_offset=1.0, given=2): "Cosmos2VideoToWorldPipeline",
 }
 LAYOUTS = {name: layout for layout, names in NAMES.items() for name in names.split()}
@@ -100,3 +106,9 @@ def denoisers_of(pipe: Any, layout: Layout) -> tuple[str, ...]:
         if found:
             return found
     raise LayoutError(f"no network is found that the loop of {type(pipe).__name__} evaluates")
+
+
+def guiders_of(pipe: Any) -> list[str]:
+    """Names of the components of a pipeline that are guiders, the main one first."""
+    known = getattr(pipe, "_component_specs", None) or getattr(pipe, "config", {})
+    return [name for name in GUIDERS if name in known]

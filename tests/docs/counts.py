@@ -17,9 +17,10 @@ MARKED = re.compile(r"(<!-- counts[^>]*-->\n).*?(\n<!-- end of counts -->)", re.
 
 CLASSES = """\
 Of the **{with_guidance}** pipeline classes of diffusers {diffusers} that take a guidance scale,
-**{works}** were run here under `guidance=`, as tiny real pipelines, and proved right{shared};
-**{one_branch}** evaluate one branch, of which policies can skip steps; **{refused}** are refused,
-each with its reason ({made}: [the list]({listed}))."""
+**{works}** were run here as tiny real pipelines (CFG as the stock pipeline, bit for bit; APG as the
+paper's algorithm in float64; evaluations counted){shared}; **{one_branch}** evaluate one branch,
+of which policies can skip steps; **{refused}** are refused, each with its reason ({made}:
+[the list]({listed}))."""
 FIGURES_TEXT = """\
 The seam, on {families} tiny real pipelines with several branches ({branches3} of them with three or
 more), {one_branch} with one, and {schedulers} schedulers: `"cfg"` bit-equal in all; `"apg"` within
@@ -78,7 +79,8 @@ def with_counts(page: str) -> str:
     """A page with its text between its markers."""
     template, listed = PAGES[page]
     text = template.format(listed=listed, **values(json.loads(FIGURES.read_text())))
-    text = textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False)
+    whole = re.sub("`.*?`", lambda match: match[0].replace(" ", "\0"), " ".join(text.split()))
+    text = textwrap.fill(whole, 118, break_on_hyphens=False).replace("\0", " ")
     return MARKED.sub(lambda match: match[1] + text + match[2], (ROOT / page).read_text())
 
 

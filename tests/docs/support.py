@@ -1,14 +1,16 @@
 """The text of ``pipelines/SUPPORT.md``, of what ``python -m tests.seam_report`` stores."""
 
+from .counts import values
+
 TEXT = """\
 # Pipelines that take `guidance=`
 
 Made by `python -m tests.seam_report`, which runs every family of the tests (a tiny real pipeline
 with random weights); do not edit.
 
-diffusers {version} has {with_guidance} pipeline classes, not counting deprecated ones, whose call
-takes a guidance scale or which have a guider. Of these {works} were run here, {inferred} share the
-loop of one that was, and {refused} are refused, each with its reason.
+diffusers {diffusers} has {with_guidance} pipeline classes, not counting deprecated ones, whose call
+takes a guidance scale or which have a guider. Of these {works} were run here{shared}, {one_branch}
+evaluate one branch, and {refused} are refused, each with its reason.
 
 ## Tested
 
@@ -35,13 +37,13 @@ steps work, and *rows* are those that they promise.
 
 | pipeline | tested as | CFG | rows |
 |---|---|---|---|
-{one_branch}
+{one_rows}
 
 ## With the loop of a tested class
 
 | pipeline | loop of |
 |---|---|
-{shared}
+{loops}
 
 ## Refused
 
@@ -51,16 +53,25 @@ Where a call is named, other calls of the same pipeline are not refused.
 |---|---|---|
 {reasons}
 
+## Modular pipelines
+
+A `Guider` takes the place of their guider component: {modular_works} of their workflows were run,
+with the same figures, {modular_refused} are refused. *APG*: as above, or why not.
+
+| pipeline and workflow | APG |
+|---|---|
+{modular_rows}
+
 ## Schedulers
 
 Denoised images that are made by noise levels equal those of the schedulers' own arithmetic:
-{schedulers}.
+{agreeing}.
 """
 
 
 def page(stored: dict) -> str:
     """The whole page."""
-    counts, names = stored["classes"], stored["classes"]["names"]
+    names = stored["classes"]["names"]
     one_branch = {found["class"] for found in stored["one_branch"].values()}
     reasons = [
         (name, "", reason) for name, reason in names["refused"].items() if name not in one_branch
@@ -70,14 +81,20 @@ def page(stored: dict) -> str:
         for name, found in stored["refusals"].items()
         if found["class"] in names["works"]
     ]
+    agreeing = ", ".join(name for name, found in stored["schedulers"].items() if found["ok"])
     return TEXT.format(
-        version=stored["context"]["versions"]["diffusers"],
-        **{place: count for place, count in counts.items() if place != "names"},
+        **values(stored),
         tested=rows(map(guided_row, *by_class(stored["families"]))),
-        one_branch=rows(map(one_branch_row, *by_class(stored["one_branch"]))),
-        shared=rows(names["inferred"].items()),
+        one_rows=rows(map(one_branch_row, *by_class(stored["one_branch"]))),
+        loops=rows(names["inferred"].items()),
         reasons=rows(sorted(reasons)),
-        schedulers=", ".join(name for name, found in stored["schedulers"].items() if found["ok"]),
+        modular_works=stored["modular"]["works"],
+        modular_refused=stored["modular"]["refused"],
+        modular_rows=rows(
+            (name, error(found["apg_error"]) if found["ok"] else found["reason"])
+            for name, found in stored["modular"]["names"].items()
+        ),
+        agreeing=agreeing,
     )
 
 
@@ -89,20 +106,23 @@ def by_class(families: dict[str, dict]) -> tuple[list[str], list[dict]]:
 
 def guided_row(name: str, found: dict) -> tuple[str, ...]:
     """The cells of a family of which rules have branches to act on."""
-    forecast = "refused"
+    forecast, resting = "refused", {True: "", False: ", rows WRONG", None: ", together"}
     if "forecast_error" in found:
-        forecast = f"{found['forecast_error']:.0e}" + ", rows WRONG" * (
-            not found["resting_rows_ok"]
-        )
+        forecast = f"{error(found['forecast_error'])}{resting[found.get('resting_rows_ok')]}"
     return (
         *(found["class"], found["layout"], name, equal(found)),
-        *(f"{found['apg_max_rel_error']:.0e}", "ok" if found["ag_rows_ok"] else "WRONG", forecast),
+        *(error(found["apg_max_rel_error"]), "ok" if found["ag_rows_ok"] else "WRONG", forecast),
     )
 
 
 def one_branch_row(name: str, found: dict) -> tuple[str, ...]:
     """The cells of a family of one branch."""
     return found["class"], name, equal(found), "ok" if found["one_branch_ok"] else "WRONG"
+
+
+def error(value: float) -> str:
+    """One digit of a relative error."""
+    return f"{value:.0e}" if value else "0"
 
 
 def equal(found: dict) -> str:
@@ -115,4 +135,4 @@ def rows(cells) -> str:
     lines = (
         " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) for line in cells
     )
-    return "\n".join(f"| {line} |" for line in lines) or "| – |"
+    return "\n".join(f"| {line} |" for line in lines)

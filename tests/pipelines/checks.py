@@ -27,7 +27,7 @@ def latents(pipe, name, batch=3, negative=None, **extra):
     if negative is None:  # true CFG means a second branch only where there is a negative prompt
         negative = FAMILIES[name].scale_name == "true_cfg_scale"
     batch = min(batch, FAMILIES[name].max_batch)
-    return pipe(**(FAMILIES[name].call(batch, negative) | extra))[0]
+    return run(pipe, FAMILIES[name].call(batch, negative) | extra)[0]
 
 
 def equal(a, b):
@@ -188,7 +188,7 @@ def mates_error(name, then="cond"):
     pipe = guided(FAMILIES[name].build())
     policy = replace(parting_policy(pipe, name), then=then)
     together = latents(pipe, name, guidance=policy)
-    nfe, stock = pipe.guidance_trace.nfe, latents(pipe, name)
+    guided_together, stock = guided_steps(pipe.guidance_trace), latents(pipe, name)
     negative, worst = FAMILIES[name].scale_name == "true_cfg_scale", 0.0
     for row in range(3):
         pick = slice(row, row + 1)
@@ -200,7 +200,7 @@ def mates_error(name, then="cond"):
         )
         plain, mates, alone, other = (torch.as_tensor(np.asarray(v)).double() for v in results)
         noise = (plain - mates).abs().max() / plain.abs().max()
-        if noise < 1e-4 and pipe.guidance_trace.nfe != nfe[pick]:
+        if noise < 1e-4 and guided_steps(pipe.guidance_trace) != guided_together[pick]:
             return float("inf")
         error = (alone - other).abs().max() / alone.abs().max()
         worst = max(worst, (error / (10 * noise + 1e-5)).item())

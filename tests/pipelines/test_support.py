@@ -11,6 +11,7 @@ from pilotage.pipelines.seam.patterns import Pattern
 from pilotage.pipelines.seam.support import LAYOUTS, REFUSED
 
 from .. import seam_report
+from ..docs.counts import rounded_up
 from ..docs.support import page
 from ..structure import ROOT
 from .classes import BROKEN, definer, lineage, with_scale, written
@@ -79,6 +80,7 @@ def test_the_limits_hold(stored, classes):
     for name, found in stored["one_branch"].items():
         assert found["cfg_bit_equal"] and found["one_branch_ok"], name
     assert len(stored["branches3"]) >= 4
+    assert stored["modular"]["unknown"] == 0 and stored["modular"]["works"] >= 36
     assert all(found["ok"] for found in stored["schedulers"].values())
 
 
@@ -111,6 +113,58 @@ def test_classes_are_read_as_they_are_written():
             assert definer(name, "__call__") == cls.__call__.__qualname__.split(".")[0]
 
 
+def test_the_page_says_what_was_found():
+    """On made-up figures, one of each kind."""
+    good = {"class": "A", "layout": "l", "cfg_bit_equal": True, "branches": 2, "ag_rows_ok": True}
+    good |= {"apg_max_rel_error": 1.26e-7, "forecast_error": 0.0, "resting_rows_ok": True}
+    counts = {"with_guidance": 4, "works": 1, "inferred": 1, "refused": 2, "unknown": 0}
+    text = page(
+        {
+            "classes": counts
+            | {
+                "names": {
+                    "works": ["A"],
+                    "inferred": {"B": "A"},
+                    "refused": {"C": "one | branch", "D": "no\nplace"},
+                }
+            },
+            "families": {"a": good, "a2": good | {"ag_rows_ok": False, "cfg_bit_equal": False}},
+            "one_branch": {"c": {"class": "C", "cfg_bit_equal": True, "one_branch_ok": True}},
+            "refusals": {"a3": {"class": "A", "refused": "given frames"}},
+            "branches3": {},
+            "learned": {"affine": 1, "max_residual": 1.21e-7},
+            "modular": {"works": 1, "refused": 1, "unknown": 0}
+            | {
+                "names": {
+                    "M": {"ok": True, "state": "works", "reason": "", "apg_error": 2e-7},
+                    "N": {"ok": False, "state": "refused", "reason": "tokens"},
+                }
+            },
+            "schedulers": {"S": {"ok": True}, "T": {"ok": False}},
+            "context": {
+                "versions": {"diffusers": "1.2.3"},
+                "machine": {"cores": 2, "processor": "P"},
+                "command": "c",
+                "date": "d",
+            },
+        }
+    )
+    for line in (
+        "| A | l | a | equal | 1e-07 | ok | 0 |",
+        "| A | l | a2 | DIFFERS | 1e-07 | WRONG | 0 |",
+        "| C | c | equal | ok |",
+        "| B | A |",
+        "| A | a3 | given frames |",
+        "| D |  | no place |",
+        "| M | 2e-07 |",
+        "| N | tokens |",
+    ):
+        assert line in text.splitlines()
+    assert "Of these 1 were run here, 1 share a tested loop, 1" in text
+    assert "one \\| branch" not in text and "T" not in text.splitlines()[-1].split(", ")
+    assert rounded_up(1.21e-7) == "1.3e-7" and rounded_up(0.0) == "0"
+
+
 def test_a_family_that_raises_is_written_down(monkeypatch):
     def broken(name):
         raise ZeroDivisionError("of all things")
@@ -139,10 +193,10 @@ def test_patterns_in_words(pattern, words):
 
 def test_only_the_figures_of_the_same_code_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(seam_report, "KEPT", tmp_path / "seam.json")
-    assert seam_report.kept() == {}
+    assert seam_report.kept()["families"] == {}
     monkeypatch.setattr(seam_report, "measure", lambda name: {"class": name})
     monkeypatch.setattr("sys.argv", ["seam_report", "--only", "sd"])
     assert seam_report.main() == 0
-    assert seam_report.kept() == {"sd": {"class": "sd"}}
+    assert seam_report.kept()["families"] == {"sd": {"class": "sd"}}
     monkeypatch.setattr(seam_report, "code", lambda: {"pipelines/guided.py": "other"})
-    assert seam_report.kept() == {}
+    assert seam_report.kept()["families"] == {}

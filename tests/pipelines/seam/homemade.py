@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import diffusers as df
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from pilotage.guidance import Rule
 
@@ -161,6 +162,14 @@ class SoftenedPipeline(df.StableDiffusionPipeline):
         return super().__call__(prompt, guidance_scale=guidance_scale, **kwargs)
 
 
+class BackwardsPipeline(df.StableDiffusionPipeline):
+    """Passes on whatever it is given."""
+
+    def __call__(self, prompt, **kwargs):
+        """See the base."""
+        return super().__call__([text[::-1] for text in prompt], **kwargs)
+
+
 @contextlib.contextmanager
 def recorded(pipe, steps, network="unet"):
     """Notes every step: what its network returned in each call, and what its scheduler is given."""
@@ -192,3 +201,41 @@ def stock_like(cls, name):
     pipe = cls(**parts.components, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Bank:
+    """An attention processor that remembers what it reads in one pass, and reads it again."""
+
+    def __init__(self, pipe):
+        self.pipe, self.kept, self.stock = pipe, None, AttnProcessor()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        """Attend to oneself; in the second pass to the reference as well."""
+        if self.pipe.writes:
+            self.kept = hidden_states
+            return self.stock(attn, hidden_states, **kwargs)
+        both = torch.cat([hidden_states, self.kept], dim=1)
+        return self.stock(attn, hidden_states, encoder_hidden_states=both, **kwargs)
+
+
+class ReferencePipeline(HomemadePipeline):
+    """As diffusers' community pipelines with a reference picture: the network runs twice a step.
+
+    A pass over the noised reference, which writes, and one over the latents, which reads.
+    """
+
+    def predicted(self, x, t, cond, uncond, scale):
+        """See the base."""
+        text = torch.cat([uncond, cond])
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.randn(x.shape[1:], generator=generator).expand_as(x)
+        reference = self.scheduler.add_noise(0.5 * noise.flip(-1), noise, t.reshape(1))
+        own = dict(self.unet.attn_processors)
+        banks = [name for name in own if name.endswith("attn1.processor")]
+        self.writes = True
+        self.unet.set_attn_processor(own | {name: Bank(self) for name in banks})
+        self.network(torch.cat([reference, reference]), t, text)
+        self.writes = False
+        u, c = self.network(torch.cat([x, x]), t, text).chunk(2)
+        self.unet.set_attn_processor(own)
+        return u + scale * (c - u)

@@ -105,33 +105,9 @@ def test_lora():
     torch.testing.assert_close(latents(pipe, "sd", guidance="apg", **off), plain)
 
 
-def ip_adapter(unet, tokens=4, width=16):
-    """Random weights of an IP-Adapter for a UNet, in the layout its loader reads."""
-    generator = torch.Generator().manual_seed(0)
-    cross = unet.config.cross_attention_dim
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    projections, key = {}, 1
-    for name in unet.attn_processors:
-        if name.endswith("attn2.processor"):
-            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            projections[f"{key}.to_k_ip.weight"] = draw(hidden, cross)
-            projections[f"{key}.to_v_ip.weight"] = draw(hidden, cross)
-            key += 2
-    image_projection = {
-        "proj.weight": draw(tokens * cross, width),
-        "proj.bias": draw(tokens * cross),
-        "norm.weight": torch.ones(cross),
-        "norm.bias": torch.zeros(cross),
-    }
-    return {"image_proj": image_projection, "ip_adapter": projections}
-
-
 def test_ip_adapter_images_are_gathered():
     pipe = guided(FAMILIES["sd"].build())
-    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([components.ip_adapter(pipe.unet)])
     embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))  # uncond, cond
     extra = {"ip_adapter_image_embeds": [embeds]}
     assert equal(latents(pipe, "sd", **extra), latents(pipe, "sd", guidance="cfg", **extra))

@@ -1,5 +1,6 @@
 """What the seam learns of a pipeline: by real pipelines that guide in another way than most."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -19,13 +20,24 @@ from ..checks import (
     Rows,
     ag_rows_ok,
     apg_error,
+    branches_of,
     cfg_bit_equal,
     equal,
     forecast_error,
+    held_outputs,
     latents,
     resting_rows_ok,
 )
-from .homemade import OWN, SoftenedPipeline, Watching, recorded, stock_like
+from .homemade import (
+    OWN,
+    BackwardsPipeline,
+    ReferencePipeline,
+    SoftenedPipeline,
+    Watching,
+    own_family,
+    recorded,
+    stock_like,
+)
 
 APG_SETTINGS = 0.2, 2.0, -0.6
 CLOSE = 1e-5  # what is measured in float32 of what was given: rounding of some thousand elements
@@ -72,6 +84,21 @@ def test_its_scale_is_measured(own, name):
             found = latents(pipe, name, batch, guidance=rule)
             assert rule.scales == pytest.approx([w] * 3, rel=CLOSE)
             torch.testing.assert_close(found, latents(pipe, name, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_passes_on_what_it_is_given():
+    """Its options are those of the call that it overrides, with their defaults."""
+    pipe, rule = guided(stock_like(BackwardsPipeline, "sd")), Watching()
+    stock, found = latents(pipe, "sd"), latents(pipe, "sd", guidance=rule)
+    assert not equal(stock, latents(FAMILIES["sd"].build(), "sd"))
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    assert rule.scales == pytest.approx([5.0] * 4, rel=CLOSE)
+    pipe(prompt=["a cat"], num_inference_steps=2, output_type="latent", guidance=rule)
+    assert rule.scales[4:] == pytest.approx([7.5] * 3, rel=CLOSE)
+    with pytest.raises(ValueError, match="guidance_rescale cannot be combined with 'apg'"):
+        latents(pipe, "sd", guidance="apg", guidance_rescale=0.7)
+    with pytest.raises(ValueError, match="guidance_scale=1.0 switches guidance off"):
+        latents(pipe, "sd", guidance="apg", guidance_scale=1.0)
 
 
 # What a pipeline makes of its combination afterwards
@@ -432,3 +459,159 @@ def test_branches_that_are_equal_in_a_later_call(own, name):
     stock, found = (latents(pipe, name, **same, guidance=g) for g in (None, rule))
     torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
     assert latents(pipe, name, **same, guidance="apg+ag").isfinite().all()
+
+
+# Loops that evaluate the network more often than a step
+
+
+def test_a_reference_pass_is_no_branch():
+    """Of the write pass and the read pass of a step, the second one guides."""
+    family = own_family(ReferencePipeline, "batch: uncond cond")
+    pipe, rule = guided(family.build()), Watching()
+    calls = itertools.count()
+    family = replace(family, steps=lambda kwargs: next(calls) % 2 == 1)
+
+    def call():
+        return family.call(3, True)
+
+    stock, found = pipe(**call())[0], pipe(**call(), guidance=rule)[0]
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    assert rule.scales == pytest.approx([5.0] * 3, rel=CLOSE)
+    assert pipe.guidance_trace.nfe == [4 * 3] * 3
+    assert led_error(family, pipe, call) <= 1e-4
+    # The latents of both passes are needed for every row that is evaluated at all.
+    for guidance in (AdaptiveGuidance(1.5), "hold", Interval(0, 1)):
+        with pytest.raises(LayoutError, match="pass that takes no part"):
+            pipe(**call(), guidance=guidance)
+    with Rows(pipe, "sd") as rows:
+        held = pipe(**call(), guidance=Schedule(("both", "forecast", "both")))[0]
+    assert rows.calls == [6] * 4
+    stock = family.build()
+    held_outputs(stock, "sd", ("both", "forecast", "both"))
+    torch.testing.assert_close(held, stock(**call())[0])
+
+
+# Branches that are equal
+
+
+@pytest.mark.parametrize("name", ["sd", "pix2pix"])
+def test_branches_that_differ_later(name):
+    """Stock until they do, and then guided as ever."""
+    family, rule = FAMILIES[name], Watching()
+    pipe = guided(family.build())
+
+    def change(pipe, step, timestep, tensors):
+        if step == 1:
+            embeds = tensors["prompt_embeds"].clone()
+            cond = slice(0, 3) if name == "pix2pix" else slice(3, None)
+            embeds[cond] = embeds[cond].flip(-1)
+            tensors["prompt_embeds"] = embeds
+        return tensors
+
+    def call():
+        call = family.call(3, True)
+        return call | {
+            "negative_prompt": call["prompt"],
+            "num_inference_steps": 5,
+            "callback_on_step_end": change,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+            "image_guidance_scale" if name == "pix2pix" else "eta": 1.0,
+        }
+
+    stock, found = pipe(**call())[0], pipe(**call(), guidance=rule)[0]
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    total = len(pipe.guidance_trace.steps)
+    assert rule.scales == pytest.approx([5.0] * (total - 2), rel=CLOSE)
+    assert pipe.guidance_trace.nfe == [branches_of(name) * total] * 3
+    assert led_error(family, pipe, call) <= 1e-4
+    with Rows(pipe, name) as rows:
+        pipe(**call(), guidance=AdaptiveGuidance(-1.0))
+    assert rows.calls == [3 * branches_of(name)] * 3 + [3] * (total - 3)
+    assert sum(rows.calls) == sum(pipe.guidance_trace.nfe)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "sd_pag", "late_cond"])
+def test_branches_that_never_differ(own, name):
+    """Nothing can be told of them: the pipeline goes on as it does, and what is counted is so."""
+    family = FAMILIES[name]
+    pipe, steps = guided(family.build()), 5 + (name == "sd")
+
+    def call():
+        call = family.call(3, True)
+        return call | {"negative_prompt": call["prompt"], "num_inference_steps": 5}
+
+    stock, count = pipe(**call())[0], branches_of(name)
+    for guidance in ("cfg", "apg", "apg+ag", "hold", Interval(0, 2)):
+        with Rows(pipe, name) as rows:
+            assert equal(stock, pipe(**call(), guidance=guidance)[0])
+        assert sum(rows.calls) == sum(pipe.guidance_trace.nfe) == 3 * count * steps
+    choices = ("both", "forecast", "both", "forecast", "forecast", "both")[:steps]
+    with Rows(pipe, name) as rows:
+        found = pipe(**call(), guidance=Schedule(choices))[0]
+    nfe = count * choices.count("both")
+    assert sum(rows.calls) == 3 * nfe and pipe.guidance_trace.nfe == [nfe] * 3
+    stock = family.build()
+    held_outputs(stock, name, choices)
+    torch.testing.assert_close(found, stock(**call())[0])
+
+
+# The scale, measured
+
+MEASURED = {  # families of every kind -> w of their call
+    name: FAMILIES[name].w(FAMILIES[name].call(1, True)[FAMILIES[name].scale_name])
+    for name in (
+        *("sd", "sdxl", "sdxl_controlnet", "sd3", "flux", "wan", "z_image", "kandinsky3"),
+        *("pixart_sigma", "cogvideox", "ltx", "hidream", "lumina", "dit", "if", "stable_cascade"),
+        *("flux_kontext", "krea2", "animatediff", "stable_audio"),
+    )
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_scale_measured_is_the_arguments(name, batch):
+    pipe, rule = guided(FAMILIES[name].build()), Watching()
+    latents(pipe, name, batch, guidance=rule)
+    assert rule.scales == pytest.approx([MEASURED[name]] * len(rule.scales), rel=CLOSE)
+    assert len(rule.scales) == len(pipe.guidance_trace.steps) > 1
+    assert pipe.guidance_pattern.residual <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sd_pag", "wan", "late_cond"])
+def test_low_precision(own, name, dtype):
+    """What is lost to low precision is at most twice what the stock loop loses by it.
+
+    Under APG, what the stock loop loses that is led by the algorithm in float64.
+    """
+    family, eps = FAMILIES[name], torch.finfo(dtype).eps
+    low = replace(family, build=lambda: family.build().to(dtype))
+
+    def call():
+        negative = family.scale_name == "true_cfg_scale"
+        return family.call(2, negative) | {"num_inference_steps": 4}
+
+    def run(family, guidance=None):
+        return torch.as_tensor(guided(family.build())(**call(), guidance=guidance)[0]).double()
+
+    eta, r, beta = APG_SETTINGS
+    apg = APG(eta=eta, norm_threshold=r, momentum=beta, threshold_unit="l2")
+    stock = run(low)
+    assert equal(stock, run(low, "cfg"))
+    exact = run(family)
+    led = [PaperGuidance(f, call, eta, r, beta).run()[0] for f in (family, low)]
+    for found, low_stock, expected in (
+        (run(low, Watching()), stock, exact),
+        (run(low, apg), torch.as_tensor(led[1]).double(), torch.as_tensor(led[0]).double()),
+    ):
+        lost = (low_stock - expected).abs().max()
+        assert (found - expected).abs().max() <= 2 * (lost + eps * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_combination_that_is_rescaled_in_low_precision(batch, dtype):
+    """More than rounding, in any precision."""
+    pipe = guided(stock_like(SoftenedPipeline, "sd").to(dtype))
+    with pytest.raises(LayoutError, match="changes its combination|no sum of"):
+        latents(pipe, "sd", batch, guidance="apg", softened=0.7)
