@@ -351,7 +351,7 @@ class _Loop(Driver):
     Their combination is known: what the blocks hand the scheduler is compared with it.
 
     Attributes:
-        own: What plain guidance made of this step's branches at `scale`; None: the guider of this
+        own: What plain guidance made of this step's branches at `w`; None: the guider of this
             step does not guide.
         denoised: The part of the predictions that is guided, if the blocks convert them to denoised
             images before the guider has them, and back afterwards; None if they do not.
@@ -364,7 +364,7 @@ class _Loop(Driver):
         layout = replace(layout_of(type(pipe)), main=0)
         super().__init__(pipe, guidance, layout, asked, {}, detailed)
         self.pattern, self.checked_network = None, None
-        self.scale = self.share = 1.0
+        self.w = self.share = 1.0
         self.own: Made | None = None
         self.denoised: Part | None = None
         self.stepped = self.sample
@@ -410,8 +410,8 @@ class _Loop(Driver):
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """What the blocks make of a combination; None if that is too little to tell."""
+    ) -> Pattern:
+        """What the blocks make of a combination."""
         assert self.own is not None
         forms: tuple[Part | None, ...] = (None, *PARTS) if knows_levels(self.scheduler) else (None,)
         for self.denoised in forms:
@@ -429,12 +429,12 @@ class _Loop(Driver):
             seen = [m.prediction for m in self.native(made)]
             found = learn(seen, part, calls, self.layout, x_t, None)
             if found is None and self.denoised is None:
-                return None
+                return Pattern(calls, None, alike=True)
             if found is not None and not found.reason:
                 return found
             plain = plain or found
         self.denoised = None
-        return plain
+        return plain or Pattern(calls, None, alike=True)
 
     def left_over(self, cond: Tensor, own: Tensor, stepped: Tensor, norm: Norm) -> float | Tensor:
         """How far what is stepped is from the combination, in units of rounding.
@@ -463,8 +463,8 @@ class _Loop(Driver):
         seen = branches_of(own, replace(pattern, calls=(1,)), self.stepped)
         if seen is not None and not pattern.reason:
             left = self.left_over(cond, pattern.sign * seen[0], part, pattern.norm)
-            self.look(run, self.scale, left)
-        return cond, uncond, self.scale
+            self.look(run, self.w, left)
+        return cond, uncond, self.w
 
     def native(self, made: list[Made]) -> list[Made]:
         """Predictions as the scheduler has them, each with shape (B, \\*)."""
@@ -525,7 +525,7 @@ class _Shared:
         loop = self.loop
         assert loop is not None
         loop.made = [made_of(len(pred), pred) for pred in made]
-        loop.own, loop.scale = None if own is None else made_of(len(own), own), scale
+        loop.own, loop.w = None if own is None else made_of(len(own), own), scale
         self.attached.enter_context(attached(loop.pipe, (), loop, self.step))
 
     def step(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -397,9 +397,9 @@ class Driver:
                 weights[0] / scale,
             )
         if len(others) > 1:
-            away, w, left = effective(cond, others, part)
+            away, w, unexplained = effective(cond, others, part)
             if measures:
-                self.look(run, w, left)
+                self.look(run, w, unexplained)
             return cond, away, w
         if not measures or pattern.reason:
             return cond, uncond, 1.0
