@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .prediction import Factor, NoiseLevel, Space, accumulate, add_scaled, check_space, inverse

@@ -128,9 +128,9 @@ def inner(a: Tensor, b: Tensor) -> Factor:
     than what is computed with them.
     """
     product = a * b
-    if a.is_cpu and a.shape[0] == 1 and type(product) is Tensor and not product.requires_grad:
-        if not torch.compiler.is_compiling():
-            return product.sum().item()
+    readable = type(product) is Tensor and not product.requires_grad
+    if readable and a.is_cpu and a.shape[0] == 1 and not torch.compiler.is_compiling():
+        return product.sum().item()
     return per_sample(product.flatten(1).sum(1), a)
 
 
