@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .prediction import NoiseLevel, Space, check_space
+from .prediction import Factor, NoiseLevel, Space, accumulate, add_scaled, check_space, inverse
 
 Kind = Literal["cond", "uncond", "guided"]
 """What can be kept of a step: the prediction of a branch, or the guided one."""
@@ -60,7 +60,7 @@ class Predictions:
     def __init__(self, native: Mapping[str, Tensor], step: Step) -> None:
         self.native, self.step = dict(native), step
         self._x0: dict[str, Tensor] = {}
-        self._share: Tensor | None = None  # of x_t in all denoised images
+        self._affine: tuple[Tensor, Factor] | None = None  # a_x * x_t and a_p
 
     def get(self, branch: str, space: Space) -> Tensor:
         """The prediction of one branch, with shape (B, \\*).
@@ -78,8 +78,8 @@ class Predictions:
         if space == "native":
             return self.native[branch]
         if branch not in self._x0:
-            level, x_t, share = self._known()
-            self._x0[branch] = level.to_x0(self.native[branch], x_t, share)
+            share, a_p = self._known()
+            self._x0[branch] = add_scaled(share, accumulate(self.native[branch]), a_p)
         return self._x0[branch]
 
     def pair(self, space: Space) -> tuple[Tensor, Tensor]:
@@ -93,22 +93,19 @@ class Predictions:
         """
         cond = self.native["cond"]
         if space == "x0":
-            level, x_t, share = self._known()
-            _, a_p = level.coefficients()
-            prediction = level.from_x0(prediction, x_t, share)
-            if isinstance(a_p, Tensor):
-                prediction = torch.where(a_p == 0, cond.to(prediction.dtype), prediction)
-            elif a_p == 0:
-                prediction = cond
-        return prediction.to(cond.dtype)
+            moved = prediction - self.get("cond", "x0")
+            prediction = add_scaled(accumulate(cond), moved, inverse(self._known()[1]))
+        return prediction if prediction.dtype == cond.dtype else prediction.to(cond.dtype)
 
-    def _known(self) -> tuple[NoiseLevel, Tensor, Tensor]:
-        level, x_t = self.step.level, self.step.x_t
-        if level is None or x_t is None:
-            raise ValueError("denoised images need the noise level of the scheduler and x_t")
-        if self._share is None:
-            self._share = level.share_of_input(x_t)
-        return level, x_t, self._share
+    def _known(self) -> tuple[Tensor, Factor]:
+        """What x_t says of every denoised image, and the factor of the prediction in it."""
+        if self._affine is None:
+            level, x_t = self.step.level, self.step.x_t
+            if level is None or x_t is None:
+                raise ValueError("denoised images need the noise level of the scheduler and x_t")
+            a_x, a_p = level.coefficients()
+            self._affine = a_x * accumulate(x_t), a_p
+        return self._affine
 
 
 class Rule:

@@ -80,36 +80,33 @@ class NoiseLevel:
             f"unknown prediction type {self.prediction!r}: expected one of {PREDICTION_TYPES}"
         )
 
-    def share_of_input(self, x_t: Tensor) -> Tensor:
-        """``a_x * x_t``, what the network's input alone says of the denoised image."""
-        a_x, _ = self.coefficients()
-        wide = accumulate(x_t)
-        return a_x * wide if isinstance(a_x, Tensor) or a_x != 1 else wide
-
-    def to_x0(self, pred: Tensor, x_t: Tensor, share: Tensor | None = None) -> Tensor:
+    def to_x0(self, pred: Tensor, x_t: Tensor) -> Tensor:
         """Denoised image of a prediction.
 
         Args:
             pred: Network output, with shape (B, \\*), any floating dtype.
             x_t: Network input, with shape (B, \\*).
-            share: ``share_of_input(x_t)``, if that is at hand.
 
         Returns:
             D, with shape (B, \\*), in float32 (float64 if the inputs are).
         """
-        share = self.share_of_input(x_t) if share is None else share
-        return add_scaled(share, accumulate(pred), self.coefficients()[1])
+        a_x, a_p = self.coefficients()
+        return add_scaled(a_x * accumulate(x_t), accumulate(pred), a_p)
 
-    def from_x0(self, denoised: Tensor, x_t: Tensor, share: Tensor | None = None) -> Tensor:
+    def from_x0(self, denoised: Tensor, x_t: Tensor) -> Tensor:
         """The prediction whose denoised image is `denoised`; inverse of `to_x0`.
 
         0 where a denoised image says nothing of a prediction (at the end of the noise, sigma = 0).
         """
-        share = self.share_of_input(x_t) if share is None else share
-        _, a_p = self.coefficients()
-        if isinstance(a_p, Tensor):
-            return (denoised - share) / torch.where(a_p == 0, torch.inf, a_p)
-        return (denoised - share).mul_(1 / a_p if a_p else 0.0)
+        a_x, a_p = self.coefficients()
+        return (denoised - a_x * accumulate(x_t)) * inverse(a_p)
+
+
+def inverse(factor: Factor) -> Factor:
+    """1 / factor, and 0 where that is 0."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, 1 / factor)
+    return 1 / factor if factor else 0.0
 
 
 def accumulate(tensor: Tensor) -> Tensor:
@@ -130,19 +127,11 @@ def inner(a: Tensor, b: Tensor) -> Factor:
     With shape (B, 1, ..., 1); a number for one sample on the CPU, where small tensors cost more
     than what is computed with them.
     """
-    if a.shape[0] == 1 and _readable(a) and _readable(b):
-        return (a * b).sum().item()
-    return per_sample(dot(a, b), a)
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the host can read a tensor at no cost, and nothing is to flow back through it."""
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) is Tensor
-        and not tensor.requires_grad
-        and not torch.compiler.is_compiling()
-    )
+    product = a * b
+    if a.is_cpu and a.shape[0] == 1 and type(product) is Tensor and not product.requires_grad:
+        if not torch.compiler.is_compiling():
+            return product.sum().item()
+    return per_sample(product.flatten(1).sum(1), a)
 
 
 def at_least(value: Factor, low: float) -> Factor:

@@ -12,10 +12,11 @@ seam: what the blocks do in between is learned at the first guided step and look
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -25,18 +26,19 @@ from torch import Tensor
 
 from ..guidance import Guidance, Policy, Rule, Run, Trace, resolve
 from ..guidance.device import row_index
+from ..guidance.prediction import accumulate
 from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
 from .families import resolve_for
 from .guided import positive_scale
-from .seam.driver import Driver
+from .seam.driver import ROUNDING, Driver
 from .seam.filling import Made, Wanted, made_of
 from .seam.hooks import check_caches
 from .seam.layouts import LayoutError
 from .seam.learning import learn
-from .seam.noise_levels import check_guidance, noise_level
+from .seam.noise_levels import check_guidance, knows_levels, noise_level
 from .seam.patch import attached
-from .seam.patterns import PARTS, Part, Pattern, branches_of
+from .seam.patterns import PARTS, Norm, Part, Pattern, branches_of, normed, sample_of
 from .seam.support import guiders_of, layout_of
 
 NOT_THE_SCHEDULER = (
@@ -91,7 +93,8 @@ class Guider(BaseGuidance):
         self._pipe: weakref.ref[DiffusionPipeline] | None = None
         self._shared = _Shared()
         self._run: Run | None = None  # of the step now begun, its passes and samples guided
-        self._passes, self._rows, self._follows = 0, [], False
+        self._passes, self._follows = 0, False
+        self._rows: list[int] = []
 
     @property
     def guidance_scale(self) -> float:
@@ -122,7 +125,7 @@ class Guider(BaseGuidance):
         """Passes of a batch through the network in the last run, 1 or 2 a step."""
         return self._shared.passes
 
-    def bind(self, pipe: DiffusionPipeline | ModularPipeline) -> Guider:
+    def bind(self, pipe: Any) -> Guider:
         """Tell the guider its pipeline, whose scheduler and model family it needs.
 
         Args:
@@ -241,7 +244,7 @@ class Guider(BaseGuidance):
         if self._follows:
             pass
         elif shared.loop is not None:
-            shared.hand_over(made, guides=self.num_conditions == 2)
+            shared.hand_over(made, None if self.num_conditions == 1 else pred, scale)
         else:
             if self.num_conditions == 1:
                 run.unguided(pred, pred)
@@ -272,7 +275,7 @@ class Guider(BaseGuidance):
 
     def active_predictions(self) -> list[str]:
         """Names of the predictions that the step now begun combines (LTX-2 asks)."""
-        return self._input_predictions[: self._passes]  # type: ignore[index]  # None in the base
+        return self._input_predictions[: self._passes]
 
     @property
     def spatio_temporal_guidance_blocks(self) -> None:
@@ -302,7 +305,9 @@ class Guider(BaseGuidance):
         if step is None:
             raise LayoutError("a guider's prepare_inputs came before set_state")
         shared.attached.close()  # if a step before was never taken
-        self._follows = shared.leader not in (None, self) and step == shared.next_step - 1
+        leader = shared.leader
+        # Of one step if they were told of the very same timestep.
+        self._follows = leader not in (None, self) and leader._timestep is self._timestep
         if self._follows and shared.run is not None:
             return self._batches(shared.run, cond, make_batch)
         if step == 0 or (self._is_free and step != shared.next_step):
@@ -343,19 +348,26 @@ class Guider(BaseGuidance):
 class _Loop(Driver):
     """The seam behind a guider, whose passes are the conditional branch and the other.
 
+    Their combination is known: what the blocks hand the scheduler is compared with it.
+
     Attributes:
-        guides: Whether the guider of this step guides at all.
+        own: What plain guidance made of this step's branches at `scale`; None: the guider of this
+            step does not guide.
         denoised: The part of the predictions that is guided, if the blocks convert them to denoised
             images before the guider has them, and back afterwards; None if they do not.
+        share: Of x_t in such a conversion.
+        stepped: What the scheduler steps, as far as it may be guided.
         checked: The network last seen.
     """
 
     def __init__(self, pipe: Any, guidance: Guidance, asked: str, detailed: bool) -> None:
         layout = replace(layout_of(type(pipe)), main=0)
         super().__init__(pipe, guidance, layout, asked, {}, detailed)
-        self.pattern = None
-        self.guides, self.checked = True, None
+        self.pattern, self.checked_network = None, None
+        self.scale = self.share = 1.0
+        self.own: Made | None = None
         self.denoised: Part | None = None
+        self.stepped = self.sample
 
     @property
     def last_predictions(self) -> list[Tensor]:
@@ -368,15 +380,15 @@ class _Loop(Driver):
         every, estimates = list(range(run.batch)), any(d.estimates for d in run.decisions)
         if estimates:
             self.check_others()
-        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, measured=estimates)
+        self.wanted = Wanted(Pattern((1, 1)), run.batch, every, run.rows, estimates, run.decisions)
 
     def check_network(self, network: Any) -> None:
         """Refuse caches within the network that this guidance would mislead."""
         run = self.run
-        if run is not None and network is not self.checked:
+        if run is not None and network is not self.checked_network:
             decisions = self.guidance.policy.decisions(run.total)
             check_caches(network, self.guidance, self.asked, Pattern((1, 1)), 1, decisions)
-            self.checked = network
+            self.checked_network = network
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler is to step instead of `mixed`."""
@@ -384,45 +396,89 @@ class _Loop(Driver):
         assert run is not None
         if len(part) != run.batch:
             raise LayoutError(self.irregular(f"steps {len(part)} samples of {run.batch}"))
-        if len(made) == 2:
+        self.stepped = part
+        if self.own is not None and len(made) == 2:
             if self.pattern is None:
                 self.pattern = self.learned(made, (1, 1), part, sample)
-            return super().end_step(self.native(made, part, sample), mixed, sample)
+            return super().end_step(self.native(made), mixed, sample)
         x_t = self.network_input(sample, part)
-        if self.guides:
-            run.combine(part, None, 1.0, x_t)
-        else:
+        if self.own is None:
             run.unguided(part, x_t)
+        else:
+            run.combine(part, None, 1.0, x_t)
         return mixed
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
     ) -> Pattern | None:
-        """The pattern of a step; None if its branches are too much alike to tell."""
+        """What the blocks make of a combination; None if that is too little to tell."""
+        assert self.own is not None
+        forms: tuple[Part | None, ...] = (None, *PARTS) if knows_levels(self.scheduler) else (None,)
+        for self.denoised in forms:
+            seen = [m.prediction for m in self.native([made[0], self.own])]
+            for which in PARTS:
+                pair = branches_of(seen, Pattern(calls, part=which), part)
+                if pair is None:
+                    continue
+                for norm, sign in itertools.product(get_args(Norm), (1, -1)):
+                    cond, own = (sign * branch for branch in pair)
+                    if self.left_over(cond, own, part, norm) <= ROUNDING:
+                        return Pattern(calls, sign=sign, part=which, norm=norm)
         x_t, plain = self.network_input(sample, part), None
-        for self.denoised in (None, *PARTS):
-            seen = [m.prediction for m in self.native(made, part, sample)]
+        for self.denoised in forms:  # only some places are guided, or there is a reason
+            seen = [m.prediction for m in self.native(made)]
             found = learn(seen, part, calls, self.layout, x_t, None)
             if found is None and self.denoised is None:
-                return None  # too much alike
+                return None
             if found is not None and not found.reason:
                 return found
             plain = plain or found
         self.denoised = None
         return plain
 
-    def native(self, made: list[Made], part: Tensor, sample: Tensor) -> list[Made]:
+    def left_over(self, cond: Tensor, own: Tensor, stepped: Tensor, norm: Norm) -> float | Tensor:
+        """How far what is stepped is from the combination, in units of rounding.
+
+        Args:
+            cond, own: The conditional prediction and the combination, each with shape (B, \\*).
+            stepped: What reached the scheduler, with shape (B, \\*).
+            norm: What becomes of the norms of tokens.
+        """
+        assert self.own is not None
+        eps = max(torch.finfo(t.dtype).eps for t in (self.own.prediction, stepped))
+        expected, found = (accumulate(sample_of(t)) for t in (normed(own, cond, norm), stepped))
+        size = found.norm()
+        if self.denoised is not None:  # a difference of what may be much larger
+            size = size + self.share * accumulate(sample_of(self.sample)).norm()
+        left = (found - expected).norm() / (eps * size)
+        return float(left) if left.device.type == "cpu" else left
+
+    def pair(
+        self, run: Run, pattern: Pattern, branches: list[Tensor], part: Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Both predictions as the scheduler steps them, with shape (B, \\*), and the scale."""
+        assert self.own is not None
+        cond, uncond = branches
+        own = [m.prediction for m in self.native([self.own])]
+        seen = branches_of(own, replace(pattern, calls=(1,)), self.stepped)
+        if seen is not None and not pattern.reason:
+            left = self.left_over(cond, pattern.sign * seen[0], part, pattern.norm)
+            self.look(run, self.scale, left)
+        return cond, uncond, self.scale
+
+    def native(self, made: list[Made]) -> list[Made]:
         """Predictions as the scheduler has them, each with shape (B, \\*)."""
         if self.denoised is None:
             return made
-        branches = branches_of(
-            [m.prediction for m in made], Pattern((1, 1), part=self.denoised), part
-        )
+        calls = Pattern((1,) * len(made), part=self.denoised)
+        branches = branches_of([m.prediction for m in made], calls, self.stepped)
         if branches is None:
             return made
         level = noise_level(self.scheduler, self.scheduler_timestep)
-        x_t = self.network_input(sample, part)
-        found = [level.from_x0(branch, x_t).to(part.dtype) for branch in branches]
+        of_x, of_prediction = map(float, level.coefficients())
+        self.share = abs(of_x / of_prediction)
+        x_t = self.network_input(self.sample, self.stepped)
+        found = [level.from_x0(branch, x_t).to(self.stepped.dtype) for branch in branches]
         return [made_of(len(branch), branch) for branch in found]
 
 
@@ -457,12 +513,19 @@ class _Shared:
         self.next_step = step + 1
         return self.run
 
-    def hand_over(self, made: list[Tensor], guides: bool) -> None:
-        """Have the step that the scheduler takes next guided by the predictions `made`."""
+    def hand_over(self, made: list[Tensor], own: Tensor | None, scale: float) -> None:
+        """Have the step that the scheduler takes next guided.
+
+        Args:
+            made: The predictions of the passes, each with shape (B, \\*).
+            own: What plain guidance at `scale` makes of them, with shape (B, \\*); None: the step
+                is not to be guided.
+            scale: w.
+        """
         loop = self.loop
         assert loop is not None
         loop.made = [made_of(len(pred), pred) for pred in made]
-        loop.guides = guides
+        loop.own, loop.scale = None if own is None else made_of(len(own), own), scale
         self.attached.enter_context(attached(loop.pipe, (), loop, self.step))
 
     def step(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import warnings
-from collections import Counter
 
 import diffusers
 import torch
@@ -32,15 +31,11 @@ from pilotage.pipelines.seam.support import REFUSED
 
 from .docs.support import page
 from .families import FAMILIES
+from .modular.checks import modular_entry, modular_names
 from .pipelines import checks
 from .pipelines.classes import BROKEN, definer, lineage, with_scale
 from .pipelines.seam.test_noise_levels import cases, scheduler_agrees
 from .structure import ROOT, code_of
-
-try:
-    from .modular.checks import modular_report
-except ModuleNotFoundError:
-    modular_report = None
 
 FIGURES = ROOT / "eval" / "results" / "seam.json"
 PAGE = ROOT / "pipelines" / "SUPPORT.md"
@@ -158,15 +153,8 @@ def classes(families: dict[str, dict]) -> dict:
     return {"with_guidance": len(taken), **counts, "names": names}
 
 
-def modular() -> dict:
-    """The states of modular pipelines under our guider: how many, and of each its state."""
-    found = {} if modular_report is None else modular_report()
-    counts = Counter(one["state"] for one in found.values())
-    return {state: counts[state] for state in ("works", "refused", "unknown")} | {"names": found}
-
-
-def summary(families: dict[str, dict], modular: dict) -> dict:
-    """All that is written, of the families' figures and of the modular pipelines."""
+def summary(families: dict[str, dict], modular: dict[str, dict]) -> dict:
+    """All that is written, of the families' figures and what was found of modular pipelines."""
     kinds: dict[str, dict] = {"families": {}, "one_branch": {}, "refusals": {}, "failures": {}}
     for name, found in families.items():
         marks = {"error": "failures", "one_branch_ok": "one_branch", "refused": "refusals"}
@@ -183,7 +171,11 @@ def summary(families: dict[str, dict], modular: dict) -> dict:
         **kinds,
         "branches3": {name: found for name, found in guides.items() if found["branches"] > 2},
         "learned": {"affine": len(learned), "max_residual": max(learned, default=0.0)},
-        "modular": modular,
+        "modular": {
+            state: sum(found["state"] == state for found in modular.values())
+            for state in ("works", "refused", "unknown")
+        }
+        | {"names": modular},
         "schedulers": schedulers,
         "code": code(),
     }
@@ -194,7 +186,7 @@ def kept() -> dict:
     now = {"code": code(), "versions": versions()}
     found = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     if any(found.get(key) != value for key, value in now.items()):
-        return now | {"families": {}}
+        return now | {"families": {}, "modular": {}}
     return found
 
 
@@ -207,35 +199,34 @@ def main() -> int:
     args = parser.parse_args()
     if args.list:
         covered = {family.cls for family in FAMILIES.values()}
-        places = classes({})["names"]
+        reasons = classes({})["names"]["refused"]
         for name in (name for name in with_scale() if name not in covered):
-            print(
-                name, f"(refused: {places['refused'][name]})" if name in places["refused"] else ""
-            )
+            print(name, f"(refused: {reasons[name]})" if name in reasons else "")
         return 0
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     found = kept()
-    families = found["families"]
-    todo = args.only or [name for name in MEASURED if name not in families]
-    for name in (bar := tqdm(todo, unit="family")):
+    families, guiders = found["families"], found["modular"]
+    jobs = [(families, name, measure) for name in args.only or MEASURED]
+    jobs += [(guiders, name, modular_entry) for name in ([] if args.only else modular_names())]
+    todo = [job for job in jobs if args.only or job[1] not in job[0]]
+    for place, name, measured in (bar := tqdm(todo, unit="pipeline")):
         bar.set_postfix_str(name)
-        families[name] = measure(name)
+        place[name] = measured(name)
         write_json(KEPT, found)
     if args.only:
         print(json.dumps({name: families[name] for name in args.only}, indent=1))
         return 0
-    if "modular" not in found:
-        found["modular"] = modular()
-        write_json(KEPT, found)
-    write_figures(FIGURES, summary({name: families[name] for name in MEASURED}, found["modular"]))
+    write_figures(FIGURES, summary(families, guiders))
     stored = json.loads(FIGURES.read_text())
     write_text(PAGE, page(stored))
-    for place, count in stored["classes"].items():
-        print(place, count if place != "names" else "")
-    return 0
+    counts = {place: count for place, count in stored["classes"].items() if place != "names"}
+    print(", ".join(f"{place} {count}" for place, count in counts.items()))
+    for name, failed in stored["failures"].items():
+        print(f"{name}: {failed['error']}")
+    return 1 if stored["failures"] or counts["unknown"] or stored["modular"]["unknown"] else 0
 
 
 if __name__ == "__main__":

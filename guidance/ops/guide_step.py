@@ -66,7 +66,7 @@ def guide_step(
     """
     if impl not in (None, "reference", "fused"):
         raise ValueError(f"guide_step: impl is 'reference' or 'fused', got {impl!r}")
-    cond, uncond = predictions.pair("native")
+    cond, uncond = predictions.native["cond"], predictions.native["uncond"]
     if impl != "reference" and (impl == "fused" or _prefers_kernel(cond, uncond, w, want_update)):
         from .guide_launch import has_kernel, launch
 
@@ -89,25 +89,34 @@ def guide_step(
 
 def _checked(rule: Rule, made: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a rule's `combine` returned, if it is what it should be."""
-    name = f"{type(rule).__name__}.combine"
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
+        name = _name(rule)
         raise TypeError(f"{name} returns the guided prediction and a state, got {type(made)}")
     guided, state = made
     if guided.shape != like.shape:
         shapes = tuple(guided.shape), tuple(like.shape)
-        raise ValueError(f"{name} returned a prediction of shape {shapes[0]}, expected {shapes[1]}")
+        raise ValueError(
+            f"{_name(rule)} returned a prediction of shape {shapes[0]}, expected {shapes[1]}"
+        )
     if state is not None and not (
-        isinstance(state, Tensor) and state.ndim > 0 and len(state) == len(like)
+        isinstance(state, Tensor) and state.ndim > 0 and state.shape[0] == like.shape[0]
     ):
-        raise ValueError(f"{name} returned a state that is no tensor of shape ({len(like)}, *)")
+        raise ValueError(
+            f"{_name(rule)} returned a state that is no tensor of shape ({len(like)}, *)"
+        )
     return guided, state
+
+
+def _name(rule: Rule) -> str:
+    return f"{type(rule).__name__}.combine"
 
 
 def _prefers_kernel(cond: Tensor, uncond: Tensor, w: float | Tensor, want_update: bool) -> bool:
     """Under torch.compile the eager form is inlined, so that Inductor fuses it with the rest."""
     scalar = not isinstance(w, Tensor) or (w.ndim == 0 and not w.requires_grad)
     return (
-        scalar
+        cond.is_cuda
+        and scalar
         and not want_update
         and not torch.compiler.is_compiling()
         and fused_by_default(cond, uncond)

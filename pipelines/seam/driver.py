@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .calls import Call
 from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
 from .layouts import Layout, LayoutError
-from .learning import learn
+from .learning import by_token, learn
 from .noise_levels import Levels, check_falling_noise, next_noise_level
 from .patch import GuidedScheduler, isinstance_of
 from .patterns import (
@@ -86,6 +87,7 @@ class Driver:
         self.plans: Wanted | None = None  # of the step planned last
         self.checked: Any = None  # decisions and pattern of the step checked last
         self.scheduler_timestep: Any = None
+        self.token_times: Tensor | None = None  # where the scheduler is told one for every token
         self.sample: Tensor = torch.empty(0)  # what the scheduler steps now
         self.first_call: Call | None = None
         self.looks = LaggedReads(0)
@@ -192,6 +194,7 @@ class Driver:
         sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
         self.sample = sample
         self.scheduler_timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
+        self.token_times = kwargs.get("per_token_timesteps")
         guided = self.end_step(made, mixed, sample)
         self.last = made
         if guided is not mixed:
@@ -290,6 +293,8 @@ class Driver:
             seen = None if self.first_call.listed else self.first_call.first
             x_t, predictions = self.network_input(sample, part), [m.prediction for m in made]
             known = learn(predictions, part, calls, self.layout, x_t, seen)
+            if known is not None and self.token_times is not None:
+                known = by_token(known, self.token_times)
             if known is None:
                 known = Pattern(calls, None, alike=True)
             else:
@@ -517,9 +522,13 @@ class Driver:
         if not (self.guidance.needs_level or self.detailed):
             return None, None
         level = self.noise(timestep)
+        if self.pattern is not None and self.pattern.upward:
+            level = replace(level, sign=-level.sign)
+        if least := self.layout.least_sigma:
+            level = replace(level, sigma=torch.as_tensor(level.sigma).clamp(min=least))
         if not self.guidance.rule.needs_next_level:
             return level, None
-        return level, next_noise_level(self.scheduler, timestep)
+        return level, replace(next_noise_level(self.scheduler, timestep), sign=level.sign)
 
     def network_input(self, sample: Tensor, part: Tensor) -> Tensor:
         """x_t as far as it is guided, scaled as the network has it."""

@@ -35,6 +35,8 @@ class Layout:
             are refused beforehand where guided predictions take its place.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
             multiple of its sample, both by the noise level.
+        least_sigma: What the pipeline takes for noise levels below, where it makes a prediction of
+            the scheduler's kind of its network's.
         whole: The network needs the rows of all samples (a cache holds them, or they are one
             sequence): a branch is evaluated for all of them or for none.
         others: The network predicts something else beside, which the pipeline guides on its own:
@@ -52,6 +54,7 @@ class Layout:
     given: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
     preconditioned: bool = False
+    least_sigma: float = 0.0
     whole: bool = False
     others: str = ""
 

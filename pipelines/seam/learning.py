@@ -92,6 +92,19 @@ def _without_unseen(
     return replace(pattern, kept=(axis, tuple(same.nonzero().flatten().tolist())))
 
 
+def by_token(pattern: Pattern, times: Tensor) -> Pattern:
+    """A pattern of a step whose scheduler is told a time for every token.
+
+    Args:
+        pattern: As learned of all tokens.
+        times: Of every token, with shape (B, N); 0: it is given.
+    """
+    free, given = (times == times.amax()).all(0), (times == 0).all(0)
+    kept = None if free.all() else (1, tuple(free.nonzero().flatten().tolist()))
+    in_part = "" if (free | given).all() else "some of its tokens are guided in part only"
+    return replace(pattern, kept=kept, upward=True, reason=pattern.reason or in_part)
+
+
 def learn_sum(
     predictions: Sequence[Tensor],
     mixed: Tensor,

@@ -47,6 +47,8 @@ class Pattern:
         norm: What becomes of the norms of tokens.
         alike: The branches were equal so far, so that nothing can be told of them.
         aside: Some call takes no part in the combination (it may write what another reads).
+        upward: The scheduler is told a time for every token, and then counts its steps the other
+            way round, so that it takes the negative of a prediction.
         reason: Why no other prediction can take the combination's place; empty: one can.
         residual: How much of the combination is not explained, relative to its norm, the worst
             sample's.
@@ -60,6 +62,7 @@ class Pattern:
     norm: Norm = ""
     alike: bool = False
     aside: bool = False
+    upward: bool = False
     reason: str = ""
     residual: float = 0.0
 

@@ -27,7 +27,7 @@ class PlainDriver(Driver):
             mixed = args[at] if len(args) > at else kwargs["model_output"]
             run = self.run
             if run is None or self.is_over(run):
-                timestep = args[at + 1] if len(args) > at + 1 else kwargs.get("timestep")
+                timestep = args[at + 1] if len(args) > at + 1 else kwargs["timestep"]
                 if run is None:
                     sample = args[sample_at] if len(args) > sample_at else kwargs["sample"]
                     batch = len(sample) // 2 if self.layout.doubled else len(sample)

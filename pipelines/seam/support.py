@@ -26,7 +26,8 @@ NAMES: dict[Layout, str] = {
         ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
     Layout(doubled=True): "DiTPipeline",
     Layout(channels=3): "LuminaPipeline",
-    Layout(preconditioned=True): "PRXPixelPipeline StableDiffusionLatentUpscalePipeline",
+    Layout(preconditioned=True): "StableDiffusionLatentUpscalePipeline",
+    Layout(preconditioned=True, least_sigma=0.05): "PRXPixelPipeline",
     Layout(preconditioned=True, scale_offset=1.0): "Cosmos2TextToImagePipeline",
     Layout(scale_offset=1.0): "Kandinsky3Img2ImgPipeline Kandinsky3Pipeline Krea2Pipeline",
     Layout(scale_offset=1.0, given=2): """

@@ -276,10 +276,14 @@ def seeing(encoder, processor: type = tr.Qwen2VLProcessor) -> dict:
     return {"text_encoder": encoder, "tokenizer": tokenizer, "processor": read}
 
 
-def coarse_vae(blocks: int) -> df.AutoencoderKLQwenImage:
-    """For pipelines that bring every picture to a million pixels: few latents remain of it."""
+def coarse_vae(blocks: int, width: int = 2) -> df.AutoencoderKLQwenImage:
+    """For pipelines that bring every picture to a million pixels: few latents remain of it.
+
+    It divides pixels by their norms over `width` channels: where results are its pictures, few
+    channels are both near zero somewhere, which magnifies rounding ten thousand times.
+    """
     model = df.AutoencoderKLQwenImage(
-        base_dim=2,
+        base_dim=width,
         z_dim=4,
         dim_mult=[1] * (blocks + 1),
         num_res_blocks=0,
@@ -359,4 +363,4 @@ def qwen_image_layered() -> dict:
     mixed up.
     """
     transformer = qwen_transformer(use_additional_t_cond=True, use_layer3d_rope=True)
-    return qwen_image(**seeing(c.qwen_vl()), transformer=transformer, vae=coarse_vae(6))
+    return qwen_image(**seeing(c.qwen_vl()), transformer=transformer, vae=coarse_vae(6, width=6))

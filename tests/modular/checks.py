@@ -178,17 +178,18 @@ def report_name(name: str) -> str:
     return f"{family}ModularPipeline {workflow}".strip()
 
 
-def modular_report() -> dict[str, dict]:
-    """Name of a modular pipeline and its workflow -> whether our guider guides it, and if not, why.
+def modular_names() -> list[str]:
+    """Modular pipelines with a place for a guider, and their workflows."""
+    return sorted({*with_slot(), *map(report_name, MODULAR)})
+
+
+def modular_entry(full: str) -> dict:
+    """Whether our guider guides one of `modular_names`, and if not, why.
 
     "state" is "works", "refused" (a reason is given, and plain "cfg" works) or "unknown".
     """
     entries = {report_name(name): name for name in MODULAR}
-    found = {}
-    for full in (bar := tqdm(sorted({*with_slot(), *entries}), unit="workflow")):
-        bar.set_postfix_str(full)
-        found[full] = _entry(entries[full]) if full in entries else _unknown("it has no tiny one")
-    return found
+    return _entry(entries[full]) if full in entries else _unknown("it has no tiny one")
 
 
 def _unknown(reason: str) -> dict:
@@ -214,4 +215,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     df.logging.set_verbosity_error()
-    print(json.dumps(modular_report(), indent=1))
+    found = {full: modular_entry(full) for full in tqdm(modular_names(), unit="workflow")}
+    print(json.dumps(found, indent=1))

@@ -615,3 +615,28 @@ def test_a_combination_that_is_rescaled_in_low_precision(batch, dtype):
     pipe = guided(stock_like(SoftenedPipeline, "sd").to(dtype))
     with pytest.raises(LayoutError, match="changes its combination|no sum of"):
         latents(pipe, "sd", batch, guidance="apg", softened=0.7)
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "sana_wm"])
+def test_schedulers_that_are_told_a_time_for_every_token(name):
+    """They step the other way round, and what is given has the time 0."""
+    assert apg_error(name) <= 1e-4
+
+
+def test_tokens_that_are_given_in_part_are_refused():
+    pipe = guided(FAMILIES["ltx_condition"].build())
+
+    def call(guidance):
+        arguments = FAMILIES["ltx_condition"].call(1, True)
+        for condition in arguments["conditions"]:
+            condition.strength = 0.5
+        return pipe(**arguments, guidance=guidance)[0]
+
+    with pytest.raises(LayoutError, match="tokens are guided in part only"):
+        call("apg")
+    assert equal(call("cfg"), call(None))
+
+
+def test_a_pipeline_that_takes_small_noise_levels_for_larger_ones():
+    """PRXPixel divides by no less than 0.05, which its last steps are below."""
+    assert apg_error("prx_pixel") <= 1e-4
