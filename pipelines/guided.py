@@ -23,7 +23,7 @@ from .fitting.fitted import check_identity
 from .seam.driver import Driver
 from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
-from .seam.patch import aside, attached, one_at_a_time
+from .seam.patch import aside, attached, one_at_a_time, unwrapped
 from .seam.patterns import Pattern
 from .seam.plain import PlainDriver
 from .seam.support import (
@@ -102,7 +102,11 @@ class GuidedMixin(_Stock):
     def components(self) -> dict[str, Any]:
         """See the stock pipeline; refused to ``from_pipe`` of a class that is not guided."""
         check_reader(self)
-        return super().components
+        return {name: unwrapped(value) for name, value in super().components.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: nothing of a guided call that the pipeline is in the middle of."""
+        return {name: unwrapped(value) for name, value in vars(self).items()}
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """See the stock pipeline."""
@@ -150,7 +154,7 @@ class GuidedMixin(_Stock):
         ]
         for identity in settings.policy.identities:
             check_identity(self, identity, options, scale + layout.scale_offset)
-        loop = getattr(self, layout.inner) if layout.inner else self
+        loop = loop_of(self)
         eta = options.get("eta") or 0.0
         self._guidance_trace = None
         with one_at_a_time(loop), plain_guiders(self, settings):
@@ -173,6 +177,12 @@ def guidance_folder(pipe: Any) -> Path | None:
     """Where a pipeline loaded from a folder keeps its own settings; the folder may not exist."""
     loaded_from = getattr(pipe.config, "_name_or_path", None)
     return Path(loaded_from) / "guidance" if loaded_from and Path(loaded_from).is_dir() else None
+
+
+def loop_of(pipe: Any) -> Any:
+    """The pipeline whose loop a pipeline's call runs: itself, or one that it is made of."""
+    inner = layout_of(type(pipe)).inner
+    return getattr(pipe, inner) if inner else pipe
 
 
 def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
@@ -330,7 +340,7 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         **kwargs: Any,
     ) -> Any:
         if guidance is None:
-            with aside(self):
+            with aside(loop_of(self)):
                 return stock_call(self, *args, **kwargs)
         return self.call_guided(
             stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs

@@ -20,6 +20,7 @@ from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .learning import by_token, learn
 from .noise_levels import Levels, check_falling_noise, next_noise_level
+from .patch import GuidedScheduler, isinstance_of
 from .patterns import (
     Pattern,
     branches_of,
@@ -154,6 +155,8 @@ class Driver:
     def evaluate(self, name: str, call: Call) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
         wanted, place = self.wanted, len(self.made)
+        if self.made and not isinstance_of(self.pipe.scheduler, GuidedScheduler):
+            raise LayoutError(self.exchanged("scheduler"))
         if place >= MANY_CALLS:
             raise LayoutError(
                 f"{type(self.pipe).__name__} has evaluated its network {place} times without a "
@@ -205,9 +208,14 @@ class Driver:
         """The scheduler steps, and the network was not asked."""
         if self.run is None or self.layout.others:
             return
-        raise LayoutError(
-            f"step {self.run.step.index + 1} of {type(self.pipe).__name__} went past "
-            f"'{self.asked}': its network was exchanged on the way. Exchange it before the call"
+        raise LayoutError(self.exchanged("network"))
+
+    def exchanged(self, what: str) -> str:
+        """The message of a loop that has left the seam."""
+        step = 0 if self.run is None else self.run.step.index + 1
+        return (
+            f"step {step} of {type(self.pipe).__name__} went past '{self.asked}': its {what} was "
+            "exchanged on the way. Exchange it before the call"
         )
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:

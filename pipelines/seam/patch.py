@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -128,6 +129,11 @@ def isinstance_of(stand_in: Any, kind: type) -> bool:
     return issubclass(type(stand_in), kind)
 
 
+def unwrapped(value: Any) -> Any:
+    """What a stand-in stands for; any other value itself."""
+    return value._target if isinstance_of(value, StandIn) else value
+
+
 class Runs:
     """The guided calls that a pipeline is in the middle of: more than one only from within."""
 
@@ -135,8 +141,9 @@ class Runs:
         self.thread = threading.get_ident()
         self.depth = 0
 
-    def __deepcopy__(self, memo: dict) -> Runs:
-        return Runs()  # a copy of the pipeline is in the middle of nothing
+
+_RUNS: weakref.WeakKeyDictionary[Any, Runs] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -146,43 +153,51 @@ def one_at_a_time(pipe: Any) -> Iterator[None]:
     Raises:
         BusyError: another thread is in the middle of a guided call of this very pipeline.
     """
-    own = pipe.__dict__
-    runs = own.setdefault("_guided_runs", Runs())
-    if runs.thread != threading.get_ident():
-        raise BusyError(
-            f"this {type(pipe).__name__} is in the middle of a guided call in another thread: give "
-            "each thread a pipeline of its own (from_pipe shares the weights)"
-        )
     with aside(pipe):
-        runs.depth += 1
+        with _LOCK:
+            runs = _RUNS.setdefault(pipe, Runs())
+            _check_thread(pipe, runs)
+            runs.depth += 1
         try:
             yield
         finally:
             runs.depth -= 1
             if not runs.depth:
-                own.pop("_guided_runs", None)
+                _RUNS.pop(pipe, None)
 
 
 @contextlib.contextmanager
 def aside(pipe: Any) -> Iterator[None]:
     """Take away, for a while, what the guided call that `pipe` is in the middle of has put there.
 
-    For calls of the same pipeline from within its own loop, such as previews. Elsewhere, and for
-    other threads, nothing happens.
+    For calls of the same pipeline from within its own loop, such as previews: what these change of
+    the pipeline and its scheduler is as before at the end. Elsewhere nothing happens.
+
+    Raises:
+        BusyError: another thread is in the middle of a guided call of this very pipeline.
     """
-    own = pipe.__dict__
-    runs = own.get("_guided_runs")
-    if runs is None or not runs.depth or runs.thread != threading.get_ident():
+    runs = _RUNS.get(pipe)
+    if runs is None:
         yield
         return
-    ours = {n: v for n, v in own.items() if isinstance_of(v, StandIn)}
-    own.update({name: stand_in._target for name, stand_in in ours.items()})
-    scheduler = ours.get("scheduler")
-    before = None if scheduler is None else copy.copy(scheduler._target.__dict__)
+    _check_thread(pipe, runs)
+    own = pipe.__dict__
+    before, scheduler = dict(own), unwrapped(own.get("scheduler"))
+    at = dict(vars(scheduler)) if scheduler is not None else {}
+    own.update({name: unwrapped(value) for name, value in own.items()})
     try:
         yield
     finally:
-        own.update(ours)
-        if scheduler is not None and before is not None:  # its place in the loop around
-            scheduler._target.__dict__.clear()
-            scheduler._target.__dict__.update(before)
+        own.clear()
+        own.update(before)
+        if scheduler is not None:
+            vars(scheduler).clear()
+            vars(scheduler).update(at)
+
+
+def _check_thread(pipe: Any, runs: Runs) -> None:
+    if runs.thread != threading.get_ident():
+        raise BusyError(
+            f"this {type(pipe).__name__} is in the middle of a guided call in another thread: give "
+            "each thread a pipeline of its own (from_pipe shares the weights)"
+        )
