@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
-from pilotage.pipelines import guided
+from pilotage.pipelines import LayoutError, guided
 from pilotage.pipelines.seam.support import REFUSED
 
 from ..families import FAMILIES
@@ -469,3 +469,33 @@ def apg_error(name):
     ours, expected, plain = (torch.as_tensor(np.asarray(v)).double() for v in values)
     assert (plain - expected).norm() / expected.norm() > 1e-3, "APG must change something"
     return ((ours - expected).norm() / expected.norm()).item()
+
+
+def one_branch_ok(name):
+    """Whether a family of one branch skips steps as a scheduler that holds outputs does.
+
+    And whether what needs two branches says so.
+    """
+    family, batch = FAMILIES[name], FAMILIES[name].max_batch
+    pipe = guided(family.build())
+    plain = latents(pipe, name, guidance="cfg")
+    total = len(pipe.guidance_trace.steps)
+    choices = tuple("forecast" if i % 2 else "both" for i in range(total))
+    with Rows(pipe, name) as rows:
+        ours = latents(pipe, name, guidance=Schedule(choices))
+    evaluated = choices.count("both")
+    counted = sum(rows.calls) == batch * evaluated
+    if not counted or pipe.guidance_trace.nfe != [evaluated] * batch:
+        return False
+    stock = family.build()
+    held_outputs(stock, name, choices)
+    held = latents(stock, name)
+    for guidance in (APG(space="native"), AdaptiveGuidance(space="native")):
+        try:
+            latents(pipe, name, guidance=guidance)
+        except (LayoutError, ValueError) as error:
+            if "one branch" not in str(error) and "nothing to act on" not in str(error):
+                return False
+        else:
+            return False
+    return equal(ours, held) and not equal(ours, plain)
