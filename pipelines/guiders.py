@@ -398,7 +398,7 @@ class _Loop(Driver):
             raise LayoutError(self.irregular(f"steps {len(part)} samples of {run.batch}"))
         self.stepped = part
         if self.own is not None and len(made) == 2:
-            if self.pattern is None:
+            if self.pattern is None or self.pattern.alike:
                 self.pattern = self.learned(made, (1, 1), part, sample)
             return super().end_step(self.native(made), mixed, sample)
         x_t = self.network_input(sample, part)
@@ -410,8 +410,8 @@ class _Loop(Driver):
 
     def learned(
         self, made: list[Made], calls: tuple[int, ...], part: Tensor, sample: Tensor
-    ) -> Pattern | None:
-        """What the blocks make of a combination; None if that is too little to tell."""
+    ) -> Pattern:
+        """What the blocks make of a combination."""
         assert self.own is not None
         forms: tuple[Part | None, ...] = (None, *PARTS) if knows_levels(self.scheduler) else (None,)
         for self.denoised in forms:
@@ -429,11 +429,12 @@ class _Loop(Driver):
             seen = [m.prediction for m in self.native(made)]
             found = learn(seen, part, calls, self.layout, x_t, None)
             if found is None and self.denoised is None:
-                return None
+                return Pattern(calls, None, alike=True)
             if found is not None and not found.reason:
                 return found
             plain = plain or found
         self.denoised = None
+        assert plain is not None
         return plain
 
     def left_over(self, cond: Tensor, own: Tensor, stepped: Tensor, norm: Norm) -> float | Tensor:
