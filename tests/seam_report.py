@@ -48,6 +48,10 @@ CODE = (
 )
 REFUSALS = (LayoutError, OptionError, UnknownSchedulerError)
 MEASURED = [name for name, family in FAMILIES.items() if family.scheduler == "scheduler"]
+ONE_BRANCH = (
+    "it evaluates one branch, its scale is an input of a distilled network: rules have nothing to "
+    "act on; policies that skip steps work"
+)
 LIMIT = 1e-4  # of the relative error of APG
 
 
@@ -144,6 +148,8 @@ def classes(families: dict[str, dict]) -> dict:
             refused[name] = reasons[0]
         elif loop in tested and not of_class[name]:
             inferred[name] = loop
+        elif of_class[name] and all("one_branch_ok" in found for found in of_class[name]):
+            refused[name] = ONE_BRANCH
         elif of_class[name] and all("refused" in found for found in of_class[name]):
             refused[name] = of_class[name][0]["refused"]
         else:

@@ -56,6 +56,21 @@ def led_error(family, pipe, call, oracle=PaperGuidance):
     return ((ours - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux2_klein", "krea2"])
+def test_branches_that_differ_by_little_in_low_precision(name):
+    """By less than eight roundings, yet element by element they tell how they are combined."""
+    changes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = guided(FAMILIES[name].build())
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(dtype)
+        plain, ours = (latents(pipe, name, guidance=g).double() for g in ("cfg", "apg"))
+        changes[dtype] = ((ours - plain).norm() / plain.norm()).item()
+        assert all(len(step.rows) == 3 for step in pipe.guidance_trace.steps)
+    assert changes[torch.bfloat16] == pytest.approx(changes[torch.float32], rel=0.3)
+
+
 # Pipelines that nobody knows
 
 
