@@ -85,7 +85,7 @@ def measure(name: str) -> dict:
 def figures(name: str):
     """(figure, value) of a family, in the order in which they are to be had."""
     yield "cfg_bit_equal", checks.cfg_bit_equal(name)
-    if FAMILIES[name].layout == "one" and hasattr(checks, "one_branch_ok"):
+    if FAMILIES[name].layout == "one":
         yield "layout", "one branch"
         yield "one_branch_ok", checks.one_branch_ok(name)
     pattern = pattern_of(name)
@@ -104,9 +104,9 @@ def figures(name: str):
 
 def pattern_of(name: str):
     """What was learned of a family's pipeline."""
-    pipe = guided(FAMILIES[name].build())
-    space = FAMILIES[name].space
-    guidance = "apg" if space == "x0" else APG(space=space)
+    family = FAMILIES[name]
+    native = family.space == "native" or family.layout == "one"
+    pipe, guidance = guided(family.build()), APG(space="native") if native else "apg"
     checks.run(pipe, checks.paper_call(name) | {"guidance": guidance})
     return pipe.guidance_pattern
 

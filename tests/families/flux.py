@@ -345,14 +345,7 @@ CLOZE = {"negative": False, "max_sequence_length": 192}
 family("visual_cloze_generation", "VisualClozeGenerationPipeline", *ONE, cloze_call, **CLOZE)(
     visual_cloze
 )
-# Two loops: what the first has made, the second makes larger.
-family(
-    "visual_cloze",
-    "VisualClozePipeline",
-    *ONE,
-    cloze_call,
-    upsampling_height=16,
-    upsampling_width=16,
-    upsampling_strength=0.75,
-    **CLOZE | {"num_inference_steps": 4},
-)(visual_cloze)
+# The loop of the first, which a second one of the same network would make larger.
+family("visual_cloze", "VisualClozePipeline", *ONE, cloze_call, upsampling_strength=0.0, **CLOZE)(
+    visual_cloze
+)
