@@ -49,6 +49,11 @@ class LaggedReads:
         return label, value.tolist()
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether values on `device` are read at once, and not a step later."""
+    return device.type == "cpu"
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A host tensor on `device`.
 

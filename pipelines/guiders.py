@@ -25,7 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ..guidance import Guidance, Policy, Rule, Run, Trace, resolve
-from ..guidance.device import row_index
+from ..guidance.device import on_host, row_index
 from ..guidance.prediction import accumulate
 from ..guidance.rules.cfg import cfg
 from ..guidance.saved import from_dict, to_dict
@@ -318,7 +318,7 @@ class Guider(BaseGuidance):
             if any(decision.skips for decision in decisions):
                 raise ValueError(NO_SKIPPING.format(self.guidance))
             if self._is_free:
-                run = Run(self.guidance, batch, total, device.type == "cpu")
+                run = Run(self.guidance, batch, total, on_host(device))
                 shared.begin(run, scheduler)
             else:
                 check_guidance(self.guidance, scheduler, self.detailed_trace, eta=0.0)
@@ -451,7 +451,7 @@ class _Loop(Driver):
         if self.denoised is not None:  # a difference of what may be much larger
             size = size + self.share * accumulate(sample_of(self.sample)).norm()
         left = (found - expected).norm() / (eps * size)
-        return float(left) if left.device.type == "cpu" else left
+        return float(left) if on_host(left.device) else left
 
     def pair(
         self, run: Run, pattern: Pattern, branches: list[Tensor], part: Tensor

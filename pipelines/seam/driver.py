@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...guidance import Always, Guidance, NoiseLevel, Run
-from ...guidance.device import LaggedReads, row_index
+from ...guidance.device import LaggedReads, on_host, row_index
 from .calls import Call
 from .filling import Made, Wanted, made_of, own_attention
 from .hooks import check_caches
@@ -480,7 +480,7 @@ class Driver:
         self, batch: int, total: int, device: torch.device, one_branch: bool = False
     ) -> Run:
         """A run on `device`; what is measured arrives a step later if that is not the CPU."""
-        self.device, on_cpu = device, device.type == "cpu"
+        self.device, on_cpu = device, on_host(device)
         self.looks = LaggedReads(0 if on_cpu else 1)
         return Run(self.guidance, batch, total, on_cpu, self.detailed, one_branch)
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...guidance.device import row_index
+from ...guidance.device import on_host, row_index
 from ...guidance.prediction import accumulate
 
 Norm = Literal["", "match", "limit"]
@@ -208,12 +208,12 @@ def scale_of(
     if frames is not None:
         c, u, m = (accumulate(t.detach()) for t in (cond, uncond, mixed))
         return _scale_by_frame(c, u, m, frames, eps)
-    on_host = cond.device.type == "cpu"
+    host = on_host(cond.device)
     c, u, m = sample_of(cond), sample_of(uncond), sample_of(mixed)
-    if on_host and guess is not None and torch.equal(u + guess * (c - u), m):
+    if host and guess is not None and torch.equal(u + guess * (c - u), m):
         return guess, 0.0
     c, u, m = c.detach(), u.detach(), m.detach()
-    if on_host and cond.dtype != torch.float64:
+    if host and cond.dtype != torch.float64:
         return _scale_on_host(torch.stack([c, u, m]).double().flatten(1), eps)
     c, u, m = (accumulate(t) for t in (c, u, m))
     d, r = c - u, m - u

@@ -28,7 +28,6 @@ from pilotage.guidance import (
     load_guidance,
 )
 from pilotage.pipelines import LayoutError, guided
-from pilotage.pipelines.seam import driver
 
 from ... import components
 from ...families import FAMILIES
@@ -243,13 +242,12 @@ def test_skipped_steps_keep_what_the_pipeline_made(name, extra, whole):
 
 
 @pytest.mark.parametrize("name", ["sd", "z_image", "flux", "qwen_image", "sd_pag", "lumina"])
-def test_the_call_that_learns_is_as_every_other(name, monkeypatch):
+def test_the_call_that_learns_is_as_every_other(name):
     """It evaluates all branches of its first step, to see how they are combined; the trace tells.
 
     Branches that are calls of their own always have to be evaluated once. Batches of another size
     round otherwise, hence a tolerance.
     """
-    monkeypatch.setattr(driver, "_LEARNED", {})
     pipe, late = guided(FAMILIES[name].build()), Interval(start_step=1)
     found, traces = [], []
     for _ in range(2):
