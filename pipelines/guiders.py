@@ -387,7 +387,7 @@ class _Loop(Driver):
         run = self.run
         if run is not None and network is not self.checked_network:
             decisions = self.guidance.policy.decisions(run.total)
-            check_caches(network, self.guidance, self.asked, Pattern((1, 1)), 1, decisions)
+            check_caches([network], self.guidance, self.asked, Pattern((1, 1)), 1, decisions)
             self.checked_network = network
 
     def end_step(self, made: list[Made], mixed: Tensor, sample: Tensor) -> Tensor:

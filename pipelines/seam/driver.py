@@ -20,7 +20,7 @@ from .hooks import check_caches
 from .layouts import Layout, LayoutError
 from .learning import by_token, learn
 from .noise_levels import Levels, check_falling_noise, next_noise_level
-from .patch import GuidedScheduler, isinstance_of
+from .patch import GuidedScheduler, isinstance_of, unwrapped
 from .patterns import (
     Pattern,
     branches_of,
@@ -456,7 +456,8 @@ class Driver:
         if any(d.skips or d.estimates for d in decisions or ()):
             self.check_others()
         call = self.first_call
-        check_caches(call.network, self.guidance, self.asked, pattern, batch, decisions)
+        networks = [unwrapped(getattr(self.pipe, name)) for name in self.denoisers]
+        check_caches(networks, self.guidance, self.asked, pattern, batch, decisions)
         first = call.first
         while not isinstance(first, Tensor):
             first = first[0]

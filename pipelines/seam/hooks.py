@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,56 +11,60 @@ from ...guidance import Always, Decision, Guidance
 from .layouts import LayoutError
 from .patterns import Pattern
 
-# How the names of diffusers' hooks begin that reuse what a network computed at an earlier step:
-# those that do so by comparing, and those that count steps, and so are out of step as soon as a
-# branch is left out that they will see again.
-COMPARING = ("fbc_", "text_kv_cache")
-COUNTING = (
-    "faster_cache",
-    "mag_cache",
-    "pyramid_attention_broadcast",
-    "sea_cache",
-    "taylorseer_cache",
-)
+# How the names of diffusers' hooks begin that reuse what a network computed at an earlier step ->
+# the cache's own name: those that do so by comparing, and those that count steps, and so are out of
+# step as soon as a branch is left out that they will see again.
+COMPARING = {"fbc_": "FirstBlockCache", "text_kv_cache": "TextKVCache"}
+COUNTING = {
+    "faster_cache": "FasterCache",
+    "mag_cache": "MagCache",
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
+    "sea_cache": "SeaCache",
+    "taylorseer_cache": "TaylorSeerCache",
+}
 
 
 def caches_of(network: Any) -> list[str]:
-    """Names of the hooks of caches that are at work in a network, however they were put on."""
+    """Names of the caches that are at work in a network, however they were put on."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     registries = [getattr(module, "_diffusers_hook", None) for module in modules]
-    names = {name for registry in registries if registry is not None for name in registry.hooks}
-    return sorted(name for name in names if name.startswith(COMPARING + COUNTING))
+    hooks = {name for registry in registries if registry is not None for name in registry.hooks}
+    known = {**COMPARING, **COUNTING}.items()
+    names = {name for start, name in known if any(hook.startswith(start) for hook in hooks)}
+    if not names and getattr(network, "is_cache_enabled", False):
+        names = {"unknown"}
+    return sorted(names)
 
 
 def check_caches(
-    network: Any,
+    networks: Iterable[Any],
     guidance: Guidance,
     asked: str,
     pattern: Pattern | None,
     batch: int,
     decisions: Sequence[Decision] | None,
 ) -> None:
-    """Refuse policies that leave out what a cache in the network needs.
+    """Refuse policies that leave out what a cache in one of the networks needs.
 
-    A cache that holds whole batches needs every row at every step; one that counts steps needs
-    every call of a branch that it will see again.
+    A cache holds whole batches, so that it needs every row of a call, if any; one that counts steps
+    needs every call of a branch that it will see again.
 
     Raises:
         LayoutError: so it is.
     """
     if isinstance(guidance.policy, Always):
         return
-    caches = caches_of(network)
-    if not caches and not getattr(network, "is_cache_enabled", False):
+    caches = sorted({name for network in networks for name in caches_of(network)})
+    if not caches:
         return
+    alone = decisions is None or any(d.evaluate == ("cond",) for d in decisions)
+    skips = decisions is None or any(d.skips or d.estimates for d in decisions)
+    own_pace = guidance.policy.needs_gamma  # every sample's, and for good
     batched = pattern is None or max(pattern.calls) > 1
-    rows = batched or (batch > 1 and guidance.policy.needs_gamma)
-    counts = any(name.startswith(COUNTING) for name in caches)
-    comes_back = decisions is None or any(d.skips or d.estimates for d in decisions)
-    comes_back = comes_back or not guidance.policy.needs_gamma
-    if rows or (comes_back and counts):
-        needs = "every row" if rows else "every call"
+    rows = (batched and alone) or (batch > 1 and own_pace)
+    calls = skips or (alone and not own_pace)
+    if rows or (calls and not set(caches) <= set(COMPARING.values())):
         raise LayoutError(
-            f"a cache is enabled in the network ({', '.join(caches) or 'enable_cache'}), which "
-            f"needs {needs} at every step: disable it, or leave out '{asked}'"
+            f"a cache is enabled in the network ({', '.join(caches)}), which needs every "
+            f"{'row' if rows else 'call'} at every step: disable it, or leave out '{asked}'"
         )

@@ -1,13 +1,15 @@
 """Faults that were found, each with its kind, and what is right instead."""
 
 import copy
+import itertools
 import threading
 
 import diffusers as df
+from diffusers import hooks
 import pytest
 import torch
 
-from pilotage.guidance import APG, Schedule
+from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import LayoutError, guided
 from pilotage.pipelines.seam.patch import StandIn
 
@@ -297,3 +299,129 @@ def test_nothing_is_left_behind(name, error):
     after = {n: v for n, v in vars(pipe).items() if isinstance(v, torch.nn.Module)}
     assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
     assert equal(latents(pipe, name, guidance="apg"), expected)
+
+
+# Networks that hold state over the batch, or over the steps
+
+STEPS = 6
+CACHES = {
+    "FirstBlockCache": (
+        lambda: hooks.FirstBlockCacheConfig(threshold=0.3),
+        hooks.apply_first_block_cache,
+    ),
+    "TextKVCache": (hooks.TextKVCacheConfig, hooks.apply_text_kv_cache),
+    "MagCache": (
+        lambda: hooks.MagCacheConfig(
+            num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS, threshold=0.5
+        ),
+        hooks.apply_mag_cache,
+    ),
+    "TaylorSeerCache": (
+        lambda: hooks.TaylorSeerCacheConfig(
+            cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+        ),
+        hooks.apply_taylorseer_cache,
+    ),
+    "PyramidAttentionBroadcast": (
+        lambda: hooks.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 2000),
+            current_timestep_callback=lambda: 500,
+        ),
+        hooks.apply_pyramid_attention_broadcast,
+    ),
+    "FasterCache": (
+        lambda: hooks.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 2000),
+            temporal_attention_timestep_skip_range=(-1, 2000),
+            attention_weight_callback=lambda module: 0.5,
+            current_timestep_callback=lambda: 500,
+            is_guidance_distilled=True,
+        ),
+        hooks.apply_faster_cache,
+    ),
+}
+
+
+def cached_pipe(name, cache, enabled):
+    """A family's stock pipeline with a cache, put on by the model's method or by a function."""
+    pipe, (config, put_on) = FAMILIES[name].build(), CACHES[cache]
+    if enabled:
+        pipe.transformer.enable_cache(config())
+    else:
+        put_on(pipe.transformer, config())
+    return pipe
+
+
+def replay(network, choices, calls):
+    """Do what a policy does, by hand, to the network of a stock pipeline, cond first."""
+    stock, counted, now, both = network.forward, itertools.count(), [], []
+
+    def forward(*args, **kwargs):
+        step, branch = divmod(next(counted), calls)
+        choice = choices[step]
+        if choice == "forecast":
+            return (both[branch],)
+        if branch and choice == "cond":
+            return (now[0],)
+        if branch and choice == "estimate":
+            return (now[0] - (both[0] - both[1]),)
+        now[branch:] = stock(*args, **kwargs)
+        if choice == "both":
+            both[:] = now
+        return (now[-1],)
+
+    network.forward = forward
+
+
+CHOICES = {
+    "ag": ("both",) + ("cond",) * 5,
+    "hold": ("both", "estimate") * 3,
+    "forecast": ("both", "forecast", "forecast", "both", "forecast", "both"),
+    "interval": ("cond", "cond", "both", "both", "cond", "cond"),
+}
+RIGHT = [  # (cache, what): not refused on pipelines with two calls
+    *(("FirstBlockCache", what) for what in CHOICES),
+    *(("TextKVCache", what) for what in CHOICES),
+    *((cache, "ag") for cache in CACHES),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("what", CHOICES)
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_caches_on_pipelines_with_two_calls(name, cache, enabled, what, batch):
+    """Right, or refused by name."""
+    pipe, choices = guided(cached_pipe(name, cache, enabled)), CHOICES[what]
+    extra = {"num_inference_steps": STEPS}
+    guidance = AdaptiveGuidance(-1.0) if what == "ag" else Schedule(choices)
+    assert latents(pipe, name, batch, guidance="apg", **extra).isfinite().all()
+    if (cache, what) not in RIGHT or (what == "ag" and batch > 1):
+        with pytest.raises(LayoutError, match=f"{cache}.*disable it, or leave out"):
+            latents(pipe, name, batch, guidance=guidance, **extra)
+        return
+    found = latents(pipe, name, batch, guidance=guidance, **extra)
+    stock = cached_pipe(name, cache, enabled)
+    replay(stock.transformer, choices, 2)
+    torch.testing.assert_close(found, latents(stock, name, batch, **extra), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("what", CHOICES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_on_pipelines_with_one_call(cache, what, batch):
+    """A cache of whole batches: steps may be left out, rows may not."""
+    name, extra = "ltx", {"num_inference_steps": STEPS}
+    pipe, choices = guided(cached_pipe(name, cache, False)), CHOICES[what]
+    guidance = AdaptiveGuidance(-1.0) if what == "ag" else Schedule(choices)
+    if what != "forecast" or cache not in ("FirstBlockCache", "TextKVCache"):
+        with pytest.raises(LayoutError, match=f"{cache}.*disable it, or leave out"):
+            latents(pipe, name, batch, guidance=guidance, **extra)
+        return
+    found = latents(pipe, name, batch, guidance=guidance, **extra)
+    stock = cached_pipe(name, cache, False)
+    replay(stock.transformer, choices, 1)
+    torch.testing.assert_close(found, latents(stock, name, batch, **extra), rtol=1e-4, atol=1e-4)
