@@ -5,9 +5,9 @@ import itertools
 import threading
 
 import diffusers as df
-from diffusers import hooks
 import pytest
 import torch
+from diffusers import hooks
 
 from pilotage.guidance import APG, AdaptiveGuidance, Schedule
 from pilotage.pipelines import LayoutError, guided
