@@ -357,7 +357,7 @@ class _Loop(Driver):
             images before the guider has them, and back afterwards; None if they do not.
         share: Of x_t in such a conversion.
         stepped: What the scheduler steps, as far as it may be guided.
-        checked: The network last seen.
+        checked_network: The network last seen.
     """
 
     def __init__(self, pipe: Any, guidance: Guidance, asked: str, detailed: bool) -> None:
