@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+from dataclasses import replace
 
 import diffusers as df
 import pytest
@@ -14,6 +15,7 @@ from pilotage.pipelines import LayoutError, guided
 from pilotage.pipelines.seam.patch import StandIn
 
 from ...families import FAMILIES
+from ...families.base import SD_NOISE
 from ..checks import (
     Rows,
     apg_error,
@@ -306,24 +308,27 @@ def test_nothing_is_left_behind(name, error):
 STEPS = 6
 CACHES = {
     "FirstBlockCache": (
-        lambda: hooks.FirstBlockCacheConfig(threshold=0.3),
+        lambda pipe: hooks.FirstBlockCacheConfig(threshold=0.3),
         hooks.apply_first_block_cache,
     ),
-    "TextKVCache": (hooks.TextKVCacheConfig, hooks.apply_text_kv_cache),
+    "TextKVCache": (lambda pipe: hooks.TextKVCacheConfig(), hooks.apply_text_kv_cache),
     "MagCache": (
-        lambda: hooks.MagCacheConfig(
+        lambda pipe: hooks.MagCacheConfig(
             num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS, threshold=0.5
         ),
         hooks.apply_mag_cache,
     ),
     "TaylorSeerCache": (
-        lambda: hooks.TaylorSeerCacheConfig(
-            cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+        lambda pipe: hooks.TaylorSeerCacheConfig(
+            cache_interval=2,
+            disable_cache_before_step=2,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=[r".*\.attn1?"],
         ),
         hooks.apply_taylorseer_cache,
     ),
     "PyramidAttentionBroadcast": (
-        lambda: hooks.PyramidAttentionBroadcastConfig(
+        lambda pipe: hooks.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             spatial_attention_timestep_skip_range=(-1, 2000),
             current_timestep_callback=lambda: 500,
@@ -331,12 +336,11 @@ CACHES = {
         hooks.apply_pyramid_attention_broadcast,
     ),
     "FasterCache": (
-        lambda: hooks.FasterCacheConfig(
+        lambda pipe: hooks.FasterCacheConfig(
             spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 2000),
-            temporal_attention_timestep_skip_range=(-1, 2000),
+            spatial_attention_timestep_skip_range=(-1, 950),
             attention_weight_callback=lambda module: 0.5,
-            current_timestep_callback=lambda: 500,
+            current_timestep_callback=lambda: pipe._current_timestep,
             is_guidance_distilled=True,
         ),
         hooks.apply_faster_cache,
@@ -348,9 +352,9 @@ def cached_pipe(name, cache, enabled):
     """A family's stock pipeline with a cache, put on by the model's method or by a function."""
     pipe, (config, put_on) = FAMILIES[name].build(), CACHES[cache]
     if enabled:
-        pipe.transformer.enable_cache(config())
+        pipe.transformer.enable_cache(config(pipe))
     else:
-        put_on(pipe.transformer, config())
+        put_on(pipe.transformer, config(pipe))
     return pipe
 
 
@@ -379,7 +383,7 @@ CHOICES = {
     "ag": ("both",) + ("cond",) * 5,
     "hold": ("both", "estimate") * 3,
     "forecast": ("both", "forecast", "forecast", "both", "forecast", "both"),
-    "interval": ("cond", "cond", "both", "both", "cond", "cond"),
+    "interval": ("both", "cond", "cond", "both", "both", "cond"),
 }
 RIGHT = [  # (cache, what): not refused on pipelines with two calls
     *(("FirstBlockCache", what) for what in CHOICES),
@@ -425,3 +429,88 @@ def test_caches_on_pipelines_with_one_call(cache, what, batch):
     stock = cached_pipe(name, cache, False)
     replay(stock.transformer, choices, 1)
     torch.testing.assert_close(found, latents(stock, name, batch, **extra), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_in_the_second_network():
+    """Wan 2.2 has two: a cache in either is found."""
+    pipe = guided(FAMILIES["wan2"].build())
+    pipe.transformer_2.enable_cache(CACHES["MagCache"][0](pipe))
+    with pytest.raises(LayoutError, match="MagCache"):
+        latents(pipe, "wan2", guidance="hold", num_inference_steps=STEPS)
+
+
+class DeepCached:
+    """As DeepCache: the middle of a UNet is computed at every other call, for all rows of a batch."""
+
+    def __init__(self, unet, added=False):
+        self.block, self.added = unet.mid_block, added
+        self.stock, self.calls, self.kept = self.block.forward, 0, None
+        self.block.forward = self
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        """The block's output, or the last one."""
+        self.calls += 1
+        if self.calls % 2:
+            self.kept = self.stock(hidden_states, *args, **kwargs)
+        return hidden_states + self.kept if self.added else self.kept
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("guidance", [AdaptiveGuidance(-1.0), Schedule(("both", "cond") * 2)])
+def test_state_over_the_batch_that_nobody_announces(guidance, batch, added):
+    """It fails in the network, or gives back other rows: either is said in plain words."""
+    pipe, stock = guided(FAMILIES["sdxl"].build()), FAMILIES["sdxl"].build()
+    extra = {"num_inference_steps": 4}
+    DeepCached(stock.unet, added)
+    expected = latents(stock, "sdxl", batch, **extra)
+    assert not equal(expected, latents(pipe, "sdxl", batch, **extra))
+    cached = DeepCached(pipe.unet, added)
+    assert equal(expected, latents(pipe, "sdxl", batch, guidance="cfg", **extra))
+    cached.calls = 0
+    assert latents(pipe, "sdxl", batch, guidance="apg", **extra).isfinite().all()
+    cached.calls = 0
+    with pytest.raises(
+        LayoutError, match="holds state over the batch.*\n?.*Disable it, or leave out"
+    ):
+        latents(pipe, "sdxl", batch, guidance=guidance, **extra)
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize("name", ["sd3", "cogvideox", "sdxl", "sd_img2img"])
+def test_a_subclass_of_a_known_scheduler(name):
+    """It predicts what its base does, and not noise."""
+    results = []
+    for derived in (False, True):
+        pipe = guided(FAMILIES[name].build())
+        if derived:
+            pipe.scheduler.__class__ = type("Mine", (type(pipe.scheduler),), {})
+        results.append(latents(pipe, name, guidance="apg+ag"))
+    assert equal(*results)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        df.EDMEulerScheduler(),  # as Playground 2.5
+        df.EDMDPMSolverMultistepScheduler(),
+        df.IPNDMScheduler(),
+        df.DPMSolverSDEScheduler(**SD_NOISE, noise_sampler_seed=0),
+    ],
+)
+def test_schedulers_with_noise_levels_of_their_own(monkeypatch, scheduler):
+    family = FAMILIES["sdxl"]
+
+    def build():
+        pipe = family.build()
+        pipe.scheduler = copy.deepcopy(scheduler)
+        return pipe
+
+    monkeypatch.setitem(FAMILIES, "sdxl", replace(family, build=build))
+    pipe = guided(build())
+    assert equal(latents(pipe, "sdxl"), latents(pipe, "sdxl", guidance="cfg"))
+    found, plain = latents(pipe, "sdxl", guidance=NEUTRAL), latents(pipe, "sdxl")
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    assert apg_error("sdxl") <= 1e-4
