@@ -440,7 +440,7 @@ def test_a_cache_in_the_second_network():
 
 
 class DeepCached:
-    """As DeepCache: the middle of a UNet is computed at every other call, for all rows of a batch."""
+    """As DeepCache: the middle of a UNet is computed at every other call, for all rows."""
 
     def __init__(self, unet, added=False):
         self.block, self.added = unet.mid_block, added
