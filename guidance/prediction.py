@@ -21,6 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .device import on_host
+
 PredictionType = Literal["epsilon", "v_prediction", "flow", "sample"]
 Space = Literal["x0", "native"]
 Factor = float | Tensor
@@ -129,7 +131,7 @@ def inner(a: Tensor, b: Tensor) -> Factor:
     """
     product = a * b
     readable = type(product) is Tensor and not product.requires_grad
-    if readable and a.is_cpu and a.shape[0] == 1 and not torch.compiler.is_compiling():
+    if readable and on_host(a.device) and a.shape[0] == 1 and not torch.compiler.is_compiling():
         return product.sum().item()
     return per_sample(product.flatten(1).sum(1), a)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pilotage.eval.embedded import load_embedded
-from pilotage.guidance import APG, AdaptiveGuidance
+from pilotage.guidance import APG, AdaptiveGuidance, prediction
 from pilotage.pipelines import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
@@ -398,7 +398,7 @@ def test_a_guided_loop_reads_nothing_back(guidance, loops, monkeypatch):
     As on a device, where a stop takes effect a step later; the samples stop at different steps.
     Only the first call reads something more, to learn how the pipeline guides.
     """
-    for module in (driver, patterns):
+    for module in (driver, patterns, prediction):
         monkeypatch.setattr(module, "on_host", lambda device: False)
     adaptive = "Adaptive" in str(guidance)
     known, call = loops[adaptive]
