@@ -92,6 +92,14 @@ def as_installed(tree: Path) -> Iterator[Path]:
             *map(tree.joinpath, structure.LAYERS),
         ):
             (package / part.name).symlink_to(part)
+        # Fitted settings ask for the version that they were fitted by.
+        told = [tree / "src" / "pilotage" / "__init__.py", tree / "pyproject.toml"]
+        text = "\n".join(place.read_text() for place in told if place.is_file())
+        found = re.search(r'^(?:__version__|version) = "([^"]+)"', text, re.MULTILINE)
+        metadata = Path(folder) / "pilotage.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        version = found[1] if found else "0"
+        metadata.write_text(f"Metadata-Version: 2.1\nName: pilotage\nVersion: {version}\n")
         yield Path(folder)
 
 
