@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .guided import guided_class
 
 if TYPE_CHECKING:  # what the mixin is mixed into: one of diffusers' classes of such a name
+    # Which is imported by who asks for it: it imports every pipeline there is.
+    from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
+
     _Stock = AutoPipelineForText2Image
 else:
     _Stock = object
