@@ -30,7 +30,7 @@ from pilotage.pipelines import guided
 OUTPUT = Path("eval/results/overhead.json")
 STEPS = 30
 SCALE = 7.5
-# Size of the latents, pipeline, and what its network is given beside the text.
+# Side of the latents, and the pipeline.
 SIZES: dict[str, tuple[int, str]] = {
     "small": (8, "StableDiffusionPipeline"),
     "sdxl": (128, "StableDiffusionXLPipeline"),
@@ -41,7 +41,6 @@ SETTINGS: dict[str, tuple[str | Guidance, int]] = {
     "apg": ("apg", 1),
     "ag": (CFG() | AdaptiveGuidance(threshold=-1.0), 2),
 }
-LIMITS = {"cfg": 1.25, "apg": 1.6, "ag": 1.1}
 WIDTH, POOLED, TIMES = 768, 16, 8
 
 
