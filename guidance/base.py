@@ -6,7 +6,7 @@ evaluated at a step. Both are frozen dataclasses of their settings and hold no s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -234,9 +234,9 @@ class Decision:
         return self.evaluate == ("cond",) and self.reuse is not None
 
     @property
-    def changes_combination(self) -> bool:
-        """Whether the guided prediction is another than the pipeline's own at its scale."""
-        return self.skips or isinstance(self.factor, Tensor) or self.factor != 1
+    def scales(self) -> bool:
+        """Whether the guidance scale is changed."""
+        return isinstance(self.factor, Tensor) or self.factor != 1
 
 
 BOTH = Decision()
@@ -464,10 +464,12 @@ class Guidance:
             or self.rule.needs_next_level
         )
 
-    def changes_combination(self, total: int) -> bool:
-        """Whether a run of `total` steps is known to replace the pipeline's own combination."""
-        decisions = self.policy.decisions(total) or ()
-        return not self.keeps_combination or any(d.changes_combination for d in decisions)
+    def combines(self, decisions: Iterable[Decision]) -> bool:
+        """Whether it combines predictions otherwise than the pipeline does, at one of `decisions`.
+
+        A skipped step combines nothing: it reuses what the pipeline made.
+        """
+        return not self.keeps_combination or any(d.estimates or d.scales for d in decisions)
 
     def check_decisions(self, decisions: Sequence[Decision]) -> None:
         """Refuse decisions that the rule has no meaning for.
@@ -476,7 +478,7 @@ class Guidance:
             ValueError: the rule sets the scale of a step by its noise levels, and the policy
                 changes that scale or reuses what belongs to another step's.
         """
-        if self.rule.needs_next_level and any(d.changes_combination for d in decisions):
+        if self.rule.needs_next_level and any(d.skips or d.scales for d in decisions):
             raise ValueError(
                 f"'{self.rule}' sets its own scale at every step: it goes with policies that leave "
                 "branches out, not with scaled or skipped steps"

@@ -60,7 +60,7 @@ class Plan:
             [row for row, d in listed if d.skips],
             [row for row, d in listed if d.estimates],
             guided,
-            any(decisions[row].changes_combination for row in guided),
+            any(decisions[row].scales for row in guided),
         )
 
 

@@ -290,7 +290,7 @@ def _checked_scale(
         return finite_number(name, given)
     scale = positive_scale(name, given, layout.scale_offset)
     if not guidance.keeps_combination:
-        layout.check_options(options, asked)
+        layout.check_options(options, asked, combines=True)
     if any(options[key] > off for key, off in OTHER_SCALES.items() if options.get(key)):
         return scale
     nothing = f"so that '{asked}' has nothing to act on: use"

@@ -22,6 +22,7 @@ from .learning import by_token, learn
 from .noise_levels import Levels, check_falling_noise, next_noise_level
 from .patch import GuidedScheduler, isinstance_of, unwrapped
 from .patterns import (
+    NORM_AXES,
     Pattern,
     branches_of,
     effective,
@@ -333,10 +334,7 @@ class Driver:
         if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")
-        combines = not guidance.keeps_combination or any(
-            d.estimates or (d.changes_combination and not d.skips) for d in decisions
-        )
-        if pattern.reason and combines:
+        if pattern.reason and guidance.combines(decisions):
             raise LayoutError(
                 f"'{self.asked}' cannot guide this call of {name}: {pattern.reason}. Leave out "
                 "what changes it (guidance_rescale, for instance), or use guidance='cfg'"
@@ -392,8 +390,7 @@ class Driver:
         cond = branches[pattern.main]
         others = [branch for k, branch in enumerate(branches) if k != pattern.main]
         uncond, decisions = others[0], run.decisions
-        measures = self.detailed or not self.guidance.keeps_combination
-        measures = measures or any(d.estimates or d.changes_combination for d in decisions)
+        measures = self.detailed or self.guidance.combines(decisions)
         if self.layout.preconditioned:
             sample = inside(self.sample, pattern.kept)
             *weights, added = weights_of([cond, *others, sample], part)
@@ -412,8 +409,8 @@ class Driver:
         if not measures or pattern.reason:
             return cond, uncond, 1.0
         if pattern.norm:
-            wide = (t.double() for t in (cond, uncond, part))
-            w = scale_of_normed(*wide).abs().to(part.dtype)
+            c, u, m = (t.double() for t in (cond, uncond, part))
+            w = scale_of_normed(c, u, m, NORM_AXES[pattern.norm]).abs().to(part.dtype)
             self.look(run, w, 0.0)
             return cond, uncond, w
         measured, left = scale_of(cond, uncond, part, self.layout.frames, self.scale)
@@ -451,9 +448,11 @@ class Driver:
             one_branch = False
         if self.guidance.rule.needs_next_level:
             check_falling_noise(self.scheduler)
-        if self.guidance.changes_combination(total):
-            self.layout.check_options(self.options, self.asked)
-        if any(d.skips or d.estimates for d in decisions or ()):
+        combines = self.guidance.combines(decisions or ())
+        left_out = any(d.skips or d.estimates for d in decisions or ())
+        if combines or left_out:
+            self.layout.check_options(self.options, self.asked, combines)
+        if left_out:
             self.check_others()
         call = self.first_call
         networks = [unwrapped(getattr(self.pipe, name)) for name in self.denoisers]

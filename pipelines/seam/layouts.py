@@ -31,8 +31,12 @@ class Layout:
         channels: Number of leading channels that it guides, of those that its scheduler steps.
         given: Axis of the latents along which places may be given, and are not guided: frames that
             a video begins with, or their tokens.
+        last: Axis of the latents of which only the last place is guided: what lies before it, the
+            pictures that are edited, the pipeline puts back at every step.
         conflicts: Options of the call by which the pipeline goes on from its own combination; they
             are refused beforehand where guided predictions take its place.
+        unlike: Options of the call under which some calls of the network are no branch of a step;
+            they are refused beforehand where a step is skipped, too.
         preconditioned: What reaches the scheduler is a multiple of the network's output plus a
             multiple of its sample, both by the noise level.
         least_sigma: What the pipeline takes for noise levels below, where it makes a prediction of
@@ -52,14 +56,24 @@ class Layout:
     doubled: bool = False
     channels: int | None = None
     given: int | None = None
+    last: int | None = None
     conflicts: tuple[str, ...] = ("guidance_rescale",)
+    unlike: tuple[str, ...] = ()
     preconditioned: bool = False
     least_sigma: float = 0.0
     whole: bool = False
     others: str = ""
 
-    def check_options(self, options: dict[str, Any], asked: str) -> None:
-        """Raise OptionError if one of `conflicts` is set where `asked` combines the branches."""
-        for option in self.conflicts:
-            if options.get(option):
+    def check_options(self, options: dict[str, Any], asked: str, combines: bool) -> None:
+        """Raise OptionError if one of `conflicts` or `unlike` is set.
+
+        Args:
+            options: All arguments of the call, by name.
+            asked: What the user wrote for `guidance`.
+            combines: Whether that combines the branches; if not, it skips steps.
+        """
+        for option in (*self.conflicts, *self.unlike) if combines else self.unlike:
+            value = options.get(option)
+            plain = isinstance(value, (bool, int, float, str, list, tuple, dict))
+            if value is not None and (not plain or value):
                 raise OptionError(f"{option} cannot be combined with '{asked}': leave it out")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layouts import Layout
-from .patterns import PARTS, Norm, Pattern, branches_of, normed, scale_of_normed, view
+from .patterns import NORM_AXES, PARTS, Norm, Pattern, branches_of, normed, scale_of_normed, view
 
 FLOAT32 = torch.finfo(torch.float32).eps
 
@@ -61,6 +61,9 @@ def learn(
             found = kept or found
         found = replace(found, part=part)
         if not found.reason:
+            if layout.last is not None:
+                place = stepped.shape[layout.last] - 1
+                return replace(found, kept=(layout.last, (place,)))
             return found if found.kept else _without_unseen(found, layout, sample, network_input)
         first = first or found
     if alike:
@@ -214,12 +217,12 @@ def _main(shares: Sequence[float]) -> int | None:
 def learn_norm(
     predictions: Sequence[Tensor], mixed: Tensor, calls: tuple[int, ...], main: int | None
 ) -> Pattern | None:
-    """The pattern of two branches where the norms of tokens are changed afterwards, if they are.
+    """The pattern of two branches where norms are changed afterwards, if they are.
 
     Arguments as of `learn_sum`.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (*predictions, mixed))
-    norms: tuple[Norm, ...] = ("match", "limit")
+    norms = [norm for norm, axis in NORM_AXES.items() if axis < mixed.ndim - 1]
     for norm in norms:
         for sign in (1, -1):
             for which in (0, 1) if main is None else (main,):
@@ -284,9 +287,9 @@ def learn_kept(
 
 
 def norm_residual(cond: Tensor, uncond: Tensor, mixed: Tensor, norm: Norm) -> tuple[float, float]:
-    """What is left of a combination whose tokens' norms were changed, and its scale w."""
+    """What is left of a combination whose norms were changed, and its scale w."""
     cond, uncond, mixed = (t.detach().double() for t in (cond, uncond, mixed))
-    w = float(scale_of_normed(cond, uncond, mixed))
+    w = float(scale_of_normed(cond, uncond, mixed, NORM_AXES[norm]))
     if not math.isfinite(w):
         return math.inf, w
     # A factor that is not the norms' shows as what is left over.

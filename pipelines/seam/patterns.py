@@ -26,9 +26,11 @@ from torch import Tensor
 from ...guidance.device import on_host, row_index
 from ...guidance.prediction import accumulate
 
-Norm = Literal["", "match", "limit"]
+Norm = Literal["", "match", "limit", "match channels"]
 """What becomes of the norm of every token (last dimension) of the combination: nothing; it is made
-that of the conditional prediction; it is made that at most."""
+that of the conditional prediction; it is made that at most. Or, where pictures have frames, of
+every pixel's channels (axis 2)."""
+NORM_AXES: dict[Norm, int] = {"match": -1, "limit": -1, "match channels": 2}
 
 ENOUGH = 4096  # elements that the scale is measured on, of every step after the first
 
@@ -44,7 +46,7 @@ class Pattern:
         part: Which part of the network's output is guided.
         kept: Axis, and the places along it that are guided, where others are given (frames of a
             picture that a video begins with, tokens of it); None: all.
-        norm: What becomes of the norms of tokens.
+        norm: What becomes of norms.
         alike: The branches were equal so far, so that nothing can be told of them.
         aside: Some call takes no part in the combination (it may write what another reads).
         upward: The scheduler is told a time for every token, and then counts its steps the other
@@ -152,27 +154,31 @@ def branches_of(
     return found
 
 
-def scale_of_normed(cond: Tensor, uncond: Tensor, mixed: Tensor) -> Tensor:
-    """w of a combination whose tokens were each rescaled by a factor of its own, a 0-d tensor."""
+def scale_of_normed(cond: Tensor, uncond: Tensor, mixed: Tensor, axis: int = -1) -> Tensor:
+    """w of a combination whose vectors along `axis` were each rescaled by a factor of its own.
+
+    A 0-d tensor.
+    """
     difference = cond - uncond
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(-1)
+        return (a * b).sum(axis)
 
     uu, ud, dd = dot(uncond, uncond), dot(uncond, difference), dot(difference, difference)
     um, dm = dot(uncond, mixed), dot(difference, mixed)
-    # Of every token: mixed = factor * uncond + product * difference, product = factor * w.
+    # Of every vector: mixed = factor * uncond + product * difference, product = factor * w.
     factor, product = dd * um - ud * dm, uu * dm - ud * um
     return (product * factor).sum() / (factor * factor).sum()
 
 
 def normed(guided: Tensor, cond: Tensor, norm: Norm) -> Tensor:
-    """A guided prediction, with shape (B, \\*), with its tokens' norms as the pipeline has them."""
+    """A guided prediction, with shape (B, \\*), with its norms as the pipeline has them."""
     if not norm:
         return guided
-    lengths = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (cond, guided)]
+    axis = NORM_AXES[norm]
+    lengths = [torch.linalg.vector_norm(t, dim=axis, keepdim=True) for t in (cond, guided)]
     ratio = lengths[0] / lengths[1]
-    return guided * (ratio if norm == "match" else ratio.clamp(max=1))
+    return guided * (ratio.clamp(max=1) if norm == "limit" else ratio)
 
 
 def sample_of(tensor: Tensor) -> Tensor:

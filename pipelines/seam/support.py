@@ -17,7 +17,7 @@ NETWORKS = (("unet", "transformer", "transformer_2"), ("prior",), ("decoder",))
 RENORM = ("guidance_rescale", "cfg_normalization")
 # Layout -> the pipeline classes that have it. Subclasses take that of the closest base listed.
 NAMES: dict[Layout, str] = {
-    Layout(conflicts=("guidance_rescale", "skip_guidance_layers")): """
+    Layout(unlike=("skip_guidance_layers",)): """
         StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
         StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3Pipeline""",
     Layout(scale_offset=1.0, conflicts=RENORM): """
@@ -47,10 +47,11 @@ NAMES: dict[Layout, str] = {
     Layout(inner="decoder_pipe", scale="decoder_guidance_scale"): "StableCascadeCombinedPipeline",
     Layout(inner="generation_pipe"): "VisualClozePipeline",
     Layout(whole=True): "OmniGenPipeline QwenImage21Pipeline",
-    Layout(conflicts=("guidance_rescale", "image")): "GlmImagePipeline",
+    Layout(unlike=("image",)): "GlmImagePipeline",
+    Layout(last=1): "JoyImageEditPipeline",
     Layout(given=2): "WanImageToVideoPipeline",
     Layout(others="sound"): "LTX2ImageToVideoPipeline LTX2Pipeline",
-    Layout(others="sound", conflicts=("image",)): "Kandinsky6TI2VAPipeline",
+    Layout(others="sound", unlike=("image",)): "Kandinsky6TI2VAPipeline",
     Layout(others="sound", given=1): """
         LTX25ModularPipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline
         LTX2ModularPipeline""",

@@ -71,8 +71,6 @@ class Family:
         space: Where rules can act: "native" if the scheduler's noise levels say nothing of x0.
         max_batch: How many samples a call can have, up to 3.
         scheduler: Attribute of the pipeline that holds the loop's scheduler.
-        second: What else is denoised, with the network's second output, and returned second: the
-            network's argument that holds it, and how the names of its scales start in the call.
         whole: The network mixes samples or counts them, so that a branch can only be evaluated for
             all of them.
     """
@@ -99,7 +97,6 @@ class Family:
     space: str = "x0"
     max_batch: int = 3
     scheduler: str = "scheduler"
-    second: tuple[str, str] | None = None
     whole: bool = False
 
 
@@ -107,7 +104,7 @@ FAMILIES: dict[str, Family] = {}
 SPEC = (
     *("w", "mix", "negated", "part", "first_step"),
     *("norm_matched", "scale_at", "x0", "steps", "latents", "max_batch"),
-    *("norm_axis", "second", "scheduler", "space", "whole"),
+    *("norm_axis", "scheduler", "space", "whole"),
 )
 
 

@@ -12,7 +12,6 @@ from pilotage.pipelines import LayoutError, guided
 from pilotage.pipelines.seam.support import REFUSED
 
 from ..families import FAMILIES
-from ..families.base import leading_channels
 from ..oracles.apg import PaperMomentum, paper_apg
 from ..oracles.x0 import own_prediction, own_x0
 
@@ -241,8 +240,7 @@ class PaperGuidance:
         self.counts = [len(call.split()) for call in calls]  # branches of each call of a step
         self.sign = -1 if family.negated else 1
         self.arguments = call()  # for the family's mix, which may keep in them what it must
-        self.parts = [family.part] + [leading_channels] * (family.second is not None)
-        self.index, self.averages, self.begun = family.first_step, {}, False
+        self.index, self.averages, self.begun = family.first_step, [], False
         self.turn, self.seen, self.known, self.noisy = 0, [], [], None
         replace = self.batched if len(calls) == 1 else self.in_turn
 
@@ -266,12 +264,9 @@ class PaperGuidance:
     def scheduler(self):
         return getattr(self.pipe, self.family.scheduler)
 
-    def mix(self, branches, which):
+    def mix(self, branches):
         """What the pipeline makes of its branches, and the weight of the conditional one."""
         call = self.arguments
-        if which:
-            prefix = self.family.second[1]
-            call = call | {key: call[prefix + key] for key in call if prefix + key in call}
         if self.family.mix is not None:
             return self.family.mix(branches, call)
         scale = call[self.family.scale_name]
@@ -280,20 +275,20 @@ class PaperGuidance:
         w = self.family.w(scale)
         return branches["uncond"] + w * (branches["cond"] - branches["uncond"]), w
 
-    def guide(self, which, x, outputs, kwargs):
+    def guide(self, x, outputs, kwargs):
         """The guided network output of one step; what is not guided stays the conditional one's."""
         branches = dict(zip(self.names, outputs, strict=True))
-        part = self.parts[which](branches["cond"], x)
+        part = self.family.part(branches["cond"], x)
         guided = branches["cond"].double()
         x = x[part].double()
         branches = {name: output[part].double() for name, output in branches.items()}
-        mixed, w = self.mix(branches, which)
+        mixed, w = self.mix(branches)
         if self.family.mix is None:
             away = branches["uncond"]
         else:  # all that is added to cond, written as guidance away from one other prediction
             away = branches["cond"] - (mixed - branches["cond"]) / (w - 1)
         eta, r, beta = self.settings
-        averages = self.averages.setdefault(which, [PaperMomentum(beta) for _ in x])
+        self.averages = self.averages or [PaperMomentum(beta) for _ in x]
 
         def denoised(prediction):
             if self.family.space == "native":
@@ -304,6 +299,7 @@ class PaperGuidance:
 
         c, u = (denoised(self.sign * pred).numpy() for pred in (branches["cond"], away))
         w = w if isinstance(w, (int, float)) else np.asarray(w)
+        averages = self.averages
         rows = [paper_apg(c[i], u[i], w, average, eta, r) for i, average in enumerate(averages)]
         prediction = self.sign * own_prediction(denoised, torch.from_numpy(np.stack(rows)))
         if self.family.norm_matched:
@@ -322,34 +318,24 @@ class PaperGuidance:
         # frame has a noise level of its own there are more of them; x0 is then the family's.)
         through = self.index == len(self.scheduler.timesteps) and self.family.x0 is None
         if through or (self.begun and not begun):
-            self.index, self.averages = self.family.first_step, {}
+            self.index, self.averages = self.family.first_step, []
         self.begun = begun
-        results = [
-            self.guide(which, x, [output[which] for output in outputs], kwargs)
-            for which, x in enumerate(noisy)
-        ]
+        guided = self.guide(noisy, outputs, kwargs)
         self.index += 1
-        return results
+        return guided
 
     def tensors(self, args, kwargs, output, count):
-        """The noisy inputs of a call, and by branch what it made of them."""
+        """The noisy input of a call, and what it made of it, by branch."""
         first = args[0] if args else next(iter(kwargs.values()))
-        noisy = [kwargs[self.family.latents] if self.family.latents else first]
-        noisy += [kwargs[self.family.second[0]]] if self.family.second else []
-        found = [output] if isinstance(output, torch.Tensor) else list(output)[: len(noisy)]
-        if not isinstance(output, (torch.Tensor, tuple)):
-            found = [output[i] for i in range(len(noisy))]
-        noisy, found = (
-            [stacked(v) if isinstance(v, (list, tuple)) else v for v in values]
-            for values in (noisy, found)
-        )
-        branches = zip(*(out.chunk(count) for out in found), strict=True)
-        return [x.chunk(count)[0] for x in noisy], list(branches)
+        noisy = kwargs[self.family.latents] if self.family.latents else first
+        found = output if isinstance(output, torch.Tensor) else output[0]
+        noisy, found = (stacked(v) if isinstance(v, (list, tuple)) else v for v in (noisy, found))
+        return noisy.chunk(count)[0], list(found.chunk(count))
 
     def batched(self, args, kwargs, output):
         count = self.counts[0]
         guided = self.step(*self.tensors(args, kwargs, output, count), kwargs)
-        return replaced(output, [torch.cat([value] * count) for value in guided])
+        return replaced(output, torch.cat([guided] * count))
 
     def in_turn(self, args, kwargs, output):
         step, turn = divmod(self.turn, len(self.counts))
@@ -363,11 +349,11 @@ class PaperGuidance:
             outputs, self.seen = self.seen, []
             self.known.append(self.step(self.noisy, outputs, kwargs))
             raise StepKnown
-        values = self.known[step]
+        value = self.known[step]
         if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
             # A branch may lack the tokens in front of those that are guided.
-            values = [v[:, -out.shape[1] :] for v, out in zip(values, output, strict=False)]
-        return replaced(output, [torch.cat([v] * self.counts[turn]) for v in values])
+            value = value[:, -output[0].shape[1] :]
+        return replaced(output, torch.cat([value] * self.counts[turn]))
 
 
 def stacked(rows):
@@ -375,15 +361,15 @@ def stacked(rows):
     return torch.stack([row[-1] if isinstance(row, list) else row for row in rows])
 
 
-def replaced(output, values):
-    """What a network returned, in the same wrapping, with other first values."""
+def replaced(output, value):
+    """What a network returned, in the same wrapping, with another first value."""
     if isinstance(output, torch.Tensor):
-        return values[0]
+        return value
     if isinstance(output[0], (list, tuple)):
-        values = [list(value) for value in values]
+        value = list(value)
     if isinstance(output, tuple):
-        return (*values, *output[len(values) :])
-    return type(output)(**(dict(output) | dict(zip(output, values, strict=False))))
+        return (value, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): value}))
 
 
 def run(pipe, call):
@@ -413,12 +399,8 @@ def oracle_error(name):
     Whether what a family says of its pipeline is right: it says nothing of Pilotage.
     """
     results = run(FAMILIES[name].build(), paper_call(name)), led(name)
-    errors = []
-    for which in range(1 if FAMILIES[name].second is None else 2):
-        values = (torch.as_tensor(np.asarray(result[which])).double() for result in results)
-        expected, found = values
-        errors.append((found - expected).norm() / expected.norm())
-    return max(errors).item()
+    expected, found = (torch.as_tensor(np.asarray(result[0])).double() for result in results)
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def step_error(name):
@@ -431,12 +413,11 @@ def step_error(name):
     oracle, wanted, given = PaperGuidance(family, lambda: paper_call(name)), [], []
     guide, scheduler = oracle.guide, oracle.scheduler
 
-    def noted(which, x, outputs, kwargs):
-        guided = guide(which, x, outputs, kwargs)
-        part = oracle.parts[which](guided, x)
-        if not which:
-            t = float("nan") if family.x0 else float(scheduler.timesteps[oracle.index])
-            wanted.append((oracle.sign * guided[part], x[part], part, t))
+    def noted(x, outputs, kwargs):
+        guided = guide(x, outputs, kwargs)
+        part = family.part(guided, x)
+        t = float("nan") if family.x0 else float(scheduler.timesteps[oracle.index])
+        wanted.append((oracle.sign * guided[part], x[part], part, t))
         return guided
 
     class Watched(type(scheduler)):

@@ -148,13 +148,23 @@ def test_options_that_need_the_pipelines_own_combination(name, option, value):
     half = AdaptiveGuidance(0.9, space="native", then="forecast")
     total = 4 if name == "sd" else 3  # PNDM evaluates once more
     scaled = Schedule(("both",) * total, (1.5,) * total)
-    for guidance in ("apg", forecast(space="native"), half, scaled):
+    refused = ["apg", scaled]
+    if option == "skip_guidance_layers":  # of which there are calls beside the branches
+        refused += [forecast(space="native"), half]
+    for guidance in refused:
         with pytest.raises(ValueError, match=f"{option} cannot be combined"):
             latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
     stock = latents(pipe, name, num_inference_steps=3, **{option: value})
     for guidance in ("cfg", Schedule(("both",) * total)):
         found = latents(pipe, name, guidance=guidance, num_inference_steps=3, **{option: value})
         assert equal(stock, found)
+
+
+def test_a_picture_in_a_tensor_is_refused_in_words_too():
+    """Where a picture makes for calls that are no branch: it has no truth of its own."""
+    pipe = guided(FAMILIES["glm_image_edit"].build())
+    with pytest.raises(ValueError, match="image cannot be combined"):
+        latents(pipe, "glm_image_edit", guidance="apg", image=torch.zeros(1, 3, 16, 16))
 
 
 class Untold(Policy):
@@ -221,12 +231,19 @@ def test_a_policy_that_tells_nothing_beforehand_is_refused_where_it_happens(name
 @pytest.mark.parametrize("whole", [0, 2])
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("sd", {"guidance_rescale": 0.7}), ("qwen_image", {}), ("lumina2", {}), ("sd_pag", {})],
+    [
+        ("sd", {"guidance_rescale": 0.7}),
+        ("z_image", {"cfg_normalization": True}),
+        *(("qwen_image", {}), ("lumina2", {}), ("joy_image_edit", {}), ("sd_pag", {})),
+    ],
 )
 def test_skipped_steps_keep_what_the_pipeline_made(name, extra, whole):
     """Also beside samples that are guided, and whatever it does to its combination."""
     pipe = guided(FAMILIES[name].build())
     found = latents(pipe, name, guidance=Untold(HELD, whole), **extra)
+    if not whole:  # as a policy says it beforehand
+        told = Schedule(("both", *("forecast",) * (len(pipe.guidance_trace.steps) - 1)))
+        assert equal(found, latents(pipe, name, guidance=told, **extra))
     stock, outputs = FAMILIES[name].build(), []
     step = stock.scheduler.step
 
