@@ -206,6 +206,31 @@ def test_guides_as_it_should(name):
     assert checks.passes_ok(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["LTX2 image2video", "LTX2 condition", "QwenImageLayered", "Helios text2video"]
+)
+def test_branches_that_are_equal_at_the_first_step(name):
+    """They say nothing of what the blocks make of them: that is learned at the next one."""
+    outputs = []
+
+    def hook(module, args, kwargs, output):
+        if checks.TAKERS[name].steps(kwargs):
+            outputs.append(output)
+        return outputs[0] if len(outputs) == 2 else output
+
+    pipe = checks.TAKERS[name].build()
+    for denoiser in checks.TAKERS[name].denoisers:
+        getattr(pipe, denoiser).register_forward_hook(hook, with_kwargs=True)
+    expected = checks.stock(name, pipe)
+    results = []
+    for rule in (APG(eta=1.0, norm_threshold=0.0, momentum=0.0), APG()):
+        outputs.clear()
+        results.append(checks.guided_by(name, rule, pipe))
+    neutral, found = results
+    torch.testing.assert_close(neutral, expected, rtol=1e-4, atol=1e-4)
+    assert (found - expected).norm() > 1e-2 * expected.norm()
+
+
 def test_every_workflow_has_a_tiny_pipeline():
     assert set(checks.with_slot()) == {checks.report_name(name) for name in workflows.MODULAR}
 
