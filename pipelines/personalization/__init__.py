@@ -8,7 +8,6 @@ What is learned are the word's input embeddings.
 
 from .files import add_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
-from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
 from .personalizer import LearnedToken, Personalizer
 from .recipes import PRESETS, Recipe, recipe
 
@@ -16,14 +15,11 @@ __all__ = [
     "PRESETS",
     "DiffusionTokenLoss",
     "LearnedToken",
-    "OnnxTokenLoss",
     "Personalizer",
     "Recipe",
     "TokenBatch",
     "TokenLoss",
     "add_token",
-    "export_onnx",
-    "quantize_onnx",
     "recipe",
     "save_token",
 ]
