@@ -6,7 +6,7 @@ The networks are called, never differentiated, so they may be quantized, compile
 What is learned are the word's input embeddings.
 """
 
-from .files import add_token, save_token
+from .files import add_token, load_token, remove_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
 from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
 from .personalizer import LearnedToken, Personalizer
@@ -23,7 +23,9 @@ __all__ = [
     "TokenLoss",
     "add_token",
     "export_onnx",
+    "load_token",
     "quantize_onnx",
     "recipe",
+    "remove_token",
     "save_token",
 ]
