@@ -141,7 +141,8 @@ def add_token(pipe: Any, path: str | Path, token: str | None = None) -> list[str
     """Teaches a pipeline the token of a file, through diffusers' ``load_textual_inversion``.
 
     Args:
-        pipe: A pipeline with one or two CLIP text encoders, quantized, offloaded or neither.
+        pipe: A pipeline with one or two CLIP text encoders, quantized or not, its models offloaded
+            (``enable_model_cpu_offload``) or not.
         path: A file of `save_token`, or of another trainer in the same form.
         token: Its name in prompts; default: the one in the file.
 
@@ -151,7 +152,7 @@ def add_token(pipe: Any, path: str | Path, token: str | None = None) -> list[str
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one for another pipeline; no name, or one that a tokenizer
-            knows already or spells otherwise; text encoders with group offloading. Nothing is
+            knows already or spells otherwise; offloading in groups or sequentially. Nothing is
             changed then.
     """
     own, vectors = load_token(path)
@@ -191,7 +192,7 @@ def remove_token(pipe: Any, token: str) -> list[str]:
         The names of the vectors that were removed.
 
     Raises:
-        ValueError: the pipeline has no such token, or group offloading.
+        ValueError: the pipeline has no such token, or is offloaded in groups or sequentially.
     """
     parts = text_encoders(pipe)
     known = [set(t.get_added_vocab()) - set(t.all_special_tokens) for _, _, t in parts]
@@ -213,25 +214,24 @@ def remove_token(pipe: Any, token: str) -> list[str]:
 
 @contextlib.contextmanager
 def _not_offloaded(pipe: Any) -> Iterator[None]:
-    """Within this context the pipeline's weights are in memory; its offloading comes back.
+    """Within this context the pipeline's models are not offloaded; afterwards they are as before.
 
     diffusers does so too, but in the end would offload to where the text encoder lies, the CPU.
     """
     networks = [x for x in pipe.components.values() if isinstance(x, torch.nn.Module)]
-    if any(hasattr(module, "_diffusers_hook") for x in networks for module in x.modules()):
+    hooked = any(hasattr(module, "_diffusers_hook") for x in networks for module in x.modules())
+    encoders = [encoder for _, encoder, _ in text_encoders(pipe)]
+    if hooked or any(p.is_meta for encoder in encoders for p in encoder.parameters()):
         raise ValueError(
-            f"{type(pipe).__name__} has group offloading: load or remove tokens before "
-            "enable_group_offload()"
+            f"{type(pipe).__name__} is offloaded in groups or sequentially: load or remove tokens "
+            "before enable_group_offload() or enable_sequential_cpu_offload()"
         )
-    hooks = [network._hf_hook for network in networks if hasattr(network, "_hf_hook")]
-    if not hooks:
+    if not any(isinstance(getattr(x, "_hf_hook", None), CpuOffload) for x in networks):
         yield
         return
-    whole = any(isinstance(hook, CpuOffload) for hook in hooks)
-    enable = pipe.enable_model_cpu_offload if whole else pipe.enable_sequential_cpu_offload
     device = pipe._execution_device
     pipe.remove_all_hooks()
     try:
         yield
     finally:
-        enable(device=device)
+        pipe.enable_model_cpu_offload(device=device)

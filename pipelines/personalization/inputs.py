@@ -157,7 +157,7 @@ def initial_vector(tokenizer: Any, table: Tensor, initializer: str) -> Tensor:
 
 
 def known_word(tokenizer: Any, table: Tensor, vector: Tensor) -> str:
-    """The word of the vocabulary that has this embedding (d,).
+    """The word of the vocabulary that has this embedding (d,); "wor…" if it is a piece of one.
 
     Raises:
         LookupError: there is none.
@@ -165,7 +165,9 @@ def known_word(tokenizer: Any, table: Tensor, vector: Tensor) -> str:
     wanted = vector.to(table.device)
     for index in (table[:, 0].float() == wanted[0]).nonzero().flatten().tolist():
         if torch.equal(table[index].float(), wanted):
-            return str(tokenizer.convert_ids_to_tokens(index)).removesuffix("</w>")
+            # Tables may be longer than the vocabulary.
+            piece = str(tokenizer.convert_ids_to_tokens(index) or f"[row {index}]")
+            return piece.removesuffix("</w>") if piece.endswith("</w>") else f"{piece}…"
     raise LookupError("no word of the vocabulary has this embedding")
 
 
