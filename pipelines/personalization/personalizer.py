@@ -236,10 +236,14 @@ class Personalizer:
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
         listed = [list_images(x) for x in (images, held_out) if x is not None]
-        given = [self._prompts(listed[0], prompts, templates, placeholder)]
-        if held_out is not None:
-            given.append(self._prompts(listed[1], held_out_prompts, templates, placeholder))
-        check_templates([preview_prompt])
+        for checked in (templates, [preview_prompt]):
+            check_templates(checked)
+        given = [
+            _prompts(pictures, own, placeholder)
+            for pictures, own in zip(listed, (prompts, held_out_prompts), strict=False)
+        ]
+        if prompts is None and None not in given and tuple(templates) != TEMPLATES:
+            raise ValueError("the pictures have captions beside them, and templates are given")
         texts = [text for own in given for text in own or templates]
         for tokenizer in self.tokenizers.values():
             check_placeholder(tokenizer, placeholder, texts, vectors)
@@ -375,25 +379,6 @@ class Personalizer:
                 _save(token, writes)
         return token
 
-    def _prompts(
-        self,
-        images: list[str | Path | Image.Image],
-        prompts: Sequence[str] | None,
-        templates: Sequence[str],
-        placeholder: str,
-    ) -> Sequence[str] | None:
-        """Prompts that belong to the pictures, None if templates do; all are checked."""
-        check_templates(templates)
-        if prompts is not None:
-            check_templates(prompts)
-            if len(prompts) != len(images):
-                raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one each")
-            return prompts
-        found = captions(images, placeholder)
-        if found and tuple(templates) != TEMPLATES:
-            raise ValueError("the pictures have captions beside them, and templates are given")
-        return found
-
     def _remedy(self) -> str:
         """What to do about losses that are not finite."""
         if self.pipe.unet.dtype == torch.float16:
@@ -478,6 +463,18 @@ class Personalizer:
         if len(sides) != 1:
             raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
         return int(sides.pop()) * self.networks.pixels_per_latent
+
+
+def _prompts(
+    images: list[str | Path | Image.Image], prompts: Sequence[str] | None, placeholder: str
+) -> Sequence[str] | None:
+    """Prompts that belong to pictures, given or beside them; None if there are none."""
+    if prompts is None:
+        return captions(images, placeholder)
+    check_templates(prompts)
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one for each")
+    return prompts
 
 
 def _try_folder(folder: Path) -> None:

@@ -67,6 +67,7 @@ def test_captions_that_are_no_text_or_beside_templates(pipe, tmp_path):
     folder = folder_of(tmp_path / "a", CAPTIONS)
     with pytest.raises(ValueError, match="captions beside them, and templates are given"):
         fit(pipe, images=folder)
+    fit(pipe, images=folder, held_out=pictures(2), steps=1)  # here they have a use
     (folder / "1.txt").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match=r"1.txt: .*decode"):
         captions(list_images(folder), WORD)
