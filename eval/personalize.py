@@ -98,7 +98,8 @@ def personalize(
     starting_point(initializer)
 
     from ..pipelines.personalization.files import loading_lines
-    from ..pipelines.personalization.personalizer import TOKEN, Personalizer
+    from ..pipelines.personalization.output import TOKEN
+    from ..pipelines.personalization.personalizer import Personalizer
     from ..pipelines.processes import processes
     from .embedded import load_on
 

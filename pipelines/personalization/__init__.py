@@ -9,7 +9,8 @@ What is learned are the word's input embeddings.
 from .files import add_token, load_token, remove_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
 from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
-from .personalizer import LearnedToken, Personalizer
+from .output import LearnedToken
+from .personalizer import Personalizer
 from .recipes import PRESETS, Recipe, recipe
 
 __all__ = [

@@ -227,6 +227,53 @@ def stratified_timesteps(low: int, high: int, count: int, draw: torch.Generator)
     return low + (places * (high - low)).long().clamp(max=high - low - 1)
 
 
+def read_sources(
+    tokenizers: Sequence[Any],
+    side: int,
+    images: Sequence[tuple[Images, Sequence[str] | None]],
+    templates: Sequence[str],
+    placeholder: str,
+    vectors: int,
+) -> tuple[list[Source], list[tuple[str, ...]]]:
+    """Pictures with their prompts, all checked, and what messages call the pictures.
+
+    Args:
+        tokenizers: The pipeline's, without the placeholder.
+        side: To which pictures are brought, in pixels.
+        images: Of the run and, if there are any, held-out ones, each with prompts of their own;
+            without these, with captions beside the pictures, or with the templates.
+        templates: Prompts with {}.
+        placeholder: The new word.
+        vectors: Its embeddings.
+
+    Raises:
+        ValueError: anything that cannot be used.
+        FileNotFoundError: a folder does not exist.
+    """
+    check_templates(templates)
+    listed = [list_images(pictures) for pictures, _ in images]
+    given: list[Sequence[str] | None] = []
+    for pictures, (_, prompts) in zip(listed, images, strict=True):
+        if prompts is not None:
+            check_templates(prompts)
+            if len(prompts) != len(pictures):
+                raise ValueError(
+                    f"{len(pictures)} images and {len(prompts)} prompts: give one for each"
+                )
+        given.append(captions(pictures, placeholder) if prompts is None else prompts)
+    if images[0][1] is None and None not in given and tuple(templates) != TEMPLATES:
+        raise ValueError("the pictures have captions beside them, and templates are given")
+    texts = [text for own in given for text in own or templates]
+    for tokenizer in tokenizers:
+        check_placeholder(tokenizer, placeholder, texts, vectors)
+    copies = [extended(tokenizer, placeholder, vectors) for tokenizer in tokenizers]
+    sources: list[Source] = []
+    for pictures, own in zip(listed, given, strict=True):
+        ids = tuple(prompt_ids(t, own or templates, placeholder, vectors) for t in copies)
+        sources.append((load_images(pictures, side), ids, own is not None))
+    return sources, [picture_names(pictures) for pictures in listed]
+
+
 class TokenData:
     """Pictures, encoded once, and the batches that `plan` asks for; `seed` is of all draws.
 

@@ -6,11 +6,9 @@ import contextlib
 import hashlib
 import inspect
 import math
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +17,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...guidance.files import write_json
-from .files import save_token, text_encoders
+from .files import text_encoders
 from .inputs import (
     TEMPLATES,
     Images,
-    Source,
     TokenData,
-    captions,
-    check_placeholder,
     check_templates,
     extended,
     initial_vector,
     known_word,
-    list_images,
-    load_images,
-    picture_names,
-    prompt_ids,
+    read_sources,
     starting_point,
 )
 from .loss import DiffusionTokenLoss, TokenLoss, injected
-from .progress import CURVE, LOG, PREVIEWS, Previews, Progress, attempt
+from .output import (
+    CHECKPOINT,
+    LearnedToken,
+    Previews,
+    attempt,
+    save_result,
+    try_folder,
+    write_losses,
+)
+from .progress import Progress
 from .recipes import Recipe, recipe
 from .schedule import PREVIEW_STEPS, Schedule, duration, seconds_a_pass, word_steps
 from .training import TokenTrainer
 
-CHECKPOINT = "checkpoint.safetensors"
-TOKEN = "learned_embeds.safetensors"
-RECORD = "personalization.json"
 CHECKPOINT_SECONDS = 60
 PATIENCE = 5  # held-out losses: a quarter of a run that has twenty
 LONG = 1800  # seconds from which a shorter run is offered
-
-
-@dataclass(frozen=True)
-class LearnedToken:
-    """The result of a run.
-
-    Args:
-        placeholder: The new word.
-        vectors: Its embeddings, with shape (m, d), float32; d is the sum of the text encoders'
-            widths. Those of the lowest held-out loss.
-        widths: The text encoders' embedding widths.
-        steps: Steps taken.
-        forwards: Rows that the steps put through the denoiser.
-        losses: Mean loss of each step's points; NaN where no row had a finite one.
-        evaluations: (step, forwards, held-out loss), the first one of the initial token.
-        seconds: Wall time of this call.
-        learned: Whether a later token has a lower held-out loss than the initial one; without
-            held-out losses, whether there was an update. If not, `vectors` are the initial ones.
-    """
-
-    placeholder: str
-    vectors: Tensor
-    widths: tuple[int, ...]
-    steps: int
-    forwards: int
-    losses: list[float]
-    evaluations: list[tuple[int, int, float]]
-    seconds: float
-    learned: bool
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The vectors for each text encoder, with shapes (m, width)."""
-        return self.vectors.split(self.widths, dim=1)
 
 
 class Personalizer:
@@ -181,7 +144,8 @@ class Personalizer:
             preview_options: More arguments of the pipeline's call; 20 sampling steps by default.
             points_per_call: See `TokenTrainer`.
             callback: Called with the trainer after each step.
-            progress: Show how long it will take, a line for each held-out loss, and a bar.
+            progress: Show how long it will take (by a step's forward passes more), a line for
+                each held-out loss, and a bar.
             **settings: Fields of `Recipe` that differ from the preset.
 
         Raises:
@@ -235,24 +199,15 @@ class Personalizer:
         folder = None if output is None else Path(output)
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
-        listed = [list_images(x) for x in (images, held_out) if x is not None]
-        for checked in (templates, [preview_prompt]):
-            check_templates(checked)
-        given = [
-            _prompts(pictures, own, placeholder)
-            for pictures, own in zip(listed, (prompts, held_out_prompts), strict=False)
-        ]
-        if prompts is None and None not in given and tuple(templates) != TEMPLATES:
-            raise ValueError("the pictures have captions beside them, and templates are given")
-        texts = [text for own in given for text in own or templates]
-        for tokenizer in self.tokenizers.values():
-            check_placeholder(tokenizer, placeholder, texts, vectors)
+        check_templates([preview_prompt])
+        pictures = [(images, prompts)]
+        if held_out is not None:
+            pictures.append((held_out, held_out_prompts))
+        tokenizers = list(self.tokenizers.values())
+        sources, names = read_sources(
+            tokenizers, self._side(), pictures, templates, placeholder, vectors
+        )
         initial = self.initial_embeddings(start, vectors)
-        tokenizers = [extended(t, placeholder, vectors) for t in self.tokenizers.values()]
-        sources: list[Source] = []
-        for pictures, own in zip(listed, given, strict=True):
-            ids = tuple(prompt_ids(t, own or templates, placeholder, vectors) for t in tokenizers)
-            sources.append((load_images(pictures, self._side()), ids, own is not None))
 
         tables = [table.weight.detach() for table in self.networks.tables]
         trainer = TokenTrainer(
@@ -274,25 +229,13 @@ class Personalizer:
         )
         main = trainer.process.is_main_process
         writes = folder if main else None
-        if writes is not None:
-            _try_folder(writes)
         if folder is not None:
-            identity = {"loss": type(self.loss).__name__}
-            trainer.settings |= getattr(self.loss, "identity", identity)
-            if resume and (folder / CHECKPOINT).exists():
-                trainer.load(folder / CHECKPOINT)
-            places = torch.zeros(trainer.process.num_processes, dtype=torch.int64)
-            places[trainer.process.process_index] = trainer.step
-            if len(found := set(trainer.shared(places).tolist())) > 1:
-                raise ValueError(
-                    f"the processes' checkpoints are of steps {sorted(found)}: {folder} must be "
-                    "one folder for all of them"
-                )
+            self._continue(trainer, folder, resume)
         # Encoding the pictures is work: it comes after everything that can be refused.
         shown = progress and main
         data, *others = [
-            TokenData(self.networks, source, plan, seed, picture_names(pictures), shown)
-            for source, pictures in zip(sources, listed, strict=True)
+            TokenData(self.networks, source, plan, seed, own, shown)
+            for source, own in zip(sources, names, strict=True)
         ]
         judged = [data, *others][-1].held_out(held_out_rows) if held_out_rows else None
 
@@ -375,9 +318,24 @@ class Personalizer:
             if writes is not None and trainer.step:
                 if trainer.between_steps:
                     attempt("the checkpoint", lambda: trainer.save(writes / CHECKPOINT))
-                view.write()
-                _save(token, writes)
+                write_losses(trainer, writes)
+                save_result(token, writes)
         return token
+
+    def _continue(self, trainer: TokenTrainer, folder: Path, resume: bool) -> None:
+        """Try the folder; continue from its checkpoint if there is one and it shall be."""
+        if trainer.process.is_main_process:
+            try_folder(folder)
+        trainer.settings |= getattr(self.loss, "identity", {"loss": type(self.loss).__name__})
+        if resume and (folder / CHECKPOINT).exists():
+            trainer.load(folder / CHECKPOINT)
+        steps = torch.zeros(trainer.process.num_processes, dtype=torch.int64)
+        steps[trainer.process.process_index] = trainer.step
+        if len(found := set(trainer.shared(steps).tolist())) > 1:
+            raise ValueError(
+                f"the processes' checkpoints are of steps {sorted(found)}: {folder} must be one "
+                "folder for all of them"
+            )
 
     def _remedy(self) -> str:
         """What to do about losses that are not finite."""
@@ -463,57 +421,6 @@ class Personalizer:
         if len(sides) != 1:
             raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
         return int(sides.pop()) * self.networks.pixels_per_latent
-
-
-def _prompts(
-    images: list[str | Path | Image.Image], prompts: Sequence[str] | None, placeholder: str
-) -> Sequence[str] | None:
-    """Prompts that belong to pictures, given or beside them; None if there are none."""
-    if prompts is None:
-        return captions(images, placeholder)
-    check_templates(prompts)
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one for each")
-    return prompts
-
-
-def _try_folder(folder: Path) -> None:
-    """Make an output folder and write to it; OSError where the run could not.
-
-    Raises:
-        OSError: the folder cannot be made or written to, or a folder is where a file will be.
-    """
-    for name in (TOKEN, CHECKPOINT, RECORD, LOG, CURVE):
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name} is a folder, expected a file to write")
-    if (folder / PREVIEWS).is_file():
-        raise NotADirectoryError(f"{folder / PREVIEWS} is a file, expected a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 20))
-    except OSError as error:
-        reason = f"the output folder cannot be written to ({error.strerror})"
-        raise type(error)(error.errno, reason, str(folder)) from error
-
-
-def _save(token: LearnedToken, folder: Path) -> None:
-    """Write the token, if anything was learned, and how it came about.
-
-    Where the folder can no longer be written to, the token goes to a temporary one.
-    """
-    losses = [(*at, loss if math.isfinite(loss) else None) for *at, loss in token.evaluations]
-    record = {name: getattr(token, name) for name in ("placeholder", "steps", "forwards")}
-    record |= {"learned": token.learned, "evaluations": losses}
-    attempt(RECORD, lambda: write_json(folder / RECORD, record))
-    if not token.learned:
-        return
-    try:
-        save_token(folder / TOKEN, token.parts, token.placeholder)
-    except OSError as error:
-        refuge = Path(tempfile.mkdtemp(prefix="pilotage-")) / TOKEN
-        save_token(refuge, token.parts, token.placeholder)
-        warnings.warn(f"{error}; the token is in {refuge}", stacklevel=2)
 
 
 def _digest(*tensors: Tensor) -> str:

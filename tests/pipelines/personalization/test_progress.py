@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pilotage.pipelines.personalization import Personalizer, personalizer
-from pilotage.pipelines.personalization.progress import curve
+from pilotage.pipelines.personalization.curve import curve
 from pilotage.pipelines.personalization.schedule import Schedule, duration
 
 from .tiny import SHORT, build, fit, word
