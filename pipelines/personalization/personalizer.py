@@ -341,10 +341,7 @@ class Personalizer:
         """What to do about losses that are not finite."""
         if self.pipe.unet.dtype == torch.float16:
             return "Half precision overflows: load the pipeline in bfloat16 (--dtype bf16)"
-        return (
-            "If the first held-out loss was finite, lower the rate; else the network overflows in "
-            f"{str(self.pipe.unet.dtype).removeprefix('torch.')}, or these pictures are too much"
-        )
+        return "If losses were finite before, the token has gone astray: lower the rate"
 
     def _timed(
         self,

@@ -48,7 +48,7 @@ class TokenTrainer:
             the calls are the same for any number of processes, and so is the token, bit for bit;
             else to rounding.
         settings: What a checkpoint must agree with to be continued, ready for JSON.
-        remedy: What to do when too many rows overflow, for the message.
+        remedy: What to do about rows that overflow, for the messages.
         word_of: The word of the vocabulary with an embedding (d,), for `leading`.
     """
 
@@ -153,7 +153,7 @@ class TokenTrainer:
             raise FloatingPointError(
                 f"the losses of {share} are not finite, more than a quarter: {where}. {self.remedy}"
             )
-        warnings.warn(f"left out, the loss is not finite: {where}", stacklevel=3)
+        warnings.warn(f"left out, the loss is not finite: {where}. {self.remedy}", stacklevel=3)
 
     def _count_words(self, points: Tensor, losses: Tensor) -> None:
         if self.word_of is None:
