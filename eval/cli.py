@@ -25,7 +25,10 @@ from .options import (
     Scale,
     Seed,
     Steps,
+    Token,
+    add_tokens,
     check_target,
+    check_tokens,
     report,
 )
 from .personalize import personalize
@@ -67,6 +70,7 @@ def generate(
     steps: Steps = 20,
     seed: Seed = 0,
     count: Count = 1,
+    token: Token = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
@@ -75,6 +79,7 @@ def generate(
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
     check_target(output, ".png")
+    check_tokens(token)
 
     import torch
 
@@ -82,6 +87,7 @@ def generate(
     from ..pipelines.guided import scale_option
 
     pipe = load_on(device, model)
+    words = add_tokens(pipe, token)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
     strength = scale_option(pipe, scale)
@@ -103,7 +109,7 @@ def generate(
         "steps": steps,
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(model or "embedded"),
-    }
+    } | ({"tokens": words} if words else {})
     each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(pipe.guidance_trace.nfe)]
     _write(output, result.images, made, each)
 

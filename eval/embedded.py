@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..guidance import load_guidance, resolve
 from ..pipelines import guided
+from .options import DTYPES
 
 FOLDER = Path("examples/emoji/model")
 
@@ -53,10 +54,14 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
     return load_pipeline(embedded_folder(), dtype)
 
 
-def load_on(device: str, model: str | None) -> Any:
-    """The pipeline of a folder or hub name, None: the embedded one; half precision off CPUs."""
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    pipe = load_embedded(dtype) if model is None else load_pipeline(model, dtype)
+def load_on(device: str, model: str | None, dtype: str | None = None) -> Any:
+    """The pipeline of a folder or hub name, None: the embedded one, on a device.
+
+    `dtype` is a name in `DTYPES`; None is half precision but on CPUs.
+    """
+    name = dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")
+    precision = getattr(torch, DTYPES.get(name, name))
+    pipe = load_embedded(precision) if model is None else load_pipeline(model, precision)
     return pipe.to(device)
 
 

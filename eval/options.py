@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,39 @@ def device_of(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({reason}): expected auto, cpu, cuda, ..."
         ) from error
     return device
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _dtype(name: str | None) -> str | None:
+    """The name, if it is one; that of a precision in PyTorch will do as well."""
+    if name is not None and name not in DTYPES and name not in DTYPES.values():
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {name!r}")
+    return name
+
+
+def check_tokens(paths: Sequence[Path] | None) -> None:
+    """Refuse files of learned words that cannot be read, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no token file.
+    """
+    if paths:
+        from ..pipelines.personalization.files import load_token
+
+        for path in paths:
+            load_token(path)
+
+
+def add_tokens(pipe: Any, paths: Sequence[Path] | None) -> list[str]:
+    """Teach a pipeline the words of files; their names."""
+    if not paths:
+        return []
+    from ..pipelines.personalization.files import add_token
+
+    return [add_token(pipe, path)[0] for path in paths]
 
 
 def check_target(path: Path, suffix: str | None = None) -> None:
@@ -99,6 +133,17 @@ Model = Annotated[
 Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda, ...", callback=lambda name: str(device_of(name))),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of the weights: fp32, bf16, fp16; default: fp32 on a CPU, else fp16.",
+        callback=_dtype,
+    ),
+]
+Token = Annotated[
+    list[Path] | None,
+    typer.Option("--token", help="File of a learned word (of personalize); repeat."),
 ]
 # What is measured.
 Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]
