@@ -72,6 +72,24 @@ def add_tokens(pipe: Any, paths: Sequence[Path] | None) -> list[str]:
     return [add_token(pipe, path)[0] for path in paths]
 
 
+def check_backend(backend: str, graphs: Path | None) -> None:
+    """Refuse a backend without its graphs, before a model is loaded.
+
+    Raises:
+        ValueError: it is not known, or there are graphs for none.
+        FileNotFoundError: the graphs are not there.
+    """
+    if (backend == "torch") != (graphs is None):
+        raise ValueError(
+            "--graphs is for the backends onnxruntime and openvino, which need it: 'pilotage "
+            "export' writes them"
+        )
+    if graphs is not None:
+        from ..pipelines.runtimes.graphs import check_runtime
+
+        check_runtime(graphs, backend)
+
+
 def check_target(path: Path, suffix: str | None = None) -> None:
     """Refuse the name of a file that could not be written, before there is something to write.
 
@@ -140,6 +158,16 @@ Dtype = Annotated[
         help="Precision of the weights: fp32, bf16, fp16; default: fp32 on a CPU, else fp16.",
         callback=_dtype,
     ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What runs the networks: torch, onnxruntime or openvino (of --graphs); a device of it "
+        "behind a colon, such as openvino:NPU."
+    ),
+]
+Graphs = Annotated[
+    Path | None, typer.Option(help="Folder that export wrote, for another backend than torch.")
 ]
 Token = Annotated[
     list[Path] | None,

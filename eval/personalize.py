@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Model, check_target
+from .options import Backend, Device, Dtype, Graphs, Model, check_backend, check_target
 
 
 def personalize(
@@ -73,6 +73,8 @@ def personalize(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    backend: Backend = "torch",
+    graphs: Graphs = None,
 ) -> None:
     """Learn a word from pictures by forward passes; an interrupted run continues where it was.
 
@@ -90,6 +92,9 @@ def personalize(
 
     # What can be wrong without the model is said before it is loaded.
     recipe(preset, steps=steps)
+    check_backend(backend, graphs)
+    if quantize is not None and graphs is not None:
+        raise ValueError("--quantize is for torch: graphs are int8 if export made them so")
     for texts in (template or TEMPLATES, [preview_prompt]):
         check_templates(texts)
     for folder in filter(None, (images, held_out)):
@@ -104,7 +109,7 @@ def personalize(
     from .embedded import load_on
 
     check_target(output / TOKEN)
-    pipe = load_on(device, model, dtype)
+    pipe = load_on(device, model, dtype, backend, graphs)
     if quantize is not None:
         from ..pipelines.quantization.quantize import quantize as to_integers
 

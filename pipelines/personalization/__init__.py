@@ -6,9 +6,9 @@ The networks are called, never differentiated, so they may be quantized, compile
 What is learned are the word's input embeddings.
 """
 
+from .calibration import calibrate
 from .files import add_token, load_token, remove_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
-from .personalizer import LearnedToken, Personalizer
 from .output import LearnedToken
 from .personalizer import Personalizer
 from .recipes import PRESETS, Recipe, recipe
@@ -22,6 +22,7 @@ __all__ = [
     "TokenBatch",
     "TokenLoss",
     "add_token",
+    "calibrate",
     "load_token",
     "recipe",
     "remove_token",

@@ -6,7 +6,7 @@ import torch
 
 from ...guidance.zeroth_order import generator
 from .inputs import TEMPLATES, Images, TokenData, extended, load_images, prompt_ids
-from .loss import DiffusionTokenLoss
+from .personalizer import Personalizer
 from .recipes import recipe
 
 WORD = "<calibration>"
@@ -14,14 +14,14 @@ WORDS, PICTURES_AT_ONCE = 4, 4
 
 
 @torch.no_grad()
-def calibrate(networks: DiffusionTokenLoss, images: Images, rows: int = 64, seed: int = 0) -> None:
+def calibrate(personalizer: Personalizer, images: Images, rows: int = 64, seed: int = 0) -> None:
     """Evaluate losses of known words on pictures, at timesteps spread over all noise levels.
 
     Within `pilotage.pipelines.runtimes.recorded` the graphs' inputs are kept meanwhile: enough to
     fix the ranges of `quantize_onnx` by.
 
     Args:
-        networks: The loss on the pipeline.
+        personalizer: Of the pipeline, which has one text encoder.
         images: A folder, or pictures and paths: such as will be learned from.
         rows: Pairs of picture and timestep.
         seed: Of all draws.
@@ -30,8 +30,9 @@ def calibrate(networks: DiffusionTokenLoss, images: Images, rows: int = 64, seed
         ValueError: there are no pictures, or they cannot be read.
         FileNotFoundError: the folder of images does not exist.
     """
-    (table,), (tokenizer,) = networks.tables, [networks.pipe.tokenizer]
-    pixels = load_images(images, networks.picture_size)
+    networks = personalizer.networks
+    (table,), (tokenizer,) = networks.tables, personalizer.tokenizers.values()
+    pixels = load_images(images, personalizer.picture_size)
     ids = prompt_ids(extended(tokenizer, WORD, 1), TEMPLATES, WORD, 1)
     data = TokenData(networks, (pixels, (ids,), False), recipe("ours"), seed)
     every, draw = data.held_out(rows), generator(seed, "calibration")

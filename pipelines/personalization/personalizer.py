@@ -205,7 +205,7 @@ class Personalizer:
             pictures.append((held_out, held_out_prompts))
         tokenizers = list(self.tokenizers.values())
         sources, names = read_sources(
-            tokenizers, self._side(), pictures, templates, placeholder, vectors
+            tokenizers, self.picture_size, pictures, templates, placeholder, vectors
         )
         initial = self.initial_embeddings(start, vectors)
 
@@ -411,7 +411,8 @@ class Personalizer:
         word = torch.cat([initial_vector(t, table.weight, initializer) for t, table in pairs])
         return word.repeat(vectors, 1)
 
-    def _side(self) -> int:
+    @property
+    def picture_size(self) -> int:
         """Side of the UNet's pictures, in pixels."""
         sides = self.pipe.unet.config.sample_size
         sides = set(sides) if isinstance(sides, (list, tuple)) else {sides}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -54,8 +56,12 @@ class _UNet(nn.Module):
         return self.unet(noisy, timesteps, hidden, return_dict=False)[0]
 
 
-def _check_folder(folder: str | Path) -> None:
-    """ValueError if something else than graphs would be overwritten."""
+def check_folder(folder: str | Path) -> None:
+    """ValueError if something else than graphs would be overwritten, or nothing can be written."""
+    folder = Path(folder)
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{folder} cannot be written: {place} is not a folder to write to")
     for name in GRAPHS:
         place = graph_path(folder, name).parent
         files = [file.name for file in place.iterdir()] if place.is_dir() else []
@@ -102,7 +108,7 @@ def export_onnx(pipe: Any, folder: str | Path) -> Path:
     """
     _need_onnx()
     check_family(pipe)
-    _check_folder(folder)
+    check_folder(folder)
     for name in GRAPHS:
         network = getattr(pipe, name)
         if any(isinstance(m, Int8Layer) for m in network.modules()) or (
@@ -204,7 +210,7 @@ def quantize_onnx(
         raise ValueError(f"int8 graphs need a folder of their own, not {folder}")
     if not all(calibration.get(name) for name in GRAPHS):
         raise ValueError("quantize_onnx: no calibration data")
-    _check_folder(folder)
+    check_folder(folder)
     weights = {}
     for name in GRAPHS:
         path = graph_path(source, name)
@@ -225,7 +231,7 @@ def quantize_onnx(
             return None if found is None else dict(found)
 
     for name in GRAPHS:
-        with _writing(graph_path(folder, name)) as partial:
+        with _writing(graph_path(folder, name)) as partial, _no_advice():
             quantize_static(
                 str(graph_path(source, name)),
                 str(partial),
@@ -241,6 +247,17 @@ def quantize_onnx(
             _finish(partial, weights[name])
             shutil.copy2(graph_path(source, name).with_name("config.json"), partial.parent)
     return folder
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without ONNX Runtime's warnings that a graph might be simplified first."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _need_onnx() -> None:

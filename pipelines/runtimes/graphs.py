@@ -69,18 +69,27 @@ def on_runtime(pipe: Any, folder: str | Path, runtime: str = "onnxruntime") -> A
         ImportError: the runtime is missing.
     """
     check_family(pipe)
+    check_runtime(folder, runtime)
     found: dict[str, GraphNetwork] = {}
     for name, kind in (("unet", GraphUNet), ("text_encoder", GraphTextEncoder)):
-        path = graph_path(folder, name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: 'pilotage export' writes it")
-        graph = Graph(path, runtime)
+        graph = Graph(graph_path(folder, name), runtime)
         if name == "text_encoder" and "inputs_embeds" not in graph.opened.inputs:
             continue
         _check_graph(graph, name, getattr(pipe, name))
         found[name] = kind(graph, getattr(pipe, name))
     pipe.register_modules(**found)
     return pipe
+
+
+def check_runtime(folder: str | Path, runtime: str) -> None:
+    """What can be wrong with `on_runtime` without a pipeline; raises as it does."""
+    name = runtime.partition(":")[0]
+    if name not in RUNTIMES:
+        raise ValueError(f"unknown runtime {name!r}: expected {' or '.join(RUNTIMES)}")
+    for network in GRAPHS:
+        path = graph_path(folder, network)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: 'pilotage export' writes it")
 
 
 def check_family(pipe: Any) -> None:
@@ -137,8 +146,6 @@ class Graph:
     def __init__(self, path: Path, runtime: str) -> None:
         self.path, self.runtime = path, runtime
         name, _, device = runtime.partition(":")
-        if name not in RUNTIMES:
-            raise ValueError(f"unknown runtime {name!r}: expected {' or '.join(RUNTIMES)}")
         self.opened = RUNTIMES[name](path, device)
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -296,6 +303,14 @@ class GraphTextEncoder(GraphNetwork):
     def get_input_embeddings(self) -> nn.Module:
         """The table of token embeddings."""
         return self.embeddings
+
+    def resize_token_embeddings(self, count: int) -> nn.Module:
+        """Give the table `count` tokens: those it has, as far as they go, and new ones."""
+        old = self.embeddings.weight[:count]
+        table = nn.Embedding(count, old.shape[1], device=old.device, dtype=old.dtype)
+        table.weight.requires_grad_(False)[: len(old)] = old
+        self.embeddings = table
+        return table
 
     def forward(
         self,
