@@ -160,24 +160,27 @@ class FusedScheduler:
 
 
 def table_of(
-    count: int,
-    k_x: Tensor,
-    k_d: Tensor,
-    d_x: float | Tensor,
-    d_p: float | Tensor,
-    **columns: float | Tensor,
+    count: int, level: NoiseLevel, spread: float | Tensor = 1.0, **columns: float | Tensor
 ) -> Tensor:
     """A table with `count` rows.
 
     Args:
-        k_x, k_d: Weights of the sample and of D in a step, with shape (count,).
-        d_x, d_p: Weights of the sample and of the prediction in D, numbers or shape (count,).
-        columns: Further ones of `COLUMNS`, or those that would follow from the above.
+        level: Noise levels of the network's input, numbers or shape (count,): the columns of D.
+        spread: The network's input is the sample times this.
+        columns: The others of `COLUMNS`.
     """
+    if level.prediction == "epsilon":
+        own = {
+            "d_s": spread / torch.as_tensor(level.alpha),
+            "d_x": 1.0,
+            "d_p": -level.sign * level.sigma / spread,
+        }
+    else:
+        d_x, d_p = level.coefficients()
+        own = {"d_s": 1.0, "d_x": spread * d_x, "d_p": d_p}
     table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
-    derived = {"c_x": k_x + k_d * d_x, "c_p": k_d * d_p, "d_x": d_x, "d_p": d_p}
-    for name, values in (derived | columns).items():
-        table[:, INDEX[name]] = values
+    for name, values in (own | columns).items():
+        table[:, INDEX[name]] = torch.as_tensor(values, dtype=torch.float64)
     return table
 
 
