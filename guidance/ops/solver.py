@@ -3,12 +3,12 @@ r"""One step of a sampler as a linear combination, its coefficients on the devic
 Euler, DDIM, DPM-Solver++ 2M and flow-matching Euler all have the form
 
 .. math:: x_{next} = c_x \, x_t + c_p \, \mathrm{pred} + k_d \, D + k_p \, D_{prev}, \qquad
-    D = d_s \, (d_x x_t + d_p \, \mathrm{pred})
+    D = d_s \, (d_x x_t + d_p \, \mathrm{pred} + d_q \, \mathrm{pred})
 
 with the denoised image D of this step and of the step before. Of an epsilon prediction at high
-noise D is a small difference times a large factor: so :math:`d_s = 1 / \alpha` stays outside, and D
-is not resolved into its parts, whose weights would be rounded one by one. A scheduler computes the
-weights once per run, in float64, into one table with a row per step; nothing is read back from it.
+noise, D is a small difference times a large factor: so :math:`d_s = 1 / \alpha` stays outside, and
+:math:`d_q` is what :math:`d_p` loses as a float32. A scheduler computes the weights once per run,
+in float64, into one table with a row per step; nothing is read back from it.
 
 References:
     Karras et al., https://arxiv.org/abs/2206.00364 (Euler); Song et al.,
@@ -95,7 +95,8 @@ def network_step(
 
 def denoise(x_t: Tensor, prediction: Tensor, step: SolverStep) -> Tensor:
     """D alone, eager, in float32 (float64 if x_t is); see `network_step`."""
-    return _combined((x_t, step.d_x), (prediction, step.d_p)).mul_(step.d_s)
+    terms = (prediction, step.d_p), (prediction, step.d_q)
+    return _combined((x_t, step.d_x), *terms).mul_(step.d_s)
 
 
 def advance(

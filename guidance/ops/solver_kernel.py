@@ -10,7 +10,7 @@ from torch import Tensor
 from .columns import INDEX
 
 BLOCK = 1024
-D_S, D_X, D_P = (tl.constexpr(INDEX[name]) for name in ("d_s", "d_x", "d_p"))
+D_S, D_X, D_P, D_Q = (tl.constexpr(INDEX[name]) for name in ("d_s", "d_x", "d_p", "d_q"))
 C_X, C_P, K_D, K_P = (tl.constexpr(INDEX[name]) for name in ("c_x", "c_p", "k_d", "k_p"))
 
 
@@ -33,6 +33,7 @@ def solver_kernel(
     x = tl.load(x_ptr + at, inside).to(tl.float32)
     pred = tl.load(pred_ptr + at, inside).to(tl.float32)
     denoised = tl.load(row_ptr + D_X) * x + tl.load(row_ptr + D_P) * pred
+    denoised += tl.load(row_ptr + D_Q) * pred
     denoised *= tl.load(row_ptr + D_S)
     x_next = tl.load(row_ptr + C_X) * x + tl.load(row_ptr + C_P) * pred
     x_next += tl.load(row_ptr + K_D) * denoised

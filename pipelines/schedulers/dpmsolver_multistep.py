@@ -42,8 +42,16 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
     model_outputs: list[Any]
 
     def check_config(self) -> None:
-        """Raise ValueError for other algorithms and orders."""
+        """Raise ValueError for other algorithms and orders, and for mixed up noise levels."""
         super().check_config()
+        if (
+            self.config["prediction_type"] == "flow_prediction"
+            and not self.config["use_flow_sigmas"]
+        ):
+            raise ValueError(
+                "FusedDPMSolverMultistepScheduler: prediction_type 'flow_prediction' is of samples "
+                "with flow sigmas, expected use_flow_sigmas=True, got False"
+            )
         algorithm, order = self.config["algorithm_type"], self.config["solver_order"]
         if algorithm not in ("dpmsolver++", "sde-dpmsolver++") or order not in (1, 2):
             raise ValueError(

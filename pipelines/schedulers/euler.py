@@ -36,7 +36,10 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
         """See `FusedScheduler.coefficients`."""
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:].double()
         level, ratio = of_sigma(self, sigma), sigma_next / sigma
-        return table_of(len(sigma), level, level.alpha, c_x=ratio, k_d=1 - ratio)
+        weights = {"c_x": ratio, "k_d": 1 - ratio}
+        if level.prediction == "epsilon":  # the same with less rounding
+            weights = {"c_x": torch.ones_like(sigma), "c_p": sigma_next - sigma}
+        return table_of(len(sigma), level, level.alpha, **weights)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The network's input, x_t / sqrt(sigma^2 + 1)."""
