@@ -77,7 +77,7 @@ class _Frozen(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         weight, rest = _unpacked(weight, scale, grad.dtype)
         grad = grad * ctx.layer.on_outputs(rest)
-        return ctx.layer.transposed(ctx.shape, weight, grad).to(ctx.dtype), None
+        return ctx.layer.input_gradient(ctx.shape, weight, grad).to(ctx.dtype), None
 
 
 class Dequantized(Tensor):
@@ -105,7 +105,7 @@ class Int8Layer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     integers: Tensor
     scale: Tensor
-    bias: nn.Parameter | None
+    bias: Any  # a parameter or None
 
     def __new__(cls, layer: Any = None, *args: Any, **options: Any) -> Any:
         """As usual; of sizes a plain layer, as peft makes adapters of the type of their layer."""
@@ -195,7 +195,7 @@ class Int8Layer(nn.Module):
         """The layer without scale and bias."""
         raise NotImplementedError
 
-    def transposed(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    def input_gradient(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
         """The transpose of `product`: a gradient of shape `shape` of the input."""
         raise NotImplementedError
 
@@ -214,7 +214,7 @@ class Int8Layer(nn.Module):
         return f"{shown}, bias={self.bias is not None}, weight=int8"
 
 
-class Int8Linear(Int8Layer, nn.Linear):
+class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
     """`torch.nn.Linear` with an int8 weight."""
 
     plain = nn.Linear
@@ -224,12 +224,12 @@ class Int8Linear(Int8Layer, nn.Linear):
         """See `Int8Layer`."""
         return F.linear(x, weight)
 
-    def transposed(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    def input_gradient(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
         """See `Int8Layer`."""
         return grad @ weight
 
 
-class Int8Conv2d(Int8Layer, nn.Conv2d):
+class Int8Conv2d(Int8Layer, nn.Conv2d):  # type: ignore[override]
     """`torch.nn.Conv2d` with an int8 weight."""
 
     plain = nn.Conv2d
@@ -240,6 +240,7 @@ class Int8Conv2d(Int8Layer, nn.Conv2d):
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
+        self.transposed, self.output_padding = layer.transposed, layer.output_padding
         self.mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.outside = self.mode != "constant" or layer.padding == "same"
         self.border = list(layer._reversed_padding_repeated_twice)
@@ -258,7 +259,7 @@ class Int8Conv2d(Int8Layer, nn.Conv2d):
         """See `Int8Layer`."""
         return F.conv2d(x, weight, None, *self.geometry)
 
-    def transposed(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    def input_gradient(self, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
         """See `Int8Layer`."""
         return conv2d_input(shape, weight, grad, *self.geometry)
 

@@ -61,7 +61,8 @@ class FusedFlowMatchEulerScheduler(FusedScheduler, FlowMatchEulerDiscreteSchedul
         refuse_integer(timestep)
         self._step_index = self.current_index(timestep)
         if self.config["stochastic_sampling"]:
-            return super().step(
+            stock: Any = super()  # whose annotations are narrower than what it takes
+            return stock.step(
                 model_output, timestep, sample, generator=generator, return_dict=return_dict
             )
         step = self.solver_row(self._step_index, sample.device)
