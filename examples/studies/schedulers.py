@@ -1,6 +1,6 @@
 r"""The fused schedulers beside the stock ones, over all their options: ``schedulers.json``.
 
-    python -m examples.studies.schedulers --draws 4000
+    python -m examples.studies.schedulers --draws 5000
 
 A draw is a scheduler, a set of options, a dtype and a number of steps. Its reference is the stock
 scheduler's own code in float64, from the same float32 tables: every float32 that this code asks for
@@ -193,6 +193,13 @@ def draw(number: int) -> Draw:
         settings[f"use_{of(spacing)}_sigmas"] = True
     elif scheduler is FusedDPMSolverMultistepScheduler and maybe(0.2):
         settings["use_lu_lambdas"] = True
+    elif (
+        scheduler is FusedDPMSolverMultistepScheduler
+        and not settings.get("use_flow_sigmas")  # there stock takes a number of steps only
+        and maybe(0.2)
+    ):
+        count = settings["num_train_timesteps"]
+        given = {"timesteps": sorted(dice.sample(range(count), steps), reverse=True)}
     elif scheduler is FusedEulerScheduler and settings["timestep_type"] == "discrete":
         if maybe(0.2):
             sigmas = sorted((dice.uniform(0.02, 20) for _ in range(steps)), reverse=True)
@@ -344,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--draws", type=int, default=4000, help="options drawn")
+    parser.add_argument("--draws", type=int, default=5000, help="options drawn")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

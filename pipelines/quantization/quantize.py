@@ -184,7 +184,9 @@ def _loaded(layer: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
     """A floating-point weight on its way into the layer."""
     key = prefix + "weight"
     if key in state_dict:
+        weight: Any = layer.weight
+        plain = state_dict[key].to(weight.device, weight.dtype)
         fresh = nn.Linear(1, 1, bias=False)
-        fresh.weight = nn.Parameter(state_dict[key].to(layer.weight), requires_grad=False)
+        fresh.weight = nn.Parameter(plain, requires_grad=False)
         _torchao_weights(fresh, [fresh])
         state_dict[key] = fresh.weight

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
+from pilotage.pipelines import FusedEulerScheduler, guided
 from pilotage.pipelines.fitting.identity import _plain_tensors
 from pilotage.pipelines.quantization import quantize
 from pilotage.pipelines.quantization.int8 import Int8Conv2d, Int8Layer, Int8Linear, quantize_weight
@@ -330,6 +331,49 @@ def test_state_dicts_are_those_of_the_stock_network(backend):
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     # Ours to the same integers, torchao's to near ones.
     assert (got - expected).norm() <= (0 if backend == "pilotage" else 0.02) * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["pilotage", "torchao"])
+def test_a_copy_is_int8_and_saved_as_stock(backend):
+    unet = FAMILIES["sd"].build().unet
+    quantize(unet, backend=backend)
+    twin = copy.deepcopy(unet)
+    assert any(isinstance(m, Int8Layer) for m in twin.modules())
+    assert any(is_torchao(m) for m in twin.modules()) == (backend == "torchao")
+    rounded, again = unet.state_dict(), twin.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in rounded.items())
+    assert all(t.is_floating_point() for t in again.values())
+
+
+def test_projections_fused_after_quantizing():
+    """diffusers makes one layer of three weights that it reads."""
+    unet = FAMILIES["sd"].build().unet
+    quantize(unet, backend="pilotage")
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        expected = unet(x, 10, text).sample
+        unet.fuse_qkv_projections()
+        torch.testing.assert_close(unet(x, 10, text).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_guided_int8_pipeline_saved_within_a_call(tmp_path):
+    """A callback sees what stands for denoiser and scheduler; what it saves is stock."""
+    family = FAMILIES["sd"]
+    pipe = guided(family.build())
+    quantize(pipe, backend="pilotage")
+    pipe.scheduler = FusedEulerScheduler.from_config(pipe.scheduler.config)
+
+    def save(pipe, index, timestep, found):
+        if index == 0:
+            pipe.save_pretrained(tmp_path)
+        return {}
+
+    call = family.call(1, False) | {"num_inference_steps": 2}
+    pipe(**call, guidance="apg", callback_on_step_end=save)
+    loaded = df.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is df.EulerDiscreteScheduler
+    drawn, expected = picture(loaded, family), picture(pipe, family)
+    assert (drawn - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_state_dicts_that_do_not_fit_are_refused():
