@@ -27,8 +27,6 @@ from ...guidance.ops.solver import advance, denoise, network_step
 from ..seam.noise_levels import prediction_type_of
 from .fused import FusedScheduler, table_of
 
-ROUNDING = 1e-12  # what is left of 1 where two terms cancel
-
 
 class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
     """`DDIMScheduler` with its step in one kernel on CUDA, which never waits for the device.
@@ -63,9 +61,10 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
         square_next = torch.cat([last, square])[: len(square)]
         alpha, sigma = square.sqrt(), (1 - square).sqrt()
         eta, from_denoised = self._noise
-        fresh = eta**2 * (1 - square_next) / (1 - square) * (1 - square / square_next)
-        rest = 1 - square_next - fresh
-        rest = torch.where(rest.abs() < ROUNDING, 0, rest)
+        # s^2 and 1 - square_next - s^2, without a difference that rounding could make negative.
+        left = square / square_next * (1 - square_next) / (1 - square)
+        fresh = eta**2 * (1 - square_next) * (1 - left)
+        rest = (1 - square_next) * (1 - eta**2 + eta**2 * left)
         along, alpha_next = rest.sqrt(), square_next.sqrt()  # weights of epsilon and D
         level = NoiseLevel(alpha, sigma, prediction_type_of(self))
         if from_denoised or level.prediction == "sample":

@@ -186,6 +186,20 @@ def test_the_reference_computes_in_double_with_the_same_noise():
     assert torch.equal(noise, plain.double())
 
 
+def test_almost_nothing_of_a_picture_is_kept():
+    """Of cosine betas alpha ends at 5e-5, and sigma differs from 1 by less than float32 tells."""
+    settings = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False} | TRAILING
+    ours = build(DDIM, settings)[1]
+    ours.set_timesteps(5)
+    t, x = ours.timesteps[0], torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, before = ours.alphas_cumprod.double()[[int(t), int(t) - 200]]
+    x0 = (x.double() - (1 - a).sqrt() * x.double()) / a.sqrt()
+    expected = before.sqrt() * x0 + (1 - before).sqrt() * x.double()
+    found = ours.step(x, t, x)
+    assert relative(found.pred_original_sample, x0) < 1e-6
+    assert relative(found.prev_sample, expected) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_ddpm_from_zero_snr_is_finite(kind):
     """At some numbers of steps stock takes the root of a number below zero there.
