@@ -148,6 +148,6 @@ def personalize(
         )
         raise typer.Exit(1)
     typer.echo(f"{output / TOKEN}  (held-out loss {first:.4f} -> {best:.4f}, {cost})")
-    typer.echo("in diffusers:")
-    for line in loading_lines(output / TOKEN, token, len(result.widths)):
-        typer.echo(f"  {line}")
+    lines = loading_lines(output / TOKEN, token, len(result.widths))
+    needs = ", after `import safetensors.torch`" if len(lines) > 1 else ""
+    typer.echo("\n  ".join([f"in diffusers{needs}:", *lines]))
