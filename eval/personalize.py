@@ -140,9 +140,8 @@ def personalize(
     cost = f"{result.forwards} forwards, {result.seconds:.0f} s"
     if not result.learned:
         typer.secho(
-            f"error: nothing was learned in {result.steps} steps: no held-out loss is below the "
-            f"first one, {first:.4f} ({cost}). No token was written; try more steps, another "
-            "--initializer, or prompts that fit the pictures (--template, captions)",
+            f"error: nothing was learned, held-out loss {first:.4f} ({cost}): try more steps, "
+            "another --initializer, or prompts that fit the pictures (--template, captions)",
             fg="red",
             err=True,
         )

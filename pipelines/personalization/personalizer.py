@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -320,6 +321,12 @@ class Personalizer:
                     attempt("the checkpoint", lambda: trainer.save(writes / CHECKPOINT))
                 write_losses(trainer, writes)
                 save_result(token, writes)
+        if main and not token.learned:
+            warnings.warn(
+                f"nothing was learned in {token.steps} steps: no held-out loss is below the first "
+                "one; the vectors are the initial ones, and no token is written",
+                stacklevel=2,
+            )
         return token
 
     def _continue(self, trainer: TokenTrainer, folder: Path, resume: bool) -> None:
