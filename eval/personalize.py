@@ -145,14 +145,13 @@ def personalize(
     cost = f"{result.forwards} forwards, {result.seconds:.0f} s"
     if not result.learned:
         typer.secho(
-            f"error: nothing was learned in {result.steps} steps: no held-out loss is below the "
-            f"first one, {first:.4f} ({cost}). No token was written; try more steps, another "
-            "--initializer, or prompts that fit the pictures (--template, captions)",
+            f"error: nothing was learned, held-out loss {first:.4f} ({cost}): try more steps, "
+            "another --initializer, or prompts that fit the pictures (--template, captions)",
             fg="red",
             err=True,
         )
         raise typer.Exit(1)
     typer.echo(f"{output / TOKEN}  (held-out loss {first:.4f} -> {best:.4f}, {cost})")
-    typer.echo("in diffusers:")
-    for line in loading_lines(output / TOKEN, token, len(result.widths)):
-        typer.echo(f"  {line}")
+    lines = loading_lines(output / TOKEN, token, len(result.widths))
+    needs = ", after `import safetensors.torch`" if len(lines) > 1 else ""
+    typer.echo("\n  ".join([f"in diffusers{needs}:", *lines]))

@@ -165,8 +165,9 @@ def known_word(tokenizer: Any, table: Tensor, vector: Tensor) -> str:
     wanted = vector.to(table.device)
     for index in (table[:, 0].float() == wanted[0]).nonzero().flatten().tolist():
         if torch.equal(table[index].float(), wanted):
-            # Tables may be longer than the vocabulary.
-            piece = str(tokenizer.convert_ids_to_tokens(index) or f"[row {index}]")
+            piece = tokenizer.convert_ids_to_tokens(index)
+            if piece is None:  # tables may be longer than the vocabulary
+                return f"[row {index}]"
             return piece.removesuffix("</w>") if piece.endswith("</w>") else f"{piece}…"
     raise LookupError("no word of the vocabulary has this embedding")
 

@@ -154,7 +154,8 @@ class DiffusionTokenLoss:
         if type(self).predict is DiffusionTokenLoss.predict:  # else the UNet may be dropped
             called["unet"] = pipe.unet
         for name, network in called.items():
-            if any(parameter.is_meta for parameter in network.parameters()):
+            weights = network.parameters() if isinstance(network, nn.Module) else ()
+            if any(parameter.is_meta for parameter in weights):
                 raise ValueError(
                     f"weights of {name} are not in memory (sequential offloading): load the "
                     "pipeline without it; enable_model_cpu_offload(), int8 weights and max_rows=2 "
@@ -181,7 +182,7 @@ class DiffusionTokenLoss:
     @property
     def device(self) -> torch.device:
         """Where the networks run, also if they lie elsewhere between calls (offloading)."""
-        return self.pipe._execution_device
+        return getattr(self.pipe, "_execution_device", self.pipe.unet.device)
 
     @torch.no_grad()
     def encode(self, images: Tensor, progress: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .files import text_encoders
 from .inputs import (
     TEMPLATES,
     Images,
+    Source,
     TokenData,
     check_templates,
     extended,
@@ -209,24 +211,8 @@ class Personalizer:
         )
         initial = self.initial_embeddings(start, vectors)
 
-        tables = [table.weight.detach() for table in self.networks.tables]
-        trainer = TokenTrainer(
-            self.loss,
-            plan.build(initial, tables, seed),
-            (vectors, sum(self.networks.widths)),
-            points_per_call,
-            {
-                "format": 3,  # of the state
-                "recipe": asdict(plan) | {"steps": None},
-                "seed": seed,
-                "placeholder": placeholder,
-                "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
-                "pipeline": type(self.pipe).__name__,
-                "held_out_rows": held_out_rows,
-            },
-            self._remedy(),
-            lambda v: known_word(self.pipe.tokenizer, tables[0], v[: self.networks.widths[0]]),
-        )
+        trainer = self._trainer(plan, initial, sources, placeholder, seed, points_per_call)
+        trainer.settings["held_out_rows"] = held_out_rows
         main = trainer.process.is_main_process
         writes = folder if main else None
         if folder is not None:
@@ -320,7 +306,42 @@ class Personalizer:
                     attempt("the checkpoint", lambda: trainer.save(writes / CHECKPOINT))
                 write_losses(trainer, writes)
                 save_result(token, writes)
+        if main and not token.learned:
+            warnings.warn(
+                f"nothing was learned in {token.steps} steps: no held-out loss is below the first "
+                "one; the vectors are the initial ones, and no token is written",
+                stacklevel=2,
+            )
         return token
+
+    def _trainer(
+        self,
+        plan: Recipe,
+        initial: Tensor,
+        sources: list[Source],
+        placeholder: str,
+        seed: int,
+        points_per_call: int,
+    ) -> TokenTrainer:
+        """The search with its loss, and what a checkpoint of it depends on, but for the loss."""
+        tables = [table.weight.detach() for table in self.networks.tables]
+        width, tokenizer = self.networks.widths[0], self.pipe.tokenizer
+        return TokenTrainer(
+            self.loss,
+            plan.build(initial, tables, seed),
+            (len(initial), initial.shape[1]),
+            points_per_call,
+            {
+                "format": 3,  # of the state
+                "recipe": asdict(plan) | {"steps": None},
+                "seed": seed,
+                "placeholder": placeholder,
+                "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
+                "pipeline": type(self.pipe).__name__,
+            },
+            self._remedy(),
+            lambda vector: known_word(tokenizer, tables[0], vector[:width]),
+        )
 
     def _continue(self, trainer: TokenTrainer, folder: Path, resume: bool) -> None:
         """Try the folder; continue from its checkpoint if there is one and it shall be."""

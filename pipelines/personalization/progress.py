@@ -36,15 +36,20 @@ class Progress:
 
     def phase(self, name: str = "") -> None:
         """Name what the run does now, before its bar; by default, what its next step does."""
-        step = "comparing known words" if self.trainer.comparing_words else "descent"
+        step = "descent"
+        if self.trainer.comparing_words:
+            leading = ", ".join(word for word, _ in self.trainer.leading())
+            step = "comparing known words" + (f", leading: {leading}" if leading else "")
         self.bar.set_description_str(name or step)
 
     def advanced(self, compared: bool) -> None:
         """After a step; `compared`: it was one of known words."""
         self.bar.update()
-        if not compared or self.trainer.comparing_words:
+        if not compared:
             return
         self.phase()
+        if self.trainer.comparing_words:
+            return
         better = [f"{word} ({difference:+.4f})" for word, difference in self.trainer.leading()]
         if better:
             self.say(
@@ -62,12 +67,9 @@ class Progress:
         trainer = self.trainer
         step, forwards, value = trainer.evaluations[-1]
         best = min(e[2] for e in trainer.evaluations)
-        leading = ""
-        if trainer.comparing_words and trainer.leading():
-            leading = f"; leading: {', '.join(word for word, _ in trainer.leading())}"
         self.say(
             f"step {step}: held-out loss {value:.4f}, best {best:.4f} of step {trainer.best_step}; "
-            f"{forwards} forward passes, {duration(time.monotonic() - self._began)}{leading}"
+            f"{forwards} forward passes, {duration(time.monotonic() - self._began)}"
         )
         self.bar.set_postfix({"held out": f"{value:.4f}", "best": f"{best:.4f}"})
         self.phase()

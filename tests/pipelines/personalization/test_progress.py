@@ -116,6 +116,10 @@ def test_lines_name_phases_words_and_the_best(pipe, capsys):
     expected = -(start - table[index]).square().sum().item()
     assert said[1] == best and float(said[2]) == pytest.approx(expected, abs=6e-5)
     assert leading[-1][0][0] == best
+    # While they are compared, the bar names those that lead.
+    shown = set(re.findall(r"comparing known words, leading: ([^:]*):", error))
+    assert shown <= {", ".join(name for name, _ in words) for words in leading}
+    assert any(names.split(", ")[0] == best for names in shown)
     for phase in ("encoding", "comparing known words", "descent", "held-out loss"):
         assert phase in error
     for number, (step, forwards, value) in enumerate(token.evaluations):
@@ -133,6 +137,24 @@ def test_no_known_word_is_better(pipe, capsys):
 
     fit(pipe, loss, words=7, steps=12, progress=True)
     assert "no known word is better than the given one" in capsys.readouterr().err
+
+
+def test_the_words_that_are_named_are_those_the_descent_begins_at(pipe):
+    named = []
+
+    def note(trainer):
+        if not trainer.comparing_words and not named:
+            named.append(([name for name, _ in trainer.leading()], trainer.vectors))
+
+    fit(pipe, falling, words=21, steps=16, callback=note)
+    ((names, vectors),) = named
+    # Pieces of words end in an ellipsis; the table has more rows than the vocabulary.
+    known = pipe.tokenizer.get_vocab().items()
+    vocabulary = {(w[:-4] if w.endswith("</w>") else f"{w}…"): i for w, i in known}
+    ids = [vocabulary[n] if n in vocabulary else int(n.strip("[row ]")) for n in names]
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    assert len(ids) == 3
+    torch.testing.assert_close(table[ids].mean(0), vectors[0])
 
 
 def test_words_that_lead_are_known_after_a_resume(pipe, tmp_path):
