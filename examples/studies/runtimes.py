@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def graphs(folder: Path) -> None:
     """Write the graphs in float32 and int8, calibrated on pictures, and the pictures."""
     pipe = quiet()
     images = pictures(pipe)
-    torch.save(to_tensor(images), folder / "pictures.pt")
+    save_file({"pictures": to_tensor(images).contiguous()}, folder / "pictures.safetensors")
     export_onnx(pipe, folder / "fp32")
     ours = on_runtime(quiet(), folder / "fp32")
     with recorded(ours) as inputs:
@@ -94,7 +95,7 @@ def pipeline(name: str, folder: Path) -> Any:
 
 def inputs(networks: DiffusionTokenLoss, folder: Path) -> tuple[Tensor, TokenBatch]:
     """What a step evaluates: POINTS tokens around a word, ROWS pictures and timesteps."""
-    latents = networks.encode(torch.load(folder / "pictures.pt", weights_only=True))
+    latents = networks.encode(load_file(folder / "pictures.safetensors")["pictures"])
     ids = prompt_ids(extended(networks.pipe.tokenizer, WORD, 1), TEMPLATES[:ROWS], WORD, 1)
     times = torch.tensor([150, 400, 650, 900])
     batch = networks.batch(latents, times, (ids,), 0)
