@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .comparison.command import compare
+from .export import export
 from .metrics import commands as metrics
 from .options import (
+    Backend,
     Count,
     Device,
+    Graphs,
     Guidance,
     Json,
     Model,
@@ -25,7 +28,11 @@ from .options import (
     Scale,
     Seed,
     Steps,
+    Token,
+    add_tokens,
+    check_backend,
     check_target,
+    check_tokens,
     report,
 )
 from .personalize import personalize
@@ -67,21 +74,27 @@ def generate(
     steps: Steps = 20,
     seed: Seed = 0,
     count: Count = 1,
+    token: Token = None,
     model: Model = None,
     device: Device = "auto",
+    backend: Backend = "torch",
+    graphs: Graphs = None,
 ) -> None:
     """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
     from .embedded import check_guidance, load_on
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
     check_target(output, ".png")
+    check_tokens(token)
+    check_backend(backend, graphs)
 
     import torch
 
     from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
 
-    pipe = load_on(device, model)
+    pipe = load_on(device, model, None, backend, graphs)
+    words = add_tokens(pipe, token)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
     strength = scale_option(pipe, scale)
@@ -103,7 +116,7 @@ def generate(
         "steps": steps,
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(model or "embedded"),
-    }
+    } | ({"tokens": words} if words else {})
     each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(pipe.guidance_trace.nfe)]
     _write(output, result.images, made, each)
 
@@ -224,6 +237,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "search": search,
     "personalize": personalize,
+    "export": export,
     "denoise": denoise,
     "info": info,
     "fid": metrics.fid,

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..guidance import load_guidance, resolve
 from ..pipelines import guided
+from .options import DTYPES
 
 FOLDER = Path("examples/emoji/model")
 
@@ -53,11 +54,27 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
     return load_pipeline(embedded_folder(), dtype)
 
 
-def load_on(device: str, model: str | None) -> Any:
-    """The pipeline of a folder or hub name, None: the embedded one; half precision off CPUs."""
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    pipe = load_embedded(dtype) if model is None else load_pipeline(model, dtype)
-    return pipe.to(device)
+def load_on(
+    device: str,
+    model: str | None,
+    dtype: str | None = None,
+    backend: str = "torch",
+    graphs: Path | None = None,
+) -> Any:
+    """The pipeline of a folder or hub name, None: the embedded one, on a device.
+
+    `dtype` is a name in `DTYPES`; None is half precision but on CPUs. On another backend than
+    "torch" the graphs of a folder take the place of its networks.
+    """
+    on_cpu = graphs is not None or torch.device(device).type == "cpu"
+    name = dtype or ("fp32" if on_cpu else "fp16")
+    precision = getattr(torch, DTYPES.get(name, name))
+    pipe = load_embedded(precision) if model is None else load_pipeline(model, precision)
+    if graphs is None:
+        return pipe.to(device)
+    from ..pipelines.runtimes import on_runtime
+
+    return on_runtime(pipe, graphs, backend)
 
 
 def check_guidance(name: str, model: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,57 @@ def device_of(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({reason}): expected auto, cpu, cuda, ..."
         ) from error
     return device
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _dtype(name: str | None) -> str | None:
+    """The name, if it is one; that of a precision in PyTorch will do as well."""
+    if name is not None and name not in DTYPES and name not in DTYPES.values():
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {name!r}")
+    return name
+
+
+def check_tokens(paths: Sequence[Path] | None) -> None:
+    """Refuse files of learned words that cannot be read, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no token file.
+    """
+    if paths:
+        from ..pipelines.personalization.files import load_token
+
+        for path in paths:
+            load_token(path)
+
+
+def add_tokens(pipe: Any, paths: Sequence[Path] | None) -> list[str]:
+    """Teach a pipeline the words of files; their names."""
+    if not paths:
+        return []
+    from ..pipelines.personalization.files import add_token
+
+    return [add_token(pipe, path)[0] for path in paths]
+
+
+def check_backend(backend: str, graphs: Path | None) -> None:
+    """Refuse a backend without its graphs, before a model is loaded.
+
+    Raises:
+        ValueError: it is not known, or there are graphs for none.
+        FileNotFoundError: the graphs are not there.
+    """
+    if (backend == "torch") != (graphs is None):
+        raise ValueError(
+            "--graphs is for the backends onnxruntime and openvino, which need it: 'pilotage "
+            "export' writes them"
+        )
+    if graphs is not None:
+        from ..pipelines.runtimes.graphs import check_runtime
+
+        check_runtime(graphs, backend)
 
 
 def check_target(path: Path, suffix: str | None = None) -> None:
@@ -99,6 +151,27 @@ Model = Annotated[
 Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda, ...", callback=lambda name: str(device_of(name))),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of the weights: fp32, bf16, fp16; default: fp32 on a CPU, else fp16.",
+        callback=_dtype,
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What runs the networks: torch, onnxruntime or openvino (of --graphs); a device of it "
+        "behind a colon, such as openvino:NPU."
+    ),
+]
+Graphs = Annotated[
+    Path | None, typer.Option(help="Folder that export wrote, for another backend than torch.")
+]
+Token = Annotated[
+    list[Path] | None,
+    typer.Option("--token", help="File of a learned word (of personalize); repeat."),
 ]
 # What is measured.
 Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]

@@ -15,7 +15,7 @@ from .auto import guided_auto
 from .families import model_family
 from .guided import GuidedMixin, guided, guided_class
 from .guiders import Guider
-from .personalization import LearnedToken, Personalizer
+from .personalization import LearnedToken, Personalizer, add_token, load_token, remove_token
 from .schedulers import (
     FusedDDIMScheduler,
     FusedDPMSolverMultistepScheduler,
@@ -39,10 +39,13 @@ __all__ = [
     "LearnedToken",
     "Personalizer",
     "UnknownSchedulerError",
+    "add_token",
     "guided",
     "guided_class",
+    "load_token",
     "model_family",
     "noise_level",
+    "remove_token",
 ]
 
 

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from ..options import DEFAULT_EXTRACTOR, BatchSize, Device, Model, Negative, check_target
+from ..options import (
+    DEFAULT_EXTRACTOR,
+    BatchSize,
+    Device,
+    Model,
+    Negative,
+    Token,
+    add_tokens,
+    check_target,
+    check_tokens,
+)
 from ..prompts import read_prompts
 
 NONE: list[str] = []
@@ -49,6 +59,7 @@ def compare(
         bool, typer.Option(help="Add CFG with fewer steps at the cost of cheaper settings.")
     ] = True,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    token: Token = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
@@ -63,6 +74,7 @@ def compare(
         raise ValueError("no prompts: name a text file with one a line, or give --prompt")
     for name in guidance:
         check_guidance(name, model)  # an unknown name fails before anything is loaded
+    check_tokens(token)
 
     from ...pipelines.processes import processes
     from ..metrics.alignment import load_scorer
@@ -81,8 +93,10 @@ def compare(
         {"negative_prompt": negative or None},
     )
     alignment = load_scorer(clip, ridge).to(device) if clip or ridge else None
+    pipe = load_on(device, model)
+    add_tokens(pipe, token)
     run(
-        load_on(device, model),
+        pipe,
         plan,
         output,
         reference=None if reference is None else load_pictures(reference),

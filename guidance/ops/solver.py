@@ -2,12 +2,13 @@ r"""One step of a sampler as a linear combination, its coefficients on the devic
 
 Euler, DDIM, DPM-Solver++ 2M and flow-matching Euler all have the form
 
-.. math:: x_{next} = k_x \, x_t + k_d \, D + k_p \, D_{prev}
+.. math:: x_{next} = c_x \, x_t + c_p \, \mathrm{pred} + k_d \, D + k_p \, D_{prev}, \qquad
+    D = d_s \, (d_x x_t + d_p \, \mathrm{pred} + d_q \, \mathrm{pred})
 
-with the denoised image D of this step and of the step before. As D is itself linear in the
-network's output, :math:`D = d_x x_t + d_p \, \mathrm{pred}`, so is the step:
-:math:`x_{next} = c_x x_t + c_p \, \mathrm{pred} + k_p D_{prev}`. A scheduler computes all of these
-once per run, in float64, into one table with a row per step; nothing is read back from it.
+with the denoised image D of this step and of the step before. Of an epsilon prediction at high
+noise, D is a small difference times a large factor: so :math:`d_s = 1 / \alpha` stays outside, and
+:math:`d_q` is what :math:`d_p` loses as a float32. A scheduler computes the weights once per run,
+in float64, into one table with a row per step; nothing is read back from it.
 
 References:
     Karras et al., https://arxiv.org/abs/2206.00364 (Euler); Song et al.,
@@ -87,14 +88,25 @@ def network_step(
         from .solver_kernel import launch
 
         return launch(x_t, prediction, previous, step.row, want_denoised, dtype or torch.float32)
-    terms = [(x_t, step.c_x), (prediction, step.c_p)]
+    denoised = denoise(x_t, prediction, step)
+    x_next = advance(x_t, prediction, denoised, previous, step)
+    return x_next if dtype is None else x_next.to(dtype), denoised if want_denoised else None
+
+
+def denoise(x_t: Tensor, prediction: Tensor, step: SolverStep) -> Tensor:
+    """D alone, eager, in float32 (float64 if x_t is); see `network_step`."""
+    terms = (prediction, step.d_p), (prediction, step.d_q)
+    return _combined((x_t, step.d_x), *terms).mul_(step.d_s)
+
+
+def advance(
+    x_t: Tensor, prediction: Tensor, denoised: Tensor, previous: Tensor | None, step: SolverStep
+) -> Tensor:
+    """x_next from a given D (a clipped one, say), eager; see `network_step`."""
+    terms = [(prediction, step.c_p), (denoised, step.k_d)]
     if previous is not None:
         terms.append((previous, step.k_p))
-    x_next = _combined(*terms)
-    denoised = None
-    if want_denoised:
-        denoised = _combined((x_t, step.d_x), (prediction, step.d_p))
-    return x_next if dtype is None else x_next.to(dtype), denoised
+    return _combined((x_t, step.c_x), *terms)
 
 
 def fused_by_default(*tensors: Tensor) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .columns import INDEX
 
 BLOCK = 1024
-C_X, C_P, K_P = (tl.constexpr(INDEX[name]) for name in ("c_x", "c_p", "k_p"))
-D_X, D_P = (tl.constexpr(INDEX[name]) for name in ("d_x", "d_p"))
+D_S, D_X, D_P, D_Q = (tl.constexpr(INDEX[name]) for name in ("d_s", "d_x", "d_p", "d_q"))
+C_X, C_P, K_D, K_P = (tl.constexpr(INDEX[name]) for name in ("c_x", "c_p", "k_d", "k_p"))
 
 
 @triton.jit
@@ -32,13 +32,16 @@ def solver_kernel(
     inside = at < elements
     x = tl.load(x_ptr + at, inside).to(tl.float32)
     pred = tl.load(pred_ptr + at, inside).to(tl.float32)
+    denoised = tl.load(row_ptr + D_X) * x + tl.load(row_ptr + D_P) * pred
+    denoised += tl.load(row_ptr + D_Q) * pred
+    denoised *= tl.load(row_ptr + D_S)
     x_next = tl.load(row_ptr + C_X) * x + tl.load(row_ptr + C_P) * pred
+    x_next += tl.load(row_ptr + K_D) * denoised
     if HAS_PREVIOUS:
         previous = tl.load(previous_ptr + at, inside).to(tl.float32)
         x_next += tl.load(row_ptr + K_P) * previous
     tl.store(next_ptr + at, x_next.to(next_ptr.dtype.element_ty), inside)
     if WANT_DENOISED:
-        denoised = tl.load(row_ptr + D_X) * x + tl.load(row_ptr + D_P) * pred
         tl.store(denoised_ptr + at, denoised.to(denoised_ptr.dtype.element_ty), inside)
 
 

@@ -106,6 +106,7 @@ class GaussianTeleport:
         ValueError: an unknown scheduler or option.
     """
 
+    teleport_class: ClassVar[Any]
     stock_class: ClassVar[Any]
     order: int
     timesteps: Tensor
@@ -122,7 +123,7 @@ class GaussianTeleport:
             )
         if scheduler.config.get("invert_sigmas", False):
             raise ValueError(f"{name} with invert_sigmas is not supported")
-        made = _blank(type(scheduler))
+        made = _blank(cls, type(scheduler))
         made.__dict__.update(copy.copy(scheduler).__dict__)
         return made
 
@@ -152,7 +153,9 @@ class GaussianTeleport:
         self._initial: Any = None  # what the pipeline scales its noise by, of the whole grid
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.stock_class,), self.__dict__.copy()
+        # An empty scheduler knows how its class is found again, a fused one among them.
+        empty = object.__new__(self.stock_class)
+        return _blank_like, (self.teleport_class, empty), self.__dict__.copy()
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -248,9 +251,15 @@ class GaussianTeleport:
 
 
 @functools.cache
-def _teleporting_class(stock: Any) -> Any:
-    """The subclass of a scheduler class and of `GaussianTeleport`, of the stock class' name."""
+def _teleporting_class(own: Any, stock: Any) -> Any:
+    """The subclass of a scheduler class and of `GaussianTeleport`, of the stock class' name.
+
+    Args:
+        own: `GaussianTeleport` or a subclass of it.
+        stock: The scheduler's class.
+    """
     members: dict[str, Any] = {
+        "teleport_class": own,
         "stock_class": stock,
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
@@ -258,7 +267,7 @@ def _teleporting_class(stock: Any) -> Any:
     for name in ("set_timesteps", "scale_model_input", "step", "set_begin_index", "add_noise"):
         # Pipelines read the signatures (eta, timesteps, ...), and whether a method is there.
         if hasattr(stock, name):
-            members[name] = _with_signature(getattr(GaussianTeleport, name), getattr(stock, name))
+            members[name] = _with_signature(getattr(own, name), getattr(stock, name))
         else:
             members[name] = property(_absent)
     if isinstance(getattr(stock, "init_noise_sigma", None), property):
@@ -268,12 +277,16 @@ def _teleporting_class(stock: Any) -> Any:
                 stock.init_noise_sigma.fget(self) if self._initial is None else self._initial
             )
         )
-    return type(stock.__name__, (GaussianTeleport, stock), members)
+    return type(stock.__name__, (own, stock), members)
 
 
-def _blank(stock: type) -> GaussianTeleport:
+def _blank(own: type, stock: type) -> GaussianTeleport:
     """A scheduler whose state follows."""
-    return object.__new__(_teleporting_class(stock))
+    return object.__new__(_teleporting_class(own, stock))
+
+
+def _blank_like(own: type, scheduler: Any) -> GaussianTeleport:
+    return _blank(own, type(scheduler))
 
 
 def _with_signature(method: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

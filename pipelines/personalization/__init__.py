@@ -6,24 +6,25 @@ The networks are called, never differentiated, so they may be quantized, compile
 What is learned are the word's input embeddings.
 """
 
-from .files import add_token, save_token
+from .calibration import calibrate
+from .files import add_token, load_token, remove_token, save_token
 from .loss import DiffusionTokenLoss, TokenBatch, TokenLoss
-from .onnx import OnnxTokenLoss, export_onnx, quantize_onnx
-from .personalizer import LearnedToken, Personalizer
+from .output import LearnedToken
+from .personalizer import Personalizer
 from .recipes import PRESETS, Recipe, recipe
 
 __all__ = [
     "PRESETS",
     "DiffusionTokenLoss",
     "LearnedToken",
-    "OnnxTokenLoss",
     "Personalizer",
     "Recipe",
     "TokenBatch",
     "TokenLoss",
     "add_token",
-    "export_onnx",
-    "quantize_onnx",
+    "calibrate",
+    "load_token",
     "recipe",
+    "remove_token",
     "save_token",
 ]

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from ...guidance.files import fingerprint
 from ...guidance.zeroth_order import generator
 from ..fitting.identity import network_hash
 from ..seam.noise_levels import prediction_type_of
@@ -32,20 +34,33 @@ class TokenBatch:
         targets: What the network should predict, with the shape of `noisy`, float32.
         ids: Prompts as token ids for each text encoder, with shape (B, L), int64. Ids from the
             size of the vocabulary on stand for the learned vectors, the first one first.
+        pictures: What messages call the picture of each row; B names or none.
     """
 
     noisy: Tensor
     timesteps: Tensor
     targets: Tensor
     ids: tuple[Tensor, ...]
+    pictures: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.noisy)
 
     def rows(self, chosen: slice | Tensor) -> TokenBatch:
-        """The rows of a slice, or with these indices in their order."""
+        """The rows of a slice, of a mask (B,), or with these indices in their order."""
         ids = tuple(x[chosen] for x in self.ids)
-        return TokenBatch(self.noisy[chosen], self.timesteps[chosen], self.targets[chosen], ids)
+        names = self.pictures and tuple(
+            self.pictures[i] for i in torch.arange(len(self))[chosen].tolist()
+        )
+        noisy, timesteps, targets = self.noisy, self.timesteps, self.targets
+        return TokenBatch(noisy[chosen], timesteps[chosen], targets[chosen], ids, names)
+
+    @property
+    def names(self) -> list[str]:
+        """What messages call the rows: picture and timestep."""
+        pictures = self.pictures or [f"row {i}" for i in range(len(self))]
+        times = self.timesteps.tolist()
+        return [f"{name} at timestep {t}" for name, t in zip(pictures, times, strict=True)]
 
 
 # (K, m, d) embeddings of m vectors, and what they have in common -> (K,) losses, float32.
@@ -84,6 +99,16 @@ def injected(table: nn.Module, vocabulary: int, vectors: Tensor) -> Iterator[Non
             handle.remove()
 
 
+def _adapters(network: nn.Module) -> str | None:
+    """A fingerprint of which LoRA adapters act how strongly (weights apart); None without any."""
+    found = {
+        name: [sorted(layer.active_adapters), layer.disable_adapters, layer.scaling]
+        for name, layer in network.named_modules()
+        if hasattr(layer, "scaling") and hasattr(layer, "active_adapters")
+    }
+    return fingerprint(found) if found else None
+
+
 class DiffusionTokenLoss:
     """Mean squared error of the denoiser's prediction, for K tokens in one call of each network.
 
@@ -96,8 +121,8 @@ class DiffusionTokenLoss:
     cross-attention) is computed for every row: sharing it would need the UNet's inside.
 
     Raises:
-        ValueError: the pipeline is of another family, or its scheduler's noise levels are not
-            known.
+        ValueError: the pipeline is of another family, its scheduler's noise levels are not known,
+            or weights are not in memory (sequential offloading; whole models may be offloaded).
     """
 
     def __init__(self, pipe: Any, max_rows: int = 0) -> None:
@@ -125,6 +150,17 @@ class DiffusionTokenLoss:
         self.prediction = prediction_type_of(pipe.scheduler)
         if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
+        called = {**self.encoders, "vae": pipe.vae}
+        if type(self).predict is DiffusionTokenLoss.predict:  # else the UNet may be dropped
+            called["unet"] = pipe.unet
+        for name, network in called.items():
+            weights = network.parameters() if isinstance(network, nn.Module) else ()
+            if any(parameter.is_meta for parameter in weights):
+                raise ValueError(
+                    f"weights of {name} are not in memory (sequential offloading): load the "
+                    "pipeline without it; enable_model_cpu_offload(), int8 weights and max_rows=2 "
+                    "save memory as well"
+                )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -132,7 +168,9 @@ class DiffusionTokenLoss:
         parts = {"unet": self.pipe.unet, "vae": self.pipe.vae, **self.encoders}
         hashes = {name: network_hash(part, name) for name, part in parts.items()}
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
-        return {**hashes, "dtype": dtype, **self.noise_identity}
+        adapters = {name: settings for name, part in parts.items() if (settings := _adapters(part))}
+        found = {**hashes, "dtype": dtype, **self.noise_identity}
+        return found | ({"adapters": adapters} if adapters else {})
 
     @property
     def noise_identity(self) -> dict[str, str]:
@@ -143,22 +181,22 @@ class DiffusionTokenLoss:
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
-        return self.pipe.unet.device
+        """Where the networks run, also if they lie elsewhere between calls (offloading)."""
+        return getattr(self.pipe, "_execution_device", self.pipe.unet.device)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, progress: bool = False) -> Tensor:
         """Scaled latents, with shape (N, C, h, w), float32, of pictures (N, 3, H, W) in [0, 1].
 
         Each picture is encoded once, alone; the mean of the autoencoder's distribution is taken.
+        `progress` shows a bar.
         """
         vae, rows = self.pipe.vae, []
         mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
-        # Some autoencoders (SDXL's) overflow in half precision.
-        upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+        upcast = vae.dtype == torch.float16  # in which some autoencoders (SDXL's) overflow
         if upcast:
             vae.to(torch.float32)
-        for image in images:
+        for image in tqdm(images, "encoding", unit="picture", disable=not progress):
             pixels = (2 * image[None] - 1).to(self.device, vae.dtype)
             rows.append(vae.encode(pixels).latent_dist.mean.float())
         if upcast:
@@ -170,7 +208,12 @@ class DiffusionTokenLoss:
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     def batch(
-        self, latents: Tensor, timesteps: Tensor, ids: tuple[Tensor, ...], *key: int | str
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        ids: tuple[Tensor, ...],
+        *key: int | str,
+        pictures: tuple[str, ...] = (),
     ) -> TokenBatch:
         """Noised latents (B, C, h, w) at timesteps (B,); row i takes its noise from (key, i)."""
         noise = torch.stack(
@@ -185,7 +228,8 @@ class DiffusionTokenLoss:
         }
         noisy, device = alpha * latents + sigma * noise, latents.device
         ids = tuple(i.to(device) for i in ids)
-        return TokenBatch(noisy, timesteps.to(device), targets[self.prediction], ids)
+        target = targets[self.prediction]
+        return TokenBatch(noisy, timesteps.to(device), target, ids, pictures)
 
     def conditions(
         self, embeddings: Tensor, ids: tuple[Tensor, ...]

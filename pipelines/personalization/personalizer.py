@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,38 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from ...guidance.files import atomic, write_json
-from .files import save_token, text_encoders
+from .files import text_encoders
 from .inputs import (
     TEMPLATES,
+    Images,
     Source,
     TokenData,
-    check_placeholder,
     check_templates,
     extended,
     initial_vector,
-    load_images,
-    prompt_ids,
+    known_word,
+    read_sources,
+    starting_point,
 )
 from .loss import DiffusionTokenLoss, TokenLoss, injected
+from .output import (
+    CHECKPOINT,
+    LearnedToken,
+    Previews,
+    attempt,
+    save_result,
+    try_folder,
+    write_losses,
+)
+from .progress import Progress
 from .recipes import Recipe, recipe
+from .schedule import PREVIEW_STEPS, Schedule, duration, seconds_a_pass, word_steps
 from .training import TokenTrainer
 
-CHECKPOINT = "checkpoint.safetensors"
-TOKEN = "learned_embeds.safetensors"
-
-
-@dataclass(frozen=True)
-class LearnedToken:
-    """The result of a run.
-
-    Args:
-        placeholder: The new word.
-        vectors: Its embeddings, with shape (m, d), float32; d is the sum of the text encoders'
-            widths. Those of the lowest held-out loss.
-        widths: The text encoders' embedding widths.
-        steps: Steps taken.
-        forwards: Rows that the steps put through the denoiser.
-        losses: Mean loss of each step's points.
-        evaluations: (step, forwards, held-out loss), the first one of the initial token.
-        seconds: Wall time of this call.
-    """
-
-    placeholder: str
-    vectors: Tensor
-    widths: tuple[int, ...]
-    steps: int
-    forwards: int
-    losses: list[float]
-    evaluations: list[tuple[int, int, float]]
-    seconds: float
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The vectors for each text encoder, with shapes (m, width)."""
-        return self.vectors.split(self.widths, dim=1)
+CHECKPOINT_SECONDS = 60
+PATIENCE = 5  # held-out losses: a quarter of a run that has twenty
+LONG = 1800  # seconds from which a shorter run is offered
 
 
 class Personalizer:
@@ -83,8 +64,8 @@ class Personalizer:
             step are one call, and the held-out loss takes 8 rows at a time.
 
     Raises:
-        ValueError: the pipeline is of another family, or `max_rows` is given for a `loss` that
-            would not heed it.
+        ValueError: the pipeline is of another family, its weights are not in memory (sequential
+            offloading), or `max_rows` is given for a `loss` that would not heed it.
     """
 
     def __init__(self, pipe: Any, loss: TokenLoss | None = None, max_rows: int = 0) -> None:
@@ -103,24 +84,25 @@ class Personalizer:
 
     def fit(
         self,
-        images: str | Path | Iterable[str | Path | Image.Image],
+        images: Images,
         placeholder: str,
-        initializer: str | Tensor,
+        initializer: str | Path | Tensor,
         *,
         preset: str | Recipe = "ours",
-        vectors: int = 1,
+        minutes: float | None = None,
+        vectors: int | None = None,
         prompts: Sequence[str] | None = None,
         templates: Sequence[str] = TEMPLATES,
-        held_out: Iterable[str | Path | Image.Image] | None = None,
+        held_out: Images | None = None,
         held_out_prompts: Sequence[str] | None = None,
         held_out_rows: int = 32,
         evaluate_every: int | None = None,
-        patience: int = 0,
+        patience: int | None = None,
         seed: int = 0,
         output: str | Path | None = None,
-        checkpoint_every: int = 100,
+        checkpoint_every: int | None = None,
         resume: bool = True,
-        preview_every: int = 0,
+        preview_every: int | None = None,
         preview_prompt: str = "{}",
         preview_options: dict[str, Any] | None = None,
         points_per_call: int = 0,
@@ -131,44 +113,71 @@ class Personalizer:
         """Learn the embeddings of `placeholder`.
 
         Args:
-            images: A folder, or pictures and paths.
+            images: A folder, or pictures and paths. A text file beside a picture (x.png: x.txt) is
+                its prompt, with the placeholder or {} in it.
             placeholder: The new word, such as "<my-cat>".
-            initializer: A known word of one token, or the initial embeddings (m, d).
+            initializer: A known word of one token; a token file (.safetensors) or embeddings
+                (m, d) to continue from, which are then not compared with known words.
             preset: "ours", "zoodip" or a `Recipe`.
-            vectors: m, embeddings of the word.
-            prompts: A prompt with {} for each picture; None draws from `templates`.
+            minutes: Take as many steps as fit into this time, by a measured step, held-out losses
+                and previews included; instead of `steps`.
+            vectors: m, embeddings of the word; None is those of `initializer`.
+            prompts: A prompt with {} for each picture; None takes the captions beside the
+                pictures, or draws from `templates`.
             templates: Prompts with {}.
-            held_out: Pictures for the held-out loss; None takes `images` with other timesteps and
-                noise.
+            held_out: Pictures for the held-out loss, as `images`; None takes `images` with other
+                timesteps and noise.
             held_out_prompts: As `prompts`, for `held_out`.
             held_out_rows: Rows of the held-out loss, over all timesteps; 0 switches it off.
-            evaluate_every: Steps between held-out losses; None is a twentieth of the run.
-            patience: Stop after this many held-out losses without improvement; 0 never does.
+            evaluate_every: Steps between held-out losses; None is a twentieth of the run, and more
+                where that would take more than a quarter of the steps' forward passes.
+            patience: Stop after this many held-out losses without improvement; 0 never does. None
+                is 5, and 0 where `evaluate_every` is given.
             seed: Of everything that is drawn.
-            output: Folder for the token, checkpoint and previews; None writes nothing. A run that
-                is interrupted or fails writes the best token so far and a checkpoint there.
-            checkpoint_every: Steps between checkpoints.
+            output: Folder for token, checkpoint, losses, curve and previews; None writes nothing.
+                It is made and tried before the work. A run that is interrupted or fails writes the
+                best token so far and a checkpoint there.
+            checkpoint_every: Steps between checkpoints; None writes one at the first step that
+                ends a minute or more after the last one.
             resume: Continue from a checkpoint in `output`.
-            preview_every: Steps between pictures of the word; 0 is never.
+            preview_every: Steps between pictures of the best token so far; 0 is never, None is a
+                quarter of the run where there is an `output`.
             preview_prompt: Their prompt, with {}.
-            preview_options: More arguments of the pipeline's call.
+            preview_options: More arguments of the pipeline's call; 20 sampling steps by default.
             points_per_call: See `TokenTrainer`.
             callback: Called with the trainer after each step.
-            progress: Show a bar with loss and remaining time.
+            progress: Show how long it will take (by a step's forward passes more), a line for
+                each held-out loss, and a bar.
             **settings: Fields of `Recipe` that differ from the preset.
 
         Raises:
-            ValueError: an input is unusable (nothing has been computed then).
-            FileNotFoundError: the folder of images does not exist.
+            ValueError: an input is unusable (nothing has been computed then), or the time is too
+                short.
+            FileNotFoundError: the folder of images or the token file does not exist.
+            OSError: the output folder cannot be written to.
+            FloatingPointError: more than a quarter of the rows overflow in the network.
         """
         began = time.monotonic()
+        start = starting_point(initializer)
+        if isinstance(start, Tensor):
+            settings = {"words": 0} | settings
         plan = recipe(preset, **settings)
+        if minutes is not None:
+            if not (math.isfinite(minutes) and minutes > 0):
+                raise ValueError(f"minutes must be a positive number, got {minutes}")
+            if settings.get("steps") is not None:
+                raise ValueError("steps and minutes exclude each other: give one of them")
+        if vectors is None:
+            vectors = len(start) if isinstance(start, Tensor) else 1
         for name, value, least in [
             ("vectors", vectors, 1),
             ("held_out_rows", held_out_rows, 0),
+            ("evaluate_every", evaluate_every, 1),
+            ("patience", patience, 0),
             ("checkpoint_every", checkpoint_every, 1),
+            ("preview_every", preview_every, 0),
         ]:
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if preview_every and output is None:
             raise ValueError("previews need an output folder")
@@ -176,6 +185,12 @@ class Personalizer:
             raise ValueError("held_out_prompts need held_out images")
         if patience and not held_out_rows:
             raise ValueError("patience needs a held-out loss: held_out_rows is 0")
+        if patience is None:
+            patience = PATIENCE if held_out_rows and evaluate_every is None else 0
+        unknown = {*(preview_options or ())} - {*inspect.signature(self.pipe.__call__).parameters}
+        if unknown:
+            name = type(self.pipe).__name__
+            raise ValueError(f"preview_options: {name} takes no {', '.join(sorted(unknown))}")
         levels = len(self.pipe.scheduler.alphas_cumprod)
         if plan.timesteps_high > levels:
             raise ValueError(
@@ -186,102 +201,95 @@ class Personalizer:
         folder = None if output is None else Path(output)
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
-        for texts in (templates, prompts, held_out_prompts, (preview_prompt,)):
-            if texts is not None:
-                check_templates(texts)
-        texts = [*templates, *(prompts or ()), *(held_out_prompts or ())]
-        for tokenizer in self.tokenizers.values():
-            check_placeholder(tokenizer, placeholder, texts, vectors)
-        initial = self.initial_embeddings(initializer, vectors)
-        tokenizers = [extended(t, placeholder, vectors) for t in self.tokenizers.values()]
-        pictures = load_images(images, self._side())
-        sets = [(pictures, prompts)]
+        check_templates([preview_prompt])
+        pictures = [(images, prompts)]
         if held_out is not None:
-            sets.append((load_images(held_out, self._side()), held_out_prompts))
-        sources: list[Source] = []
-        for pixels, own in sets:
-            if own is not None and len(own) != len(pixels):
-                raise ValueError(f"{len(pixels)} images and {len(own)} prompts: give one for each")
-            ids = tuple(prompt_ids(t, own or templates, placeholder, vectors) for t in tokenizers)
-            sources.append((pixels, ids, own is not None))
-
-        trainer = TokenTrainer(
-            self.loss,
-            plan.build(initial, [table.weight for table in self.networks.tables], seed),
-            (vectors, sum(self.networks.widths)),
-            points_per_call,
-            {
-                "format": 2,  # of the search's state
-                "recipe": asdict(plan) | {"steps": None},
-                "seed": seed,
-                "placeholder": placeholder,
-                "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
-                "pipeline": type(self.pipe).__name__,
-                "held_out_rows": held_out_rows,
-            },
+            pictures.append((held_out, held_out_prompts))
+        tokenizers = list(self.tokenizers.values())
+        sources, names = read_sources(
+            tokenizers, self.picture_size, pictures, templates, placeholder, vectors
         )
-        if folder is not None:
-            identity = {"loss": type(self.loss).__name__}
-            trainer.settings |= getattr(self.loss, "identity", identity)
-            if resume and (folder / CHECKPOINT).is_file():
-                trainer.load(folder / CHECKPOINT)
-        # Encoding the pictures is work: it comes after everything that can be refused.
-        data = TokenData(self.networks, sources[0], plan, seed)
-        judged = None
-        if held_out_rows:
-            other = data if held_out is None else TokenData(self.networks, sources[1], plan, seed)
-            judged = other.held_out(held_out_rows)
+        initial = self.initial_embeddings(start, vectors)
 
-        every = evaluate_every or max(1, plan.steps // 20)
+        trainer = self._trainer(plan, initial, sources, placeholder, seed, points_per_call)
+        trainer.settings["held_out_rows"] = held_out_rows
         main = trainer.process.is_main_process
         writes = folder if main else None
+        if folder is not None:
+            self._continue(trainer, folder, resume)
+        # Encoding the pictures is work: it comes after everything that can be refused.
+        shown = progress and main
+        data, *others = [
+            TokenData(self.networks, source, plan, seed, own, shown)
+            for source, own in zip(sources, names, strict=True)
+        ]
+        judged = [data, *others][-1].held_out(held_out_rows) if held_out_rows else None
+
+        options = {"num_inference_steps": PREVIEW_STEPS} | (preview_options or {})
+        schedule = Schedule(
+            plan.batch * plan.evaluations,
+            held_out_rows,
+            2 * options["num_inference_steps"] if folder and preview_every != 0 else 0,
+            evaluate_every,
+            preview_every or None,
+        )
+        text = ""
+        if minutes is not None or (progress and trainer.step < plan.steps):
+            plan, text = self._timed(trainer, data, plan, schedule, minutes)
+        evaluates = schedule.evaluation_interval(plan.steps)
+        pictures_every = schedule.preview_interval(plan.steps)
+        view = Progress(trainer, plan.steps, writes, shown)
+        view.say(text)
+
+        def draw() -> Image.Image:
+            # The same noise each time.
+            noise = {"generator": torch.Generator().manual_seed(0)}
+            vectors = trainer.best if held_out_rows else trainer.vectors
+            with self.speaking(placeholder, vectors) as pipe:
+                return pipe(preview_prompt.format(placeholder), **(noise | options)).images[0]
+
+        previews = None
+        if writes is not None and preview_every != 0:
+            previews = Previews(draw, writes, fresh=trainer.step == 0)
+        saved = time.monotonic()
 
         def due(interval: int) -> bool:
             return trainer.step % interval == 0 or trainer.step == plan.steps
 
-        def evaluate() -> None:
+        def look() -> None:
+            """What is due between two steps; after a resume, what was lost with a kill."""
+            nonlocal saved
             done = trainer.evaluations and trainer.evaluations[-1][0] == trainer.step
-            if judged is not None and due(every) and not done:
+            if judged is not None and due(evaluates) and not done:
+                view.phase("held-out loss")
                 trainer.evaluate_held_out(judged)
-
-        def preview(folder: Path) -> None:
-            # The same noise each time.
-            options = {"generator": torch.Generator().manual_seed(0), **(preview_options or {})}
-            with self.speaking(placeholder, trainer.vectors) as pipe:
-                image = pipe(preview_prompt.format(placeholder), **options).images[0]
-            with atomic(folder / "previews" / f"step-{trainer.step:06d}.png") as partial:
-                image.save(partial)
+                view.evaluated()
+            if writes is None or not trainer.step:
+                return
+            minute = time.monotonic() - saved >= CHECKPOINT_SECONDS
+            if due(checkpoint_every) if checkpoint_every else minute:
+                attempt("the checkpoint", lambda: trainer.save(writes / CHECKPOINT))
+                saved = time.monotonic()
+            if previews is not None and (due(pictures_every) or trainer.stalled(patience)):
+                view.phase("preview")
+                previews.write(trainer.best_step if held_out_rows else trainer.step)
+                view.phase()
 
         try:
-            evaluate()
-            with tqdm(
-                total=plan.steps,
-                initial=trainer.step,
-                unit="step",
-                desc="personalize",
-                disable=not (progress and main),
-            ) as bar:
-                while trainer.step < plan.steps and not trainer.stalled(patience):
-                    trainer.advance(data.batch(trainer.step))
-                    evaluate()
-                    shown = {"loss": statistics.fmean(trainer.losses[-50:])}
-                    if trainer.evaluations:
-                        shown["held out"] = trainer.evaluations[-1][2]
-                    bar.set_postfix(shown, refresh=False)
-                    bar.update()
-                    if folder is not None and due(checkpoint_every):
-                        if main:
-                            trainer.save(folder / CHECKPOINT)
-                        trainer.process.wait_for_everyone()
-                    if writes is not None and preview_every and trainer.step % preview_every == 0:
-                        preview(writes)
-                    if callback is not None:
-                        callback(trainer)
+            look()
+            while trainer.step < plan.steps and not trainer.stalled(patience):
+                comparing = trainer.comparing_words
+                trainer.advance(data.batch(trainer.step))
+                view.advanced(comparing)
+                look()
+                if callback is not None:
+                    callback(trainer)
         except BaseException:
-            if writes is not None and trainer.step and trainer.between_steps:
-                trainer.save(writes / CHECKPOINT)
+            kept = "" if folder is None else f"; the same call goes on from there, from {folder}"
+            view.say(f"stopped after step {trainer.step}{kept}")
             raise
         finally:
+            view.bar.close()
             token = LearnedToken(
                 placeholder,
                 trainer.best if held_out_rows else trainer.vectors,
@@ -291,10 +299,102 @@ class Personalizer:
                 trainer.losses,
                 trainer.evaluations,
                 time.monotonic() - began,
+                trainer.learned,
             )
             if writes is not None and trainer.step:
-                _save(token, writes)
+                if trainer.between_steps:
+                    attempt("the checkpoint", lambda: trainer.save(writes / CHECKPOINT))
+                write_losses(trainer, writes)
+                save_result(token, writes)
+        if main and not token.learned:
+            warnings.warn(
+                f"nothing was learned in {token.steps} steps: no held-out loss is below the first "
+                "one; the vectors are the initial ones, and no token is written",
+                stacklevel=2,
+            )
         return token
+
+    def _trainer(
+        self,
+        plan: Recipe,
+        initial: Tensor,
+        sources: list[Source],
+        placeholder: str,
+        seed: int,
+        points_per_call: int,
+    ) -> TokenTrainer:
+        """The search with its loss, and what a checkpoint of it depends on, but for the loss."""
+        tables = [table.weight.detach() for table in self.networks.tables]
+        width, tokenizer = self.networks.widths[0], self.pipe.tokenizer
+        return TokenTrainer(
+            self.loss,
+            plan.build(initial, tables, seed),
+            (len(initial), initial.shape[1]),
+            points_per_call,
+            {
+                "format": 3,  # of the state
+                "recipe": asdict(plan) | {"steps": None},
+                "seed": seed,
+                "placeholder": placeholder,
+                "inputs": _digest(initial, *(x for s in sources for x in (s[0], *s[1]))),
+                "pipeline": type(self.pipe).__name__,
+            },
+            self._remedy(),
+            lambda vector: known_word(tokenizer, tables[0], vector[:width]),
+        )
+
+    def _continue(self, trainer: TokenTrainer, folder: Path, resume: bool) -> None:
+        """Try the folder; continue from its checkpoint if there is one and it shall be."""
+        if trainer.process.is_main_process:
+            try_folder(folder)
+        trainer.settings |= getattr(self.loss, "identity", {"loss": type(self.loss).__name__})
+        if resume and (folder / CHECKPOINT).exists():
+            trainer.load(folder / CHECKPOINT)
+        steps = torch.zeros(trainer.process.num_processes, dtype=torch.int64)
+        steps[trainer.process.process_index] = trainer.step
+        if len(found := set(trainer.shared(steps).tolist())) > 1:
+            raise ValueError(
+                f"the processes' checkpoints are of steps {sorted(found)}: {folder} must be one "
+                "folder for all of them"
+            )
+
+    def _remedy(self) -> str:
+        """What to do about losses that are not finite."""
+        if self.pipe.unet.dtype == torch.float16:
+            return "Half precision overflows: load the pipeline in bfloat16 (--dtype bf16)"
+        return "If losses were finite before, the token has gone astray: lower the rate"
+
+    def _timed(
+        self,
+        trainer: TokenTrainer,
+        data: TokenData,
+        plan: Recipe,
+        schedule: Schedule,
+        minutes: float | None,
+    ) -> tuple[Recipe, str]:
+        """The plan, with the steps that fit into the time if one is given, and what to say."""
+        second = seconds_a_pass(trainer, trainer.search.ask(), data.batch(trainer.step))
+        speed = f"{schedule.rows} forward passes of {second:.2g} s each"
+        if minutes is not None:
+            steps = schedule.steps_within(60 * minutes, second)
+            least = word_steps(trainer.search) + 1
+            if steps < least:
+                needed = math.ceil(schedule.forwards(least) * second / 60)
+                raise ValueError(
+                    f"{minutes:g} minutes are {steps} steps of {speed}, and a run takes {least} "
+                    f"at least: give {needed} minutes, fewer held-out rows or no previews"
+                )
+            plan = replace(plan, steps=trainer.step + steps)
+        left = plan.steps - trainer.step
+        total = schedule.forwards(left) * second
+        text = f"{left} steps of {speed}, with held-out losses and previews about {duration(total)}"
+        if minutes is None and total > LONG:
+            offered = max(10, round(total / 60 / 8))
+            text += (
+                f"; minutes={offered} (--minutes {offered}) would be "
+                f"{schedule.steps_within(60 * offered, second)} steps"
+            )
+        return plan, text
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:
@@ -332,21 +432,14 @@ class Personalizer:
         word = torch.cat([initial_vector(t, table.weight, initializer) for t, table in pairs])
         return word.repeat(vectors, 1)
 
-    def _side(self) -> int:
+    @property
+    def picture_size(self) -> int:
         """Side of the UNet's pictures, in pixels."""
         sides = self.pipe.unet.config.sample_size
         sides = set(sides) if isinstance(sides, (list, tuple)) else {sides}
         if len(sides) != 1:
             raise ValueError(f"the UNet's pictures are not square: sample_size is {sorted(sides)}")
         return int(sides.pop()) * self.networks.pixels_per_latent
-
-
-def _save(token: LearnedToken, folder: Path) -> None:
-    """Write the token and, beside it, how it came about."""
-    save_token(folder / TOKEN, token.parts, token.placeholder)
-    losses = [(*at, loss if math.isfinite(loss) else None) for *at, loss in token.evaluations]
-    record = {name: getattr(token, name) for name in ("placeholder", "steps", "forwards")}
-    write_json(folder / "personalization.json", record | {"evaluations": losses})
 
 
 def _digest(*tensors: Tensor) -> str:

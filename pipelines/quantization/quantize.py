@@ -4,6 +4,9 @@ Two thirds of a Stable Diffusion UNet's weights sit in convolutions, which torch
 they get the layers of `int8.py`. Linear layers go to torchao or to the same layers. A
 pipeline that diffusers has already quantized (torchao, bitsandbytes, quanto, GGUF) keeps what it
 has; its convolutions, which stay in full precision there, are quantized here.
+
+Whatever is made int8 here is saved in floating point, in the dtype of the network: what
+``save_pretrained`` writes loads in stock diffusers and transformers.
 """
 
 from __future__ import annotations
@@ -44,8 +47,12 @@ def quantize(
             dequantized weights until the backward pass, ours never do.
         skip: Shell patterns of layer names that stay in full precision, e.g. ``"*.conv_out"``.
 
+    Adapters (LoRA) keep their precision, those loaded before and those loaded later; what they are
+    for is quantized.
+
     Returns:
-        Names of the layers that stay as they were: in `skip`, or quantized already by others.
+        Names of the layers that stay as they were: in `skip`, adapters, or quantized already by
+        others.
 
     Raises:
         ValueError: an unknown dtype or backend; layers with weights that are not covered (they
@@ -98,11 +105,13 @@ def _sorted_layers(
     """Layers to quantize, and names of those that stay; ValueError for what is not covered."""
     plain: list[nn.Linear | nn.Conv2d] = []
     kept, foreign, hooked = [], [], []
+    adapters = _adapters(module)
     for name, layer in module.named_modules():
         full = f"{component}.{name}" if component else name
-        if not isinstance(layer, WEIGHTY):
+        if not isinstance(layer, WEIGHTY) or isinstance(layer, Int8Layer):
             continue
-        if any(fnmatch.fnmatch(full, pattern) for pattern in skip) or _by_others(layer):
+        named = any(fnmatch.fnmatch(full, pattern) for pattern in skip)
+        if named or layer in adapters or _by_others(layer):
             kept.append(full)
         elif not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer) not in INT8_LAYERS:
             foreign.append(f"{full} ({type(layer).__name__})")
@@ -117,6 +126,17 @@ def _sorted_layers(
     if hooked:
         raise ValueError(f"quantize before hooks are attached (offloading): {', '.join(hooked)}")
     return plain, kept
+
+
+def _adapters(module: nn.Module) -> set[nn.Module]:
+    """The layers that peft's wrappers add to those they wrap."""
+    return {
+        layer
+        for wrapper in module.modules()
+        for name in getattr(wrapper, "adapter_layer_names", ())
+        if isinstance(added := getattr(wrapper, name, None), nn.Module)
+        for layer in added.modules()
+    }
 
 
 def _by_others(layer: nn.Module) -> bool:
@@ -136,12 +156,37 @@ def _put_int8(module: nn.Module, layers: Iterable[nn.Linear | nn.Conv2d]) -> Non
             parent._modules[name] = made.get(child, child)
 
 
-def _by_torchao(module: nn.Module, layers: list[nn.Linear | nn.Conv2d]) -> None:
+def _by_torchao(module: nn.Module, layers: list[Any]) -> None:
     """Quantizes Linear layers by torchao."""
     if not layers:
         return
+    _torchao_weights(module, layers)
+    for layer in layers:
+        layer.requires_grad_(False)
+        layer.register_state_dict_post_hook(_saved)
+        layer.register_load_state_dict_pre_hook(_loaded)
+
+
+def _torchao_weights(module: nn.Module, layers: list[nn.Linear]) -> None:
+    """Makes the weights of these layers of a module torchao's."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda layer, name: layer in layers)
-    for layer in layers:
-        layer.requires_grad_(False)
+
+
+def _saved(layer: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+    """The layer's weight in its state dict, in floating point."""
+    weight: Any = layer.weight
+    state_dict[prefix + "weight"] = weight.dequantize()
+
+
+def _loaded(layer: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+    """A floating-point weight on its way into the layer."""
+    key = prefix + "weight"
+    if key in state_dict:
+        weight: Any = layer.weight
+        plain = state_dict[key].to(weight.device, weight.dtype)
+        fresh = nn.Linear(1, 1, bias=False)
+        fresh.weight = nn.Parameter(plain, requires_grad=False)
+        _torchao_weights(fresh, [fresh])
+        state_dict[key] = fresh.weight

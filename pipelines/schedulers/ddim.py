@@ -1,7 +1,12 @@
 r"""DDIM steps, as `DDIMScheduler`, with the scheduler's own notation :math:`\bar\alpha`.
 
-.. math:: x_{next} = \sqrt{\bar\alpha'} D + \sqrt{1 - \bar\alpha'} \, \varepsilon, \qquad
-    \varepsilon = \frac{x_t - \sqrt{\bar\alpha} D}{\sqrt{1 - \bar\alpha}}
+.. math:: x_{next} = \sqrt{\bar\alpha'} D + \sqrt{1 - \bar\alpha' - s^2} \, \varepsilon + s z,
+    \qquad \varepsilon = \frac{x_t - \sqrt{\bar\alpha} D}{\sqrt{1 - \bar\alpha}}, \qquad
+    s = \eta \sqrt{\frac{1 - \bar\alpha'}{1 - \bar\alpha}
+        \left(1 - \frac{\bar\alpha}{\bar\alpha'}\right)}
+
+with fresh noise z. The epsilon is that of the network's prediction, whatever clipping makes of D,
+unless ``use_clipped_model_output`` asks for the one of the clipped D.
 
 References:
     Song, Meng & Ermon, "Denoising Diffusion Implicit Models", 2021,
@@ -14,10 +19,11 @@ from typing import Any, cast
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...guidance import NoiseLevel
-from ...guidance.ops.solver import network_step
+from ...guidance.ops.solver import advance, denoise, network_step
 from ..seam.noise_levels import prediction_type_of
 from .fused import FusedScheduler, table_of
 
@@ -26,13 +32,15 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
     """`DDIMScheduler` with its step in one kernel on CUDA, which never waits for the device.
 
     Its samples are those of the stock scheduler but for rounding. As there, a step depends on its
-    timestep alone: the table has a row per training timestep. With `eta` > 0,
-    `use_clipped_model_output` or `thresholding` the stock scheduler's own step is taken.
+    timestep alone: the table has a row per training timestep. With `clip_sample` or `thresholding`
+    a step is a few launches. At `eta` = 1 from zero SNR, where rounding makes the stock scheduler
+    take the root of a negative number, it is finite.
     """
 
     config_name: Any  # diffusers' own bases disagree about its type
     _squares: list[float] = []  # alpha^2 of every training timestep
     _last_square: float
+    _noise: tuple[float, bool] = (0.0, False)  # eta, use_clipped_model_output of the table
 
     def check_config(self) -> None:
         """Raise ValueError for a network whose first prediction says nothing of the picture."""
@@ -52,16 +60,22 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
         last = torch.full((stride,), self._last_square, dtype=torch.float64)
         square_next = torch.cat([last, square])[: len(square)]
         alpha, sigma = square.sqrt(), (1 - square).sqrt()
-        along = (1 - square_next).sqrt()  # weight of the noise's direction
-        d_x, d_p = NoiseLevel(alpha, sigma, prediction_type_of(self)).coefficients()
-        return table_of(
-            len(square),
-            k_x=along / sigma,
-            k_d=square_next.sqrt() - along * alpha / sigma,
-            k_a=square_next.sqrt(),
-            d_x=d_x,
-            d_p=d_p,
-        )
+        eta, from_denoised = self._noise
+        # s^2 and 1 - square_next - s^2, without a difference that rounding could make negative.
+        left = square / square_next * (1 - square_next) / (1 - square)
+        fresh = eta**2 * (1 - square_next) * (1 - left)
+        rest = (1 - square_next) * (1 - eta**2 + eta**2 * left)
+        along, alpha_next = rest.sqrt(), square_next.sqrt()  # weights of epsilon and D
+        level = NoiseLevel(alpha, sigma, prediction_type_of(self))
+        if from_denoised or level.prediction == "sample":
+            weights = {"c_x": along / sigma, "k_d": alpha_next - along * alpha / sigma}
+            if not from_denoised:  # epsilon of the prediction, D may be clipped
+                weights |= {"c_p": -along * alpha / sigma, "k_d": alpha_next}
+        elif level.prediction == "epsilon":
+            weights = {"c_p": along, "k_d": alpha_next}
+        else:
+            weights = {"c_x": along * sigma, "c_p": along * alpha, "k_d": alpha_next}
+        return table_of(len(square), level, k_n=fresh.sqrt(), **weights)
 
     def noise_level(self, timestep: Tensor | float) -> NoiseLevel:
         """See `FusedScheduler.noise_level`."""
@@ -80,24 +94,35 @@ class FusedDDIMScheduler(FusedScheduler, DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """See `DDIMScheduler.step`."""
-        if eta > 0 or use_clipped_model_output or self.config["thresholding"]:
-            return self.stock_class.step(
-                self, model_output, timestep, sample, eta, use_clipped_model_output,
-                generator, variance_noise, return_dict,
-            )  # fmt: skip
+        if (eta, use_clipped_model_output) != self._noise:
+            self._noise, self._table = (eta, use_clipped_model_output), None
         step = self.solver_row(self._row(timestep), sample.device)
-        prev_sample, denoised = cast(
-            tuple[Tensor, Tensor], network_step(sample, model_output, None, step)
-        )
-        if self.config["clip_sample"]:
-            limit = self.config["clip_sample_range"]
-            clipped = denoised.clamp(-limit, limit)
-            prev_sample, denoised = prev_sample + step.k_a * (clipped - denoised), clipped
+        if self.config["thresholding"] or self.config["clip_sample"]:
+            denoised = self._clipped(denoise(sample, model_output, step))
+            prev_sample = advance(sample, model_output, denoised, None, step)
+        else:
+            prev_sample, denoised = cast(
+                tuple[Tensor, Tensor], network_step(sample, model_output, None, step)
+            )
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    model_output.shape, generator, model_output.device, model_output.dtype
+                )
+            elif generator is not None:
+                raise ValueError("pass either a generator or variance_noise, not both")
+            prev_sample = prev_sample + step.k_n * variance_noise.to(prev_sample)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
         prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
             return prev_sample, denoised
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
+
+    def _clipped(self, denoised: Tensor) -> Tensor:
+        if self.config["thresholding"]:
+            return self._threshold_sample(denoised)
+        limit = self.config["clip_sample_range"]
+        return denoised.clamp(-limit, limit)
 
     def _training_squares(self) -> list[float]:
         if not self._squares:  # read once: `add_noise` moves the tensor to the device

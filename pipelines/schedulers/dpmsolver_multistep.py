@@ -42,8 +42,16 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
     model_outputs: list[Any]
 
     def check_config(self) -> None:
-        """Raise ValueError for other algorithms and orders."""
+        """Raise ValueError for other algorithms and orders, and for mixed up noise levels."""
         super().check_config()
+        if (
+            self.config["prediction_type"] == "flow_prediction"
+            and not self.config["use_flow_sigmas"]
+        ):
+            raise ValueError(
+                "FusedDPMSolverMultistepScheduler: prediction_type 'flow_prediction' is of samples "
+                "with flow sigmas, expected use_flow_sigmas=True, got False"
+            )
         algorithm, order = self.config["algorithm_type"], self.config["solver_order"]
         if algorithm not in ("dpmsolver++", "sde-dpmsolver++") or order not in (1, 2):
             raise ValueError(
@@ -56,20 +64,19 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
         self.check_begun()
         sigmas = self.sigmas.double()
         now, following = of_sigma(self, sigmas[:-1]), of_sigma(self, sigmas[1:])
-        d_x, d_p = now.coefficients()
         alpha, sigma, alpha_next, sigma_next = map(
             torch.as_tensor, (now.alpha, now.sigma, following.alpha, following.sigma)
         )
         count = len(self.timesteps)
         shrink = (sigma_next / alpha_next) / (sigma / alpha)  # e^-h, 0 in a last step to sigma = 0
         h = -shrink.log()
-        k_x, k_n = sigma_next / sigma, torch.zeros_like(sigma)
+        c_x, k_n = sigma_next / sigma, torch.zeros_like(sigma)
         if self.config["algorithm_type"] == "sde-dpmsolver++":
-            k_x, k_n = k_x * shrink, sigma_next * (1 - shrink**2).clamp(min=0).sqrt()
+            c_x, k_n = c_x * shrink, sigma_next * (1 - shrink**2).clamp(min=0).sqrt()
             phi, slope = alpha_next * (1 - shrink**2), -2 * h
         else:
             phi, slope = alpha_next * (1 - shrink), -h
-        share: dict[str, Any] = {"k_x": k_x, "k_n": k_n, "d_x": d_x, "d_p": d_p}
+        share: dict[str, Any] = {"level": now, "c_x": c_x, "k_n": k_n}
         first = table_of(count, k_d=phi, **share)
         before = torch.cat([h.new_full((1,), torch.nan), h[:-1]])  # no step before the first
         weight = phi / 2 if self.config["solver_type"] == "midpoint" else phi / slope + alpha_next
@@ -93,8 +100,8 @@ class FusedDPMSolverMultistepScheduler(FusedScheduler, DPMSolverMultistepSchedul
     ) -> SchedulerOutput | tuple[Tensor]:
         """See `DPMSolverMultistepScheduler.step`."""
         if self.config["thresholding"]:
-            return self.stock_class.step(
-                self, model_output, timestep, sample, generator, variance_noise, return_dict
+            return super().step(
+                model_output, timestep, sample, generator, variance_noise, return_dict
             )
         index = self._step_index = self.current_index(timestep)
         if self.config["prediction_type"] == "epsilon" and self.config["variance_type"] is not None:

@@ -35,10 +35,11 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
     def coefficients(self) -> Tensor:
         """See `FusedScheduler.coefficients`."""
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:].double()
-        level = of_sigma(self, sigma)
-        a_x, a_p = level.coefficients()
-        ratio = sigma_next / sigma
-        return table_of(len(sigma), k_x=ratio, k_d=1 - ratio, d_x=a_x * level.alpha, d_p=a_p)
+        level, ratio = of_sigma(self, sigma), sigma_next / sigma
+        weights = {"c_x": ratio, "k_d": 1 - ratio}
+        if level.prediction == "epsilon":  # the same with less rounding
+            weights = {"c_x": torch.ones_like(sigma), "c_p": sigma_next - sigma}
+        return table_of(len(sigma), level, level.alpha, **weights)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The network's input, x_t / sqrt(sigma^2 + 1)."""
@@ -62,8 +63,8 @@ class FusedEulerScheduler(FusedScheduler, EulerDiscreteScheduler):
         refuse_integer(timestep)
         self._step_index = self.current_index(timestep)
         if s_churn > 0:
-            return self.stock_class.step(
-                self, model_output, timestep, sample,
+            return super().step(
+                model_output, timestep, sample,
                 s_churn, s_tmin, s_tmax, s_noise, generator, return_dict,
             )  # fmt: skip
         step = self.solver_row(self._step_index, sample.device)

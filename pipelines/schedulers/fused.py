@@ -6,6 +6,7 @@ import functools
 from typing import Any, ClassVar
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...guidance import NoiseLevel
@@ -15,7 +16,7 @@ from ..seam.noise_levels import of_sigma, prediction_type_of
 
 
 class FusedScheduler:
-    """First base class of a fused scheduler; the second is the stock scheduler it replaces.
+    """First base class of a fused scheduler; another one is the stock scheduler it replaces.
 
     Configuration, timesteps, noise and sigmas (kept on the host) are the stock scheduler's.
 
@@ -35,8 +36,11 @@ class FusedScheduler:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if FusedScheduler not in cls.__bases__:
-            return  # a user's subclass of one of ours
-        stock: Any = cls.__bases__[1]
+            return  # a descendant of a fused scheduler
+        others = [base for base in cls.__bases__ if issubclass(base, SchedulerMixin)]
+        if not others:
+            return  # a base of fused schedulers to come
+        stock: Any = others[0]
         cls.stock_class = stock
         # diffusers writes these two into saved pipelines, which then load without Pilotage, and
         # looks schedulers up by name. repr() shows the qualified name, which stays ours.
@@ -58,8 +62,7 @@ class FusedScheduler:
     def __reduce__(self) -> tuple[Any, ...]:
         cls = type(self)
         # Ours have the stock classes' names.
-        by_name = FusedScheduler in cls.__bases__
-        return _unpickled, (cls.__qualname__ if by_name else cls,), self.__dict__.copy()
+        return _unpickled, (_named().get(cls, cls),), self.__dict__.copy()
 
     def check_config(self) -> None:
         """Raise ValueError for settings that the fused step does not have."""
@@ -160,24 +163,29 @@ class FusedScheduler:
 
 
 def table_of(
-    count: int,
-    k_x: Tensor,
-    k_d: Tensor,
-    d_x: float | Tensor,
-    d_p: float | Tensor,
-    **columns: float | Tensor,
+    count: int, level: NoiseLevel, spread: float | Tensor = 1.0, **columns: float | Tensor
 ) -> Tensor:
     """A table with `count` rows.
 
     Args:
-        k_x, k_d: Weights of the sample and of D in a step, with shape (count,).
-        d_x, d_p: Weights of the sample and of the prediction in D, numbers or shape (count,).
-        columns: Further ones of `COLUMNS`, or those that would follow from the above.
+        level: Noise levels of the network's input, numbers or shape (count,): the columns of D.
+        spread: The network's input is the sample times this.
+        columns: The others of `COLUMNS`.
     """
+    if level.prediction == "epsilon":
+        own = {
+            "d_s": spread / torch.as_tensor(level.alpha),
+            "d_x": 1.0,
+            "d_p": -level.sign * level.sigma / spread,
+        }
+    else:
+        d_x, d_p = level.coefficients()
+        own = {"d_s": 1.0, "d_x": spread * d_x, "d_p": d_p}
+    d_p = torch.as_tensor(own["d_p"], dtype=torch.float64)
+    own["d_q"] = d_p - d_p.float()
     table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
-    derived = {"c_x": k_x + k_d * d_x, "c_p": k_d * d_p, "d_x": d_x, "d_p": d_p}
-    for name, values in (derived | columns).items():
-        table[:, INDEX[name]] = values
+    for name, values in (own | columns).items():
+        table[:, INDEX[name]] = torch.as_tensor(values, dtype=torch.float64)
     return table
 
 
@@ -190,8 +198,17 @@ def refuse_integer(timestep: Any) -> None:
         )
 
 
+def _named() -> dict[Any, str]:
+    """Fused schedulers that have a stock scheduler's name, and our names for them."""
+    return {
+        cls: cls.__qualname__
+        for cls in FusedScheduler.__subclasses__()
+        if "stock_class" in vars(cls)
+    }
+
+
 def _unpickled(found: str | type[FusedScheduler]) -> FusedScheduler:
     """A scheduler whose state follows; the class of one of ours is found by our name for it."""
-    ours = {cls.__qualname__: cls for cls in FusedScheduler.__subclasses__()}
+    ours = {name: cls for cls, name in _named().items()}
     cls = ours[found] if isinstance(found, str) else found
     return cls.__new__(cls)

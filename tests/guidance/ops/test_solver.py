@@ -7,7 +7,10 @@ from pilotage.guidance.ops import solver_kernel
 from pilotage.guidance.ops.solver import COLUMNS, SolverStep, network_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = {"k_p": -0.15, "d_x": 1.3, "d_p": -0.6, "c_x": 0.7 + 0.2 * 1.3, "c_p": 0.2 * -0.6}
+NUMBERS = {
+    **{"d_s": 1.1, "d_x": 1.3, "d_p": -0.6, "d_q": 0.01},
+    **{"c_x": 0.7, "c_p": 0.3, "k_d": 0.2, "k_p": -0.15},
+}
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -26,8 +29,9 @@ def inputs(dtype, shape=(2, 3, 5, 7)):
 def exact(x, pred, previous, numbers=NUMBERS):
     """x_next and D in float64."""
     x, pred, previous = (t.double() for t in (x, pred, previous))
-    denoised = numbers["d_x"] * x + numbers["d_p"] * pred
-    return numbers["c_x"] * x + numbers["c_p"] * pred + numbers["k_p"] * previous, denoised
+    denoised = numbers["d_s"] * (numbers["d_x"] * x + (numbers["d_p"] + numbers["d_q"]) * pred)
+    plain = numbers["c_x"] * x + numbers["c_p"] * pred
+    return plain + numbers["k_d"] * denoised + numbers["k_p"] * previous, denoised
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -61,12 +65,25 @@ def test_misuse_is_refused():
         _ = step.k_q
 
 
+def test_a_small_difference_times_a_large_factor():
+    """sigma is no float32: what its rounding leaves out counts 10^4 times."""
+    sigma, factor = 1 - 3e-8, 1e4
+    rounded = torch.tensor(-sigma, dtype=torch.float64).float().item()
+    numbers = {"d_s": factor, "d_x": 1.0, "d_p": rounded, "d_q": -sigma - rounded, "k_d": 1.0}
+    step = step_of(numbers | {"k_p": 0.0})
+    x = draw(2, 3, 5, 7)
+    for found in network_step(x, x, None, step):
+        torch.testing.assert_close(found.double(), x.double() * 3e-8 * factor, rtol=1e-6, atol=0)
+
+
 def test_gradients_pass_through_the_reference():
     x, pred, previous = inputs(torch.float64)
     pred.requires_grad_()
     x_next, _ = network_step(x, pred, previous, step_of(NUMBERS))
     (slope,) = torch.autograd.grad(x_next.sum(), pred)
-    torch.testing.assert_close(slope, torch.full_like(pred, NUMBERS["c_p"]), rtol=1e-6, atol=0)
+    by_denoised = NUMBERS["k_d"] * NUMBERS["d_s"] * (NUMBERS["d_p"] + NUMBERS["d_q"])
+    expected = torch.full_like(pred, NUMBERS["c_p"] + by_denoised)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -96,7 +113,8 @@ def test_kernel(dtype, k_p, monkeypatch):
             H, H_x0 = exact(*given, numbers)
             # The plain result in the dtype of the tensors.
             a, b, c = (t.to(dtype) for t in given)
-            L = numbers["c_x"] * a + numbers["c_p"] * b + k_p * c
+            D = numbers["d_s"] * (numbers["d_x"] * a + (numbers["d_p"] + numbers["d_q"]) * b)
+            L = numbers["c_x"] * a + numbers["c_p"] * b + numbers["k_d"] * D + k_p * c
             bound = 2 * ((L.double() - H).abs().max() + torch.finfo(dtype).eps * H.abs().max())
             assert x_next.dtype == dtype and (x_next - H).abs().max() <= bound
             assert (denoised is None) != want

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from pilotage.guidance.analytic import DatasetStatistics
-from pilotage.pipelines import GaussianTeleport, guided, noise_level
+from pilotage.pipelines import (
+    FusedDDIMScheduler,
+    FusedDPMSolverMultistepScheduler,
+    FusedEulerScheduler,
+    FusedFlowMatchEulerScheduler,
+    GaussianTeleport,
+    guided,
+    noise_level,
+)
 from pilotage.pipelines.analytic.teleport import (
     EXPLAINED,
     SCHEDULERS,
@@ -210,6 +218,95 @@ def test_noise_levels_see_through(statistics, name):
         fast.scale_model_input(x, t)
         assert noise_level(fast, t).ratio == pytest.approx(sigma / alpha, rel=1e-5)
         x = fast.step(x, t, x).prev_sample
+
+
+FUSED = [
+    (FusedDDIMScheduler, NO_CLIP),
+    (FusedEulerScheduler, {}),
+    (FusedDPMSolverMultistepScheduler, {}),
+    (FusedFlowMatchEulerScheduler, {}),
+]
+
+
+@pytest.mark.parametrize(("cls", "settings"), FUSED, ids=lambda v: getattr(v, "__qualname__", ""))
+@pytest.mark.parametrize("taken", [{}, {"s_churn": 2.0}], ids=str)
+def test_fused_schedulers_teleport_as_the_stock_ones(statistics, cls, settings, taken):
+    """Also where a step is handed to the stock scheduler."""
+    if "s_churn" in taken and cls is FusedDDIMScheduler:
+        taken = {"eta": 0.7}
+    if "s_churn" in taken and cls is FusedDPMSolverMultistepScheduler:
+        settings, taken = settings | {"thresholding": True}, {}
+    found, skipped = [], []
+    for scheduler in (cls.stock_class(**settings), cls(**settings)):
+        fast = GaussianTeleport(scheduler, statistics, sigma_skip=2.0)
+        assert isinstance(fast, type(scheduler))
+        for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert type(again) is type(fast)
+            again.set_timesteps(20)
+            source = torch.Generator().manual_seed(0)
+            x = torch.randn(2, *SHAPE, generator=source) * float(
+                getattr(again, "init_noise_sigma", 1.0)
+            )
+            for t in again.timesteps:
+                scale = getattr(again, "scale_model_input", None)
+                x_in = x if scale is None else scale(x, t)
+                level = noise_level(again, t)
+                pred = level.from_x0(0.4 * torch.tanh(x_in), x_in)
+                x = again.step(pred, t, x, generator=source, **taken).prev_sample
+            found.append(x)
+            skipped.append(again.skipped)
+    assert set(skipped) == {skipped[0]} and skipped[0] > 3
+    for x in found:
+        torch.testing.assert_close(x, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_scheduler_teleports_in_a_guided_pipeline_and_saves_as_stock(tmp_path):
+    pipe = guided(FAMILIES["sd"].build())
+    shape = (pipe.unet.config.in_channels,) + (pipe.unet.config.sample_size,) * 2
+    data = torch.randn(40, *shape, generator=torch.Generator().manual_seed(0))
+    statistics = DatasetStatistics.from_images(data, value_range=None)
+    found = []
+    for cls in (FusedEulerScheduler.stock_class, FusedEulerScheduler):
+        inner = cls.from_config(ddim().config)
+        pipe.scheduler = GaussianTeleport(inner, statistics, sigma_skip=1.0)
+        call = FAMILIES["sd"].call(2, negative=False) | {"num_inference_steps": 10}
+        found.append(torch.as_tensor(pipe(**call, guidance="apg+ag").images))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    pipe.save_pretrained(tmp_path)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path).scheduler
+    assert type(again) is diffusers.EulerDiscreteScheduler
+    assert type(pipe.scheduler.from_config(pipe.scheduler.config)) is FusedEulerScheduler
+    assert again.config.beta_end == inner.config.beta_end
+
+
+class Counting(GaussianTeleport):
+    """Counts its steps."""
+
+    def __init__(self, *args, steps=0, **options):
+        super().__init__(*args, **options)
+        self.steps = steps
+
+    def step(self, *args, **options):
+        self.steps += 1
+        return super().step(*args, **options)
+
+
+@pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, FusedEulerScheduler])
+def test_subclasses_are_made_and_copied(statistics, cls):
+    plain = GaussianTeleport(cls(), statistics, sigma_skip=2.0)
+    fast = Counting(cls(), statistics, sigma_skip=2.0, steps=1)
+    assert isinstance(fast, Counting) and isinstance(fast, cls)
+    assert not isinstance(plain, Counting) and type(plain).__name__ == cls.__name__
+    fast = pickle.loads(pickle.dumps(fast))
+    results = []
+    for scheduler in (plain, fast):
+        scheduler.set_timesteps(10)
+        x = torch.ones(1, *SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+    assert fast.steps == 1 + 10 - fast.skipped and fast.skipped == plain.skipped > 0
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])

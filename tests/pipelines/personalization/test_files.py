@@ -4,7 +4,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from pilotage.pipelines.personalization.files import add_token, save_token
+from pilotage.pipelines.personalization.files import (
+    add_token,
+    load_token,
+    loading_lines,
+    remove_token,
+    save_token,
+)
 from pilotage.pipelines.quantization.quantize import quantize
 
 from ...families import FAMILIES
@@ -125,11 +131,14 @@ def test_add_token_refuses_before_it_changes_anything(tmp_path):
     both = {"clip_l": rows, "clip_g": rows.clone()}
     before = len(pipe.tokenizer)
     for tensors, name, message in [
-        (both | {"clip_g": vectors(2)[:, :5]}, NAME, r"'clip_g': 5.* do not fit .*have \[16, 16\]"),
-        ({"clip_l": rows}, NAME, r"'clip_l': 16} do not fit"),
-        ({"a": rows, "b": rows.clone()}, NAME, r"do not fit"),
+        (both | {"clip_g": vectors(2)[:, :5]}, NAME, r"\[16, 5\] do not fit .*have \[16, 16\]"),
+        (both | {"clip_g": vectors(3)}, NAME, "2 and 3 vectors"),
+        ({"clip_l": rows}, NAME, "no token file: it holds clip_l"),
+        ({"a": rows, "b": rows.clone()}, NAME, "no token file: it holds a, b"),
+        ({NAME: rows}, NAME, r"\[16\] do not fit"),
+        (both | {"clip_l": rows / 0}, NAME, "not finite"),
         (both, None, "pass token="),
-        (both, "cat</w>", "already in tokenizer vocabulary"),
+        (both, "cat</w>", "already in the tokenizer's vocabulary"),
         (both, "<My-Cat>", "call it '<my-cat>'"),
     ]:
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path)
@@ -141,3 +150,90 @@ def test_add_token_refuses_before_it_changes_anything(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match="whole safetensors"):
         add_token(pipe, path)
+
+
+@pytest.mark.parametrize(("family", "count"), [("sd", 1), ("sd", 3), ("sdxl", 3)])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_token_comes_and_goes(tmp_path, family, count, offload):
+    """Added, removed and added again, beside another one that stays: the pictures are the same."""
+    path, other = tmp_path / "t.safetensors", tmp_path / "other.safetensors"
+    sides = range(1 if family == "sd" else 2)
+    save_token(path, [vectors(count, seed) for seed in sides], NAME)
+    save_token(other, [vectors(2, 5 + seed) for seed in sides], "<dog>")
+    pipe = FAMILIES[family].build()
+    if offload:
+        pipe.enable_model_cpu_offload(device="cpu")
+    without = picture(pipe, "<dog>")  # pieces of an unknown word
+    names = [NAME, *(f"{NAME}_{i}" for i in range(1, count))]
+    assert add_token(pipe, path) == names
+    assert add_token(pipe, other) == ["<dog>", "<dog>_1"]
+    both = {word: picture(pipe, word) for word in (NAME, "<dog>")}
+    assert not torch.equal(both["<dog>"], without)
+    assert remove_token(pipe, NAME) == names
+    assert torch.equal(picture(pipe, "<dog>"), both["<dog>"])
+    assert not torch.equal(picture(pipe, NAME), both[NAME])
+    with pytest.raises(ValueError, match="no token '<my-cat>' to remove; .*: <dog>, <dog>_1"):
+        remove_token(pipe, NAME)
+    assert add_token(pipe, path) == names
+    for word, drawn in both.items():
+        assert torch.equal(picture(pipe, word), drawn), word
+    remove_token(pipe, "<dog>")
+    assert remove_token(pipe, NAME) == names
+    assert torch.equal(picture(pipe, "<dog>"), without)
+    hooked = [n for n, x in pipe.components.items() if hasattr(x, "_hf_hook")]
+    assert bool(hooked) == offload
+
+
+def test_an_offloaded_pipeline_still_runs_where_it_ran(tmp_path):
+    """diffusers' own loading would offload to the CPU, where the text encoder lies in between."""
+    pipe = FAMILIES["sd"].build()
+    pipe.enable_model_cpu_offload(device="cuda")  # nothing is moved there yet
+    before = pipe._execution_device
+    save_token(tmp_path / "t.safetensors", [vectors(2)], NAME)
+    add_token(pipe, tmp_path / "t.safetensors")
+    assert pipe._execution_device == before != torch.device("cpu")
+    remove_token(pipe, NAME)
+    assert pipe._execution_device == before
+
+
+@pytest.mark.parametrize("way", ["group", "sequential"])
+def test_other_offloading_is_refused(tmp_path, way):
+    pipe = FAMILIES["sd"].build()
+    save_token(tmp_path / "t.safetensors", [vectors(1)], NAME)
+    if way == "group":
+        pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"before enable_group_offload\(\)"):
+        add_token(pipe, tmp_path / "t.safetensors")
+    assert NAME not in pipe.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_lines_that_load_a_token_in_stock_diffusers(tmp_path, family):
+    sides = range(1 if family == "sd" else 2)
+    path = tmp_path / "it's a token.safetensors"
+    save_token(path, [vectors(2, seed) for seed in sides], NAME)
+    stock, ours = FAMILIES[family].build(), FAMILIES[family].build()
+    lines = loading_lines(path, NAME, len(sides))
+    assert len(lines) == len(sides)
+    for line in lines:
+        exec(line, {"pipe": stock, "safetensors": safetensors})
+    add_token(ours, path)
+    assert torch.equal(picture(stock, NAME), picture(ours, NAME))
+
+
+def test_load_token_gives_what_was_saved(tmp_path):
+    path = tmp_path / "t.safetensors"
+    for parts in ([vectors(3)], [vectors(2), vectors(2, 1)]):
+        save_token(path, parts, NAME)
+        name, loaded = load_token(path)
+        assert name == NAME and len(loaded) == len(parts)
+        assert all(torch.equal(a, b) for a, b in zip(loaded, parts, strict=True))
+    # Of another trainer: one vector without an axis, no name beside the key.
+    safetensors.torch.save_file({"<x>": vectors(1)[0]}, path)
+    assert load_token(path)[0] == "<x>" and load_token(path)[1][0].shape == (1, WIDTH)
+    with pytest.raises(FileNotFoundError, match="no token file .*gone"):
+        load_token(tmp_path / "gone")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_token(tmp_path)

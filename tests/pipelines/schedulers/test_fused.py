@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+from examples.studies.schedulers import InDouble, compare, draw
 from pilotage.eval.embedded import load_embedded
 from pilotage.guidance import APG, AdaptiveGuidance, prediction
 from pilotage.pipelines import (
@@ -18,6 +19,7 @@ from pilotage.pipelines import (
     guided,
     noise_level,
 )
+from pilotage.pipelines.schedulers import FusedScheduler
 from pilotage.pipelines.seam import driver, patterns
 
 from ...families import FAMILIES
@@ -146,6 +148,83 @@ def test_trajectory_is_the_stock_schedulers(case):
             assert relative(a, b) <= 1e-5
 
 
+def test_any_options_as_exact_as_stock():
+    """Options drawn at random, against stock's own code in float64: see the study."""
+    found = compare(600)
+    assert not found["faults"]
+    assert found["above_slack"] == found["non_finite"] == 0
+    assert len(found["by_scheduler"]) == 4 and min(found["by_scheduler"].values()) > 60
+
+
+def test_draws_reach_the_options():
+    """Every value of what a scheduler does in a step, among the draws of the test above."""
+    cases = [draw(number) for number in range(600)]
+    for cls, name, values in [
+        (DDIM, "clip_sample", {True, False}),
+        (DDIM, "thresholding", {True, False}),
+        (DDIM, "rescale_betas_zero_snr", {True, False}),
+        (DDIM, "prediction_type", {"epsilon", "v_prediction", "sample"}),
+        (EULER, "use_karras_sigmas", {True, None}),
+        (EULER, "final_sigmas_type", {"zero", "sigma_min"}),
+        (DPM, "algorithm_type", {"dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"}),
+        (DPM, "solver_order", {1, 2, 3}),
+        (DPM, "solver_type", {"midpoint", "heun"}),
+        (DPM, "use_flow_sigmas", {True, None}),
+        (FLOW, "invert_sigmas", {True, False}),
+        (FLOW, "stochastic_sampling", {True, False}),
+    ]:
+        assert {c.settings.get(name) for c in cases if c.scheduler is cls} == values
+    assert {c.taken["eta"] for c in cases if c.scheduler is DDIM} == {0.0, 0.3, 1.0}
+
+
+def test_the_reference_computes_in_double_with_the_same_noise():
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    plain = torch.randn(3, generator=generators[0], dtype=torch.float16)
+    with InDouble(torch.float16):
+        assert torch.ones(2, dtype=torch.float64).to(torch.float32).dtype is torch.float64
+        noise = torch.randn(3, generator=generators[1], dtype=torch.float64)
+    assert torch.equal(noise, plain.double())
+
+
+def test_almost_nothing_of_a_picture_is_kept():
+    """Of cosine betas alpha ends at 5e-5, and sigma differs from 1 by less than float32 tells."""
+    settings = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False} | TRAILING
+    ours = build(DDIM, settings)[1]
+    ours.set_timesteps(5)
+    t, x = ours.timesteps[0], torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, before = ours.alphas_cumprod.double()[[int(t), int(t) - 200]]
+    x0 = (x.double() - (1 - a).sqrt() * x.double()) / a.sqrt()
+    expected = before.sqrt() * x0 + (1 - before).sqrt() * x.double()
+    found = ours.step(x, t, x)
+    assert relative(found.pred_original_sample, x0) < 1e-6
+    assert relative(found.prev_sample, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_ddpm_from_zero_snr_is_finite(kind):
+    """At some numbers of steps stock takes the root of a number below zero there.
+
+    DDIM at eta = 1 is DDPM's posterior: Ho et al., equation 7, of a step from `a` to `before`.
+    """
+    settings = ZERO_SNR | {"prediction_type": kind, "clip_sample": False}
+    source = torch.Generator().manual_seed(0)
+    x, pred, noise = (torch.randn(1, 3, 8, 8, generator=source) for _ in range(3))
+    for steps in range(2, 31):
+        ours = build(DDIM, settings)[1]
+        ours.set_timesteps(steps)
+        t = ours.timesteps[0]
+        table = ours.alphas_cumprod.double()
+        a, before = table[t], table[t - 1000 // steps]
+        x0 = pred.double() if kind == "sample" else a.sqrt() * x - (1 - a).sqrt() * pred.double()
+        ratio = a / before
+        mean = (
+            before.sqrt() * (1 - ratio) / (1 - a) * x0 + ratio.sqrt() * (1 - before) / (1 - a) * x
+        )
+        expected = mean + ((1 - before) / (1 - a) * (1 - ratio)).sqrt() * noise
+        found = ours.step(pred, t, x, eta=1.0, variance_noise=noise).prev_sample
+        assert relative(found, expected) < 1e-6
+
+
 def test_a_last_step_that_goes_nowhere():
     """Its noise levels are equal but for rounding: no root of what is below zero."""
     settings = {
@@ -214,14 +293,14 @@ def test_noise_levels_are_those_of_the_stock_scheduler(cls):
 
 def is_fused(case):
     """Whether a step is ours; of the others the stock scheduler reads what it likes."""
-    _, settings, _, taken = case
-    return not taken and "thresholding" not in settings
+    cls, settings, _, taken = case
+    return cls is DDIM or (not taken and "thresholding" not in settings)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_fused(case)], ids=identify)
 def test_nothing_is_read_back(case):
     """Neither on the CPU, nor with everything on a device that has no values at all."""
-    cls, settings, given, _ = case
+    cls, settings, given, taken = case
     _, ours = build(cls, settings)
     given = {"num_inference_steps": 4} | given
     for device in ("cpu", "meta"):
@@ -234,7 +313,7 @@ def test_nothing_is_read_back(case):
                 scale = getattr(ours, "scale_model_input", lambda x, t: x)
                 pred = scale(x, t) * 0.5
                 noise_level(ours, t)
-                x = ours.step(pred, t, x, return_dict=False)[0]
+                x = ours.step(pred, t, x, return_dict=False, **taken)[0]
         assert x.device.type == device
 
 
@@ -297,6 +376,32 @@ class Mine(EULER):
     pass
 
 
+class Mixin:
+    pass
+
+
+class Later(FusedScheduler):
+    """A base of fused schedulers to come, which has no stock scheduler yet."""
+
+
+class Heir(Mixin, Mine):
+    def step(self, *args, **options):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().step(*args, **options)
+
+
+@pytest.mark.parametrize("cls", [Mine, Heir])
+def test_descendants_step_as_their_base(cls):
+    stock, ours = build(cls, KARRAS)
+    assert type(ours) is cls and ours.stock_class is EULER.stock_class
+    for taken in ({}, {"s_churn": 2.0}):  # ours, and the stock scheduler's own step
+        expected, found = (trajectory(s, {}, taken)[0] for s in (stock, ours))
+        assert max(map(relative, found, expected)) <= 1e-5
+    if cls is Heir:
+        assert ours.steps == 14
+        assert type(pickle.loads(pickle.dumps(ours))) is Heir
+
+
 def test_a_subclass_keeps_its_name_and_can_be_copied():
     ours = Mine(**SD)
     ours.set_timesteps(4)
@@ -327,6 +432,7 @@ def test_exchanged_timesteps_are_noticed():
         ),
         (DDIM, {"rescale_betas_zero_snr": True}, "'epsilon', expected 'v_prediction'"),
         (EULER, {"prediction_type": "score"}, "'score'"),
+        (DPM, {"prediction_type": "flow_prediction"}, "use_flow_sigmas=True, got False"),
     ],
 )
 def test_settings_that_are_not_there_are_refused(cls, settings, message):
