@@ -64,7 +64,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipelines/seam/test_noise_levels.py",
         "tests/pipelines/seam/test_cfg_plus_plus.py",
     ),
-    "pipelines/seam/patterns": (*SEAM[:1], "tests/pipelines/seam/test_learned.py"),
+    "pipelines/seam/patterns": (
+        "tests/pipelines/seam/test_patterns.py",
+        *SEAM[:1],
+        "tests/pipelines/seam/test_learned.py",
+    ),
     "eval/metrics": ("tests/eval/metrics", f"--deselect={ALIGNMENT}::test_similarity_beside_it"),
 }
 
