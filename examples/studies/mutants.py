@@ -47,17 +47,22 @@ SHARE = 0.045  # of all places, by chance
 
 GUIDANCE = (
     "tests/guidance",
-    "--ignore=tests/guidance/analytic",
-    "--ignore=tests/guidance/zeroth_order",
+    *(f"--ignore=tests/guidance/{name}" for name in ("analytic", "ops", "zeroth_order")),
 )
+RUN = tuple(f"tests/guidance/test_{name}.py" for name in ("run", "measured", "contracts"))
 ALIGNMENT = "tests/eval/metrics/test_alignment.py"  # one test needs the package as installed
 SEAM = ("tests/pipelines/seam/test_guards.py", "tests/pipelines/seam/test_features.py")
 # Code -> the tests beside it, as arguments of pytest: the longest name that a file begins with.
 TESTS: dict[str, tuple[str, ...]] = {
     "guidance": GUIDANCE,
     "guidance/analytic": ("tests/guidance/analytic",),
+    "guidance/fitting": ("tests/guidance/fitting",),
+    "guidance/ops": ("tests/guidance/ops",),
+    "guidance/policies": ("tests/guidance/policies", *RUN),
+    "guidance/rules": ("tests/guidance/rules",),
     "guidance/zeroth_order": ("tests/guidance/zeroth_order",),
     "pipelines/schedulers": ("tests/pipelines/schedulers",),
+    "guidance/run": (*RUN, "tests/guidance/policies"),
     "pipelines/seam": SEAM,
     "pipelines/seam/learning": (*SEAM[:1], "tests/pipelines/seam/test_learned.py"),
     "pipelines/seam/noise_levels": (
@@ -399,7 +404,7 @@ def main() -> int:
     print(f"{len(sample)} drawn, {len(open_)} to try")
     with contextlib.ExitStack() as stack:
         copy = None
-        for number, mutant in enumerate(sorted(open_, key=lambda m: m.tests), 1):
+        for number, mutant in enumerate(sorted(open_, key=lambda m: (m.key in cache, m.tests)), 1):
             if copy is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
                 copy = stack.enter_context(Copy(Path(folder)))

@@ -163,6 +163,8 @@ def test_interval_by_step_and_by_noise():
         Interval(4, 4)
     with pytest.raises(ValueError, match="empty"):
         Interval(noise_low=3, noise_high=1)
+    with pytest.raises(ValueError, match="empty"):
+        Interval(noise_low=3, noise_high=3)
 
 
 def test_steps_that_the_pipeline_does_not_guide_ask_no_policy():

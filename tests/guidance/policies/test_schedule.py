@@ -247,8 +247,11 @@ def test_skipped_steps_take_what_the_pipeline_did_not_guide_for_guided(policy, p
         (lambda: Schedule(("both", "skip")), "skip"),
         (lambda: Schedule(("both",), (1.0, 2.0)), "2 factors for 1 choices"),
         (lambda: Schedule(("both",), (math.nan,)), "finite"),
-        (lambda: Schedule(("cond", "estimate")), "no step before it evaluates"),
-        (lambda: Schedule(("forecast", "both")), "no step before it evaluates anything"),
+        (
+            lambda: Schedule(("cond", "estimate")),
+            "estimated, but no step .* evaluates both branches",
+        ),
+        (lambda: Schedule(("forecast", "both")), "skipped, but no step .* evaluates anything"),
         (
             lambda: Schedule(("both", "both"), fill=ONE),
             "2 steps cannot guide a run of 1",
