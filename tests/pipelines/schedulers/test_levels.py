@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 
@@ -56,3 +57,17 @@ def test_flow_levels_are_the_times():
         assert level.sigma == pytest.approx(float(t) / STEPS, rel=1e-6)
         assert level.alpha == pytest.approx(1 - float(t) / STEPS, abs=1e-6)
         scheduler.step(x, t, x)
+
+
+@pytest.mark.parametrize("churn", [0.2, 1.0, 3.0])
+def test_any_churn_is_the_stock_schedulers(churn):
+    found = []
+    for cls in (diffusers.EulerDiscreteScheduler, FusedEulerScheduler):
+        scheduler, generator = cls(**SD), torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(5)
+        x = torch.randn(1, 3, 4, 4, generator=generator) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            pred = 0.5 * scheduler.scale_model_input(x, t)
+            x = scheduler.step(pred, t, x, s_churn=churn, generator=generator).prev_sample
+        found.append(x)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
