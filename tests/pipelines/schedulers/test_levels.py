@@ -71,3 +71,28 @@ def test_any_churn_is_the_stock_schedulers(churn):
             x = scheduler.step(pred, t, x, s_churn=churn, generator=generator).prev_sample
         found.append(x)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "sigmas"),
+    [
+        (diffusers.EulerDiscreteScheduler, FusedEulerScheduler, [12.0, 4.0, 4.0, 1.0, 0.2, 0.0]),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler,
+            FusedFlowMatchEulerScheduler,
+            [1.0, 0.7, 0.7, 0.3],
+        ),
+    ],
+)
+def test_a_run_that_begins_at_a_timestep_that_is_there_twice(stock, ours, sigmas):
+    """It begins at the second of them."""
+    x, found = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    for cls in (stock, ours):
+        scheduler = cls()
+        scheduler.set_timesteps(sigmas=sigmas)
+        t = scheduler.timesteps[1]
+        assert t == scheduler.timesteps[2]
+        found.append(scheduler.step(0.5 * x, t, x).prev_sample)
+        assert scheduler.step_index == 3
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert (found[0] - x).abs().max() > 0.1
