@@ -138,6 +138,15 @@ class UncondFirstPipeline(AstrayPipeline):
         return self.network(x, t, uncond)
 
 
+class ThreePipeline(AstrayPipeline):
+    """A third branch."""
+
+    def go(self, x, t, cond, uncond, scale):
+        """See the base."""
+        c, u, e = (self.network(x, t, text) for text in (cond, uncond, cond.flip(1)))
+        return c + (scale - 1) * (c - u) + 2.0 * (c - e)
+
+
 class LowPipeline(AstrayPipeline):
     """The scale falls below 1."""
 
@@ -214,6 +223,7 @@ def read(request, monkeypatch):
         (LowPipeline, "apg", "used the guidance scale 0.5 at step {at}; below 1, 'apg'"),
         (ThricePipeline, DROPS, "evaluates 3 rows in call 3 at step {at}, otherwise than before"),
         (UncondFirstPipeline, DROPS, r"evaluates \(1,\) branches, not \(1, 1\) at step {at}"),
+        (UncondFirstPipeline, "apg", r"evaluates \(1,\) branches, not \(1, 1\) at step {at}"),
         (FewerPipeline, "apg", "steps 1 samples at step .*, otherwise than before"),
     ],
 )
@@ -226,6 +236,18 @@ def test_a_loop_that_goes_astray_is_refused(cls, guidance, message, at, read):
         call(guidance)
     pipe.at = 9
     assert equal(settled, call(guidance))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_branch_that_comes_later_is_learned(at, read):
+    pipe, call = loop_of(ThreePipeline, at=at)
+    stock = call()
+    torch.testing.assert_close(call(NEUTRAL), stock, rtol=1e-4, atol=1e-4)
+    assert pipe.guidance_trace.nfe == [2 * at + 3 * (3 - at)] * 3
+    assert not torch.allclose(call("apg"), stock, rtol=1e-3, atol=1e-3)
+    # Where rows are left out by then, it is too late.
+    with pytest.raises(LayoutError, match=f"evaluates 3 rows in call 3 at step {at}"):
+        call(DROPS)
 
 
 @pytest.mark.parametrize("low", [1.0, 0.995, 0.5])
