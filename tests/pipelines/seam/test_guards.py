@@ -1,27 +1,38 @@
 """Every guard of the seam, entered: by calls of made-up networks, by loops that go astray."""
 
+import functools
+import re
+
+import diffusers as df
 import pytest
 import torch
 from torch import nn
 
 from pilotage.guidance import (
     APG,
+    CFG,
     AdaptiveGuidance,
     Decision,
+    Interval,
     Policy,
     PolicyState,
+    Schedule,
     Weights,
     prediction,
+    resolve,
 )
 from pilotage.pipelines import LayoutError, guided
 from pilotage.pipelines.seam import driver, patterns
 from pilotage.pipelines.seam.calls import Call, RowsError
+from pilotage.pipelines.seam.hooks import check_caches
 from pilotage.pipelines.seam.layouts import Layout
+from pilotage.pipelines.seam.patterns import Pattern
 from pilotage.pipelines.seam.support import denoisers_of
 
 from ...families import FAMILIES
 from ..checks import Rows, equal, latents
-from .homemade import HomemadePipeline, Watching, own_family
+from .homemade import HomemadePipeline, SoftenedPipeline, Watching, own_family, stock_like
+from .test_faults import cached_pipe
 
 # Rows of one call
 
@@ -147,6 +158,15 @@ class ThreePipeline(AstrayPipeline):
         return c + (scale - 1) * (c - u) + 2.0 * (c - e)
 
 
+class TogetherPipeline(AstrayPipeline):
+    """Both branches in one call."""
+
+    def go(self, x, t, cond, uncond, scale):
+        """See the base."""
+        c, u = self.network(torch.cat([x, x]), t, torch.cat([cond, uncond])).chunk(2)
+        return u + scale * (c - u)
+
+
 class LowPipeline(AstrayPipeline):
     """The scale falls below 1."""
 
@@ -250,6 +270,22 @@ def test_a_branch_that_comes_later_is_learned(at, read):
         call(DROPS)
 
 
+@pytest.mark.parametrize("cls", [df.DDIMScheduler, df.EulerDiscreteScheduler])
+def test_a_loop_that_changes_how_it_calls_its_network(cls, read):
+    """The same branches in other calls: the same pictures, and denoised images of the same step."""
+    found = []
+    for at in (9, 1, 2):
+        pipe, call = loop_of(TogetherPipeline, at=at)
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        stock = call()
+        found.append(call(APG(eta=0.2, norm_threshold=2.0, threshold_unit="l2")))
+        torch.testing.assert_close(call(NEUTRAL), stock, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found[-1], stock, rtol=1e-3, atol=1e-3)
+        assert pipe.guidance_trace.nfe == [6] * 3
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("low", [1.0, 0.995, 0.5])
 def test_a_scale_at_and_below_one(low, read):
     """1 but for a hundredth is no guidance; below that, rules that move elsewhere are refused."""
@@ -342,6 +378,34 @@ def test_a_network_that_needs_the_rows_of_all_samples():
     assert alone.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("rule", [CFG(), APG(space="native")], ids=str)
+def test_some_samples_are_skipped_while_branches_are_equal(name, rule):
+    """The others go on as the pipeline does, as where none is skipped."""
+    family = FAMILIES[name]
+
+    def call():
+        arguments = family.call(3, True)
+        return arguments | {"negative_prompt": arguments["prompt"], "num_inference_steps": 4}
+
+    pipe, stock, outputs = guided(family.build()), family.build(), []
+    with Rows(pipe, name) as rows:
+        found = pipe(**call(), guidance=rule | SomeSkip())[0]
+    step = stock.scheduler.step
+
+    @functools.wraps(step)
+    def held(output, *args, **kwargs):
+        skips = len(outputs) % 2
+        outputs.append(torch.cat([output[:1], (outputs[-1] if skips else output)[1:]]))
+        return step(outputs[-1], *args, **kwargs)
+
+    stock.scheduler.step = held
+    torch.testing.assert_close(found, stock(**call())[0], rtol=1e-4, atol=1e-4)
+    trace = pipe.guidance_trace
+    assert sum(rows.calls) == sum(trace.nfe) and trace.nfe[0] == 2 * len(trace.steps)
+    assert [step.skipped for step in trace.steps[:3]] == [[], [1, 2], []]
+
+
 def test_a_scheduler_whose_step_takes_something_else():
     pipe = guided(FAMILIES["sd"].build())
 
@@ -361,3 +425,60 @@ def test_a_pipeline_without_a_network():
         "transformer",
     )
     assert denoisers_of(type("Two", (), {"decoder": 1, "prior": 2})(), Layout()) == ("prior",)
+
+
+# Caches
+
+
+@pytest.mark.parametrize(
+    ("guidance", "calls", "batch", "comparing", "counting"),
+    [  # whether a cache that compares can stand it, and one that counts steps
+        ("apg", (2,), 3, True, True),
+        ("ag", (2,), 1, False, False),
+        ("ag", (1, 1), 1, True, True),
+        ("ag", (1, 1), 3, False, False),
+        ("hold", (1, 1), 3, True, False),
+        ("hold", (2,), 1, False, False),
+        ("forecast", (2,), 3, True, False),
+        ("forecast", (1, 1), 3, True, False),
+        (CFG() | Interval(0, 2), (1, 1), 3, True, False),
+        (CFG() | Interval(0, 2), (2,), 3, False, False),
+        (CFG() | SomeSkip(), (1, 1), 3, True, False),  # which does not tell beforehand
+        (CFG() | SomeSkip(), (2,), 3, False, False),
+    ],
+)
+def test_what_caches_can_stand(guidance, calls, batch, comparing, counting):
+    """Those that compare need all rows of a call; those that count need the call as well."""
+    guidance = resolve(guidance) if isinstance(guidance, str) else guidance
+    decisions = guidance.policy.decisions(6)
+    for cache, stands in (
+        (None, True),
+        ("FirstBlockCache", comparing),
+        ("MagCache", counting),
+        ("TaylorSeerCache", counting),
+    ):
+        network = cached_pipe("flux", cache, True).transformer if cache else Network()
+        given = [Network(), network], guidance, "mine", Pattern(calls), batch, decisions
+        if stands:
+            check_caches(*given)
+        else:
+            with pytest.raises(LayoutError, match=f"{cache}.*disable it, or leave out 'mine'"):
+                check_caches(*given)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    ["hold", CFG() | Schedule(("both",) * 4, (2.0,) * 4), "forecast", "ag", "cfg", "apg"],
+    ids=str,
+)
+def test_a_combination_that_is_changed_afterwards(guidance):
+    """Refused where guidance takes its place, by whatever name it was changed."""
+    pipe = guided(stock_like(SoftenedPipeline, "sd"))
+    stock = latents(pipe, "sd", softened=0.7)
+    assert not equal(stock, latents(pipe, "sd"))
+    if guidance in ("ag", "cfg", "forecast"):  # whose combinations are the pipeline's own
+        found = latents(pipe, "sd", guidance=guidance, softened=0.7)
+        assert guidance != "cfg" or equal(stock, found)
+    else:
+        with pytest.raises(LayoutError, match=re.escape(f"'{guidance}' cannot guide")):
+            latents(pipe, "sd", guidance=guidance, softened=0.7)
