@@ -14,6 +14,7 @@ from pilotage.guidance import (
     AdaptiveGuidance,
     Decision,
     Interval,
+    NonFinitePredictionError,
     Policy,
     PolicyState,
     Schedule,
@@ -167,6 +168,20 @@ class TogetherPipeline(AstrayPipeline):
         return u + scale * (c - u)
 
 
+class LatePipeline(HomemadePipeline):
+    """Begins after some of the scheduler's steps, and does not tell how many it makes."""
+
+    def __call__(self, prompt, guidance_scale=5.0, num_inference_steps=5, **kwargs):
+        """See the base."""
+        cond, uncond = self.encode_prompt(prompt, "cpu", 1, True, [""] * len(prompt))
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.ones(len(prompt), 4, 8, 8)
+        for t in self.scheduler.timesteps[2:]:
+            u, c = self.network(torch.cat([x, x]), t, torch.cat([uncond, cond])).chunk(2)
+            x = self.scheduler.step(u + guidance_scale * (c - u), t, x).prev_sample
+        return (x,)
+
+
 class LowPipeline(AstrayPipeline):
     """The scale falls below 1."""
 
@@ -268,6 +283,18 @@ def test_a_branch_that_comes_later_is_learned(at, read):
     # Where rows are left out by then, it is too late.
     with pytest.raises(LayoutError, match=f"evaluates 3 rows in call 3 at step {at}"):
         call(DROPS)
+
+
+@pytest.mark.parametrize("guidance", ["cfg", APG(space="native")], ids=str)
+def test_the_length_of_a_run_that_begins_later(guidance):
+    """As far as the pipeline does not tell it: what is left from its first timestep on."""
+    pipe = guided(own_family(LatePipeline, "batch: uncond cond").build())
+    call = {"prompt": ["a red cat"] * 2, "guidance": guidance}
+    assert pipe(**call)[0].isfinite().all()
+    assert len(pipe.guidance_trace.steps) == 3
+    pipe.unet.register_forward_hook(lambda module, args, output: (output[0] * float("nan"),))
+    with pytest.raises(NonFinitePredictionError, match="at step 0 of 3"):
+        pipe(**call)
 
 
 @pytest.mark.parametrize("cls", [df.DDIMScheduler, df.EulerDiscreteScheduler])
