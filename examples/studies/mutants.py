@@ -64,16 +64,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pipelines/schedulers": ("tests/pipelines/schedulers",),
     "guidance/run": (*RUN, "tests/guidance/policies"),
     "pipelines/seam": SEAM,
-    "pipelines/seam/learning": (*SEAM[:1], "tests/pipelines/seam/test_learned.py"),
+    "pipelines/seam/learning": ("tests/pipelines/seam/test_learning.py", *SEAM[:1]),
     "pipelines/seam/noise_levels": (
         "tests/pipelines/seam/test_noise_levels.py",
         "tests/pipelines/seam/test_cfg_plus_plus.py",
     ),
-    "pipelines/seam/patterns": (
-        "tests/pipelines/seam/test_patterns.py",
-        *SEAM[:1],
-        "tests/pipelines/seam/test_learned.py",
-    ),
+    "pipelines/seam/patterns": ("tests/pipelines/seam/test_patterns.py", *SEAM[:1]),
     "eval/metrics": ("tests/eval/metrics", f"--deselect={ALIGNMENT}::test_similarity_beside_it"),
 }
 
