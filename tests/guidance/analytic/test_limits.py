@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from pilotage.guidance.analytic import DatasetStatistics, OptimalDenoiser
+from pilotage.guidance.analytic import (
+    DatasetStatistics,
+    ELSDenoiser,
+    LSDenoiser,
+    OptimalDenoiser,
+)
 
 from ...oracles import analytic as oracles
 
@@ -37,3 +42,10 @@ def test_large_coordinates_cost_no_precision(size, sigma):
     found = OptimalDenoiser(images.float(), value_range=None)(y.float(), sigma)
     lost = (found.double() - exact).abs().max()
     assert lost <= 2e-4 * sigma + 4 * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("k", [0, 2, 4, 2.5])
+@pytest.mark.parametrize("make", [ELSDenoiser, LSDenoiser])
+def test_a_window_has_a_middle(make, k):
+    with pytest.raises(ValueError, match="odd whole number"):
+        make(draw(6, 1, 5, 5), k=k, value_range=None)
