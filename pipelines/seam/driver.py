@@ -423,7 +423,9 @@ class Driver:
         if run.skipped and run.all_skipped:
             return run.reused(x_t)
         if run.skipped:
-            return run.combine(self.with_skipped(run, part, x_t), None, 1.0, x_t)
+            cond = self.with_skipped(run, part, x_t)
+            same = cond[row_index(run.rows, cond.device)] if run.rows else None  # as the branches
+            return run.combine(cond, same, 1.0, x_t, own=cond)
         run.unguided(part, x_t)
         return part
 

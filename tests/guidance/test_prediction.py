@@ -26,11 +26,20 @@ def test_x0_is_recovered(kind, alpha, sigma):
         alpha = 1 - sigma
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
-    level = NoiseLevel(alpha, sigma, kind)
     x_t = alpha * x0 + sigma * noise
     pred = make_prediction(kind, x0, noise, alpha, sigma)
-    torch.testing.assert_close(level.to_x0(pred, x_t), x0, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
+    for number in (float, lambda value: torch.tensor(value, dtype=torch.float64)):
+        level = NoiseLevel(number(alpha), number(sigma), kind)
+        torch.testing.assert_close(level.to_x0(pred, x_t), x0, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(level.from_x0(x0, x_t), pred, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_without_noise_a_picture_says_nothing_of_a_prediction(kind, number):
+    x_t = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = NoiseLevel(number(1.0), number(0.0), kind).from_x0(2 * x_t, x_t)
+    assert torch.equal(found, torch.zeros_like(x_t))
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 1.7])

@@ -163,6 +163,8 @@ def test_interval_by_step_and_by_noise():
         Interval(4, 4)
     with pytest.raises(ValueError, match="empty"):
         Interval(noise_low=3, noise_high=1)
+    with pytest.raises(ValueError, match="empty"):
+        Interval(noise_low=3, noise_high=3)
 
 
 def test_steps_that_the_pipeline_does_not_guide_ask_no_policy():
@@ -288,3 +290,12 @@ def test_evaluations_are_counted_by_branches():
     assert trace.nfe == [3 + 1 + 3, 3 + 0 + 3, 1 + 1 + 3]
     drawn = trace.plot().axes[0].lines[0].get_ydata().tolist()
     assert drawn == pytest.approx([7 / 3, 2 / 3, 9 / 3])
+
+
+def test_figures_of_other_samples_than_were_guided_are_not_drawn():
+    trace = Trace(2, [StepRecord(0, None, [0], gamma=torch.tensor([0.5]))])
+    lines = trace.plot().axes[1].lines
+    assert [line.get_ydata().tolist() for line in lines] == [[0.5]]
+    trace.steps.append(StepRecord(1, None, [0], gamma=torch.tensor([0.5, 0.6])))
+    with pytest.raises(ValueError, match="longer"):
+        trace.plot()

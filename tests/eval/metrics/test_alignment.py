@@ -96,6 +96,7 @@ def test_clip_features(clip):
     assert extractor.name == f"clip:{clip}"
     assert "resize" in extractor.preprocessing and "crop" in extractor.preprocessing
     assert extractor(rand(2, 3, 40, 24)).shape == (2, 12)
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
 
 
 def test_dino_features(dino):

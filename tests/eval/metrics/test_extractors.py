@@ -1,9 +1,11 @@
 """The offline image features: real weights, features that mean something."""
 
+import types
+
 import torch
 from PIL import Image, ImageDraw
 
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.extractors import EfficientNetLite0, describe
 from pilotage.eval.metrics.images import to_tensor
 
 
@@ -30,3 +32,15 @@ def test_same_shape_is_nearest_across_sizes_and_batches():
     assert (a @ b.T).argmax(1).tolist() == [0, 1, 2]
     one = extractor(large[2:])
     torch.testing.assert_close(one / one.norm(), b[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_processor_does_in_words():
+    """Every step that it makes, and none that it has settings for and does not make."""
+    settings = {"size": {"height": 9}, "resample": 3, "crop_size": {"height": 8}}
+    settings |= {"image_mean": (0.5,), "image_std": (0.25,)}
+    steps = {"do_resize": True, "do_center_crop": True, "do_normalize": True}
+    words = "SimpleNamespace, resize {'height': 9}, center_crop {'height': 8}, normalize [0.5], "
+    words += "normalize [0.25], resample 3"
+    assert describe(types.SimpleNamespace(**settings, **steps)) == words
+    for off in ({}, dict.fromkeys(steps, False)):
+        assert describe(types.SimpleNamespace(**settings, **off)) == "SimpleNamespace"

@@ -73,6 +73,9 @@ def test_kid_subsets():
     assert one.value == pytest.approx(sum(_subset_values(a, b, 3, 50)) / 3, rel=1e-9)
     with pytest.raises(ValueError, match="cannot be drawn from 60 and 50"):
         kernel_distance(a, b, subsets=5, subset_size=51)
+    for subsets, size in ((0, 30), (5, 1)):
+        with pytest.raises(ValueError, match=f"{subsets} subsets of {size} cannot be drawn"):
+            kernel_distance(a, b, subsets=subsets, subset_size=size)
 
 
 def _subset_values(a, b, subsets, size):
@@ -107,6 +110,9 @@ def test_too_few_pictures():
         kernel_distance(randn(1, 3), randn(5, 3))
     with pytest.raises(ValueError, match="k = 3 neighbours need at least 4 pictures, got 3"):
         precision_recall(randn(3, 3), randn(9, 3))
+    for metric in (precision_recall, density_coverage):
+        with pytest.raises(ValueError, match="k = 0 neighbours"):
+            metric(randn(5, 3), randn(5, 3), k=0)
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])

@@ -226,6 +226,26 @@ def test_without_a_home_there_are_no_integer_products(monkeypatch, able):
     assert "XDG_CACHE_HOME" in integer.missing()
 
 
+@pytest.mark.parametrize("permitted", [1, 0])
+def test_what_is_loaded_is_told_the_kernels_arguments(monkeypatch, able, permitted):
+    """As ``kernel.c`` declares them, on a machine that compiles and loads it."""
+    library = SimpleNamespace(permit_tiles=lambda: permitted, posterior=SimpleNamespace())
+    monkeypatch.setattr(build, "compile_library", lambda: "integer.so")
+    monkeypatch.setattr(build.ctypes, "CDLL", {"integer.so": library}.__getitem__)
+    found, reason = build.load()
+    if not permitted:
+        assert found is None and "does not let processes use AMX tiles" in reason
+        return
+    assert found is library and reason == ""
+    declared = build.SOURCE.read_text().partition("\nint posterior(")[2].partition(")")[0]
+    kinds = {"long": ctypes.c_long, "int": ctypes.c_int}
+    expected = [
+        ctypes.c_void_p if "*" in argument else kinds[argument.split()[0]]
+        for argument in declared.split(",")
+    ]
+    assert library.posterior.argtypes == expected and len(expected) == 13
+
+
 def test_without_a_compiler_floats_are_used_and_no_file_is_made(monkeypatch, able, tmp_path):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -178,6 +178,7 @@ def test_every_kind_of_source_gives_the_same_statistics(tmp_path):
         "tensor": UINT8,
         "iterator": iter(UINT8),
         "pairs": list(zip(pictures, labels, strict=True)),
+        "pair": (UINT8, labels),
         "dicts": [{"image": picture, "label": 1} for picture in pictures],
         "folder": tmp_path,
         "torch": torch.utils.data.TensorDataset(UINT8, labels),
@@ -193,6 +194,14 @@ def test_every_kind_of_source_gives_the_same_statistics(tmp_path):
     images, classes = load_images(tmp_path)
     assert classes.tolist() == [0] * 25 + [1] * 25
     assert torch.equal(images, torch.cat([UINT8[labels == 0], UINT8[labels == 1]]))
+    for source in ((UINT8, labels), [UINT8, labels.to(torch.uint8)]):
+        images, classes = load_images(source)
+        assert torch.equal(images, UINT8) and torch.equal(classes, labels)
+    with pytest.raises(ValueError, match="49 labels for 50 images"):
+        load_images((UINT8, labels[1:]))
+    # Two pictures, the second of which is no list of labels.
+    images, classes = load_images((UINT8[0], UINT8[1]))
+    assert torch.equal(images, UINT8[:2]) and classes is None
 
 
 def picture(mode, size=(5, 4)):

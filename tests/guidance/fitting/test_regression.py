@@ -81,6 +81,17 @@ def test_errors_from_inner_products_are_errors_of_estimates():
             torch.testing.assert_close(r_squared(gram, found, of)[t], expected, rtol=0, atol=1e-9)
 
 
+def test_trajectories_are_added_to_none():
+    cond, uncond = torch.randn(2, T, 5, 30, generator=torch.Generator().manual_seed(3)).double()
+    empty, gram = Gram.empty(T), Gram.of(cond, uncond)
+    assert (empty.steps, empty.trajectories) == (T, 0)
+    both = empty + gram
+    assert torch.equal(both.products, gram.products) and both.trajectories == 5
+    flat = torch.cat([cond, uncond]).flatten(1)
+    expected = torch.tensor([[float((a * b).sum()) for b in flat] for a in flat])
+    torch.testing.assert_close(both.products, expected.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_bad_trajectories():
     cond, uncond = torch.randn(2, T, 2, 9)
     cond[2, 0, 0] = math.nan

@@ -22,6 +22,7 @@ from pilotage.guidance import (
     extrapolate,
     fit_coefficients,
     forecast,
+    gate,
     hold,
     linear_ag,
     load_guidance,
@@ -247,8 +248,11 @@ def test_skipped_steps_take_what_the_pipeline_did_not_guide_for_guided(policy, p
         (lambda: Schedule(("both", "skip")), "skip"),
         (lambda: Schedule(("both",), (1.0, 2.0)), "2 factors for 1 choices"),
         (lambda: Schedule(("both",), (math.nan,)), "finite"),
-        (lambda: Schedule(("cond", "estimate")), "no step before it evaluates"),
-        (lambda: Schedule(("forecast", "both")), "no step before it evaluates anything"),
+        (
+            lambda: Schedule(("cond", "estimate")),
+            "estimated, but no step .* evaluates both branches",
+        ),
+        (lambda: Schedule(("forecast", "both")), "skipped, but no step .* evaluates anything"),
         (
             lambda: Schedule(("both", "both"), fill=ONE),
             "2 steps cannot guide a run of 1",
@@ -312,3 +316,23 @@ def test_fitted_settings_can_be_keys():
     assert len(policies) == 2
     schedule = Schedule(("both",) * T, fill=one, identity={"scheduler": "X"})
     assert {schedule: 1}[schedule] == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "space"),
+    [
+        (hold(space="x0"), "x0"),
+        (hold(period=1, space="x0"), None),  # guided at first, then not: nothing is filled in
+        (hold(period=1, then="estimate", space="x0"), "x0"),
+        (extrapolate(), "native"),
+        (forecast(), "x0"),
+        (gate(space="x0"), "x0"),
+        (Schedule(("both", "cond", "both")), None),
+        (Schedule(("both", "estimate")), "native"),
+        (Schedule(("both", "forecast"), fill=HoldDifference("x0")), "x0"),
+    ],
+    ids=str,
+)
+def test_a_schedule_has_a_space_if_something_is_filled_in(policy, space):
+    assert policy.space == space
+    assert Guidance(CFG(), policy).needs_level == (space == "x0")

@@ -195,4 +195,7 @@ def test_candidates_are_the_nearest_words_and_others():
     assert len(set(rows)) == 11 and 17 not in rows
     assert torch.equal(found, candidate_words(tables, centre, 11, seed=0))
     assert not torch.equal(found, candidate_words(tables, centre, 11, seed=1))
-    assert len(candidate_words(tables, centre, 60, seed=0)) == 59
+    every = candidate_words(tables, centre, 59, seed=0)
+    assert len(every) == 59
+    for count in (60, 61, 900):  # more than there are
+        assert torch.equal(candidate_words(tables, centre, count, seed=0), every)

@@ -265,3 +265,20 @@ def test_a_subclass_with_a_step_of_its_own_is_not_of_first_order():
 
     with pytest.raises(UnknownSchedulerError, match="got Churning"):
         check_first_order(Churning(), eta=0.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"],
+)
+def test_a_timestep_may_be_given_for_every_sample(name):
+    """As pipelines hand it to their network: a number, a tensor of one, one for each row."""
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(6)
+    t = scheduler.timesteps[2]
+    expected = noise_level(scheduler, t)
+    for given in (t.item(), t[None], t.expand(3), t.expand(2, 1)):
+        found = noise_level(scheduler, given)
+        assert float(found.alpha) == float(expected.alpha)
+        assert float(found.sigma) == float(expected.sigma)
+    assert float(expected.sigma) > 0.2
