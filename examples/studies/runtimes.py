@@ -53,6 +53,9 @@ SETTINGS = {
 PROMPTS = ("a red heart", "a yellow star", "a house with a garden", "a green frog")
 WORD = "<x>"
 ROWS, POINTS = 4, PRESETS["ours"].evaluations
+# Of the tokens whose losses are compared, from a word, in units of its norm: how far the search
+# looks around itself, and further.
+DISTANCES = (PRESETS["ours"].mu, 0.03, 0.3)
 
 
 def pictures(pipe: Any) -> list[Any]:
@@ -93,19 +96,24 @@ def pipeline(name: str, folder: Path) -> Any:
     return pipe
 
 
-def inputs(networks: DiffusionTokenLoss, folder: Path) -> tuple[Tensor, TokenBatch]:
-    """What a step evaluates: POINTS tokens around a word, ROWS pictures and timesteps."""
+def inputs(
+    networks: DiffusionTokenLoss, folder: Path, distance: float = 0.1
+) -> tuple[Tensor, TokenBatch]:
+    """What a step evaluates: POINTS tokens around a word, ROWS pictures and timesteps.
+
+    They lie `distance` from the word, in units of its norm.
+    """
     latents = networks.encode(load_file(folder / "pictures.safetensors")["pictures"])
     ids = prompt_ids(extended(networks.pipe.tokenizer, WORD, 1), TEMPLATES[:ROWS], WORD, 1)
     times = torch.tensor([150, 400, 650, 900])
     batch = networks.batch(latents, times, (ids,), 0)
     word = Personalizer(networks.pipe).initial_embeddings("star", 1)
     spread = torch.randn(POINTS, *word.shape, generator=torch.Generator().manual_seed(0))
-    return word + 0.1 * word.norm() / word.numel() ** 0.5 * spread, batch
+    return word + distance * word.norm() / word.numel() ** 0.5 * spread, batch
 
 
 @torch.no_grad()
-def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
+def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     """Loss and time of a setting, in turn with PyTorch in float32."""
     exact, ours = (DiffusionTokenLoss(p) for p in (quiet(), pipeline(name, folder)))
     tokens, batch = inputs(exact, folder)
@@ -117,9 +125,14 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
             loss(tokens, batch)
             seconds[loss].append(time.perf_counter() - began)
     ratios = [b / a for a, b in zip(seconds[exact], seconds[ours], strict=True)]
+    correlations = {}
+    for distance in DISTANCES:
+        tokens, batch = inputs(exact, folder, distance)
+        losses = torch.stack([exact(tokens, batch), ours(tokens, batch)])
+        correlations[str(distance)] = torch.corrcoef(losses.double())[0, 1].item()
     return {
         "loss_difference": ((found - expected).abs() / expected).max().item(),
-        "rank_correlation": correlation(found, expected),
+        "correlation_by_distance": correlations,
         "seconds": statistics.median(seconds[ours]),
         "time_ratio_to_torch": statistics.median(ratios),
     }
@@ -140,18 +153,19 @@ def remember(name: str, folder: Path) -> dict[str, float]:
     return {"peak_mb": (peak_resident() - before) / 1e6}
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of the losses of the tokens."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
-def child(name: str, what: str, folder: Path, rounds: int) -> dict[str, float]:
+def child(name: str, what: str, folder: Path, rounds: int) -> dict[str, Any]:
     """What a process of its own measures."""
     command = [sys.executable, "-W", "ignore", "-m", "examples.studies.runtimes"]
     command += ["--child", name, what, str(folder), "--rounds", str(rounds)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def rounded(figures: Any) -> Any:
+    """Six digits of every number."""
+    if isinstance(figures, dict):
+        return {key: rounded(value) for key, value in figures.items()}
+    return float(f"{figures:.6g}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,11 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runtime, precision = SETTINGS[name]
             size = sum(f.stat().st_size for f in (folder / precision).rglob("model.onnx*"))
             figures[name] = found | ({"megabytes_of_graphs": size / 1e6} if runtime else {})
-    figures = {
-        name: {key: value and round(value, 8 if "loss" in key else 4) for key, value in of.items()}
-        for name, of in figures.items()
-    }
-    write_figures(args.output, figures | {"tokens": POINTS, "rows": ROWS, "threads": 1})
+    write_figures(args.output, rounded(figures) | {"tokens": POINTS, "rows": ROWS, "threads": 1})
     print(args.output.read_text())
 
 
