@@ -7,13 +7,16 @@ stored (uint8) and is free of state.
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .images import load_images
+from .images import MEMORY, load_images, size_for
 from .posterior import Box, Result, Source, block_size, compare, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
@@ -31,11 +34,18 @@ class Denoiser(ABC):
         labels: Class of each image, with shape (N,), int64 >= 0; None for what the source gives.
         value_range: Range of float pixels; None for latents. See `images.stream`.
         statistics: Of the same images; computed when first needed if None.
+        size: Side in pixels of the squares that files and PIL images are cropped to. None keeps
+            them; the pictures of a folder that differ in size, or that the method cannot take, are
+            then cropped to a `side`, with a warning.
 
     Raises:
-        ValueError: fewer than two images, images that are all the same, labels that do not fit,
-            or what `images.stream` or `accept` refuses.
+        ValueError: fewer than `LEAST` images, images that are all the same, labels that do not
+            fit, or what `images.stream` or `accept` refuses.
     """
+
+    uses_statistics = False
+    LEAST = 2  # images
+    SIDE = 256  # pixels, of the squares that a folder of photos is cropped to by default
 
     def __init__(
         self,
@@ -44,11 +54,12 @@ class Denoiser(ABC):
         *,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
         statistics: DatasetStatistics | None = None,
+        size: int | None = None,
     ) -> None:
-        images, found = load_images(images, value_range=value_range, accept=self.accept)
-        if len(images) < 2:
-            raise ValueError(f"a denoiser needs at least two images, got {len(images)}")
-        if bool((images == images[:1]).all()):
+        images, found = self.load(images, value_range=value_range, size=size)
+        if len(images) < self.LEAST:
+            raise ValueError(f"this denoiser needs at least two images, got {len(images)}")
+        if len(images) > 1 and bool((images == images[:1]).all()):
             raise ValueError(f"all {len(images)} images are the same")
         if statistics is not None and statistics.shape != tuple(images.shape[1:]):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
@@ -64,6 +75,25 @@ class Denoiser(ABC):
     @classmethod  # noqa: B027
     def accept(cls, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) that are too large for the method, with a ValueError."""
+
+    @classmethod
+    def side(cls, channels: int, count: int) -> int:
+        """Side in pixels that a folder's pictures are cropped to by default.
+
+        `SIDE`, or what makes so many pictures take `images.MEMORY` bytes.
+        """
+        return max(1, min(cls.SIDE, math.isqrt(MEMORY // (channels * count))))
+
+    @classmethod
+    def load(
+        cls, source: Any, *, value_range: tuple[float, float] | None, size: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images and labels of any source, as this method takes them; see the arguments above."""
+        if size is None and isinstance(source, (str, Path)):
+            size, why = size_for(source, cls.accept, cls.side)
+            if why:
+                warnings.warn(f"{why}; size sets another side", UserWarning, stacklevel=4)
+        return load_images(source, value_range=value_range, accept=cls.accept, size=size)
 
     @functools.cached_property
     def statistics(self) -> DatasetStatistics:
@@ -170,6 +200,8 @@ class WienerDenoiser(Denoiser):
     Attribution is refused.
     """
 
+    uses_statistics = True
+
     def __init__(self, images: Any, labels: Tensor | None = None, **rest: Any) -> None:
         super().__init__(images, labels, **rest)
         self._of: dict[Source, DatasetStatistics] = {}
@@ -200,6 +232,8 @@ class LSDenoiser(Denoiser):
         images: See `Denoiser`; further arguments likewise.
         k: Window size, odd, or the name of a schedule in `schedules.WINDOWS`.
     """
+
+    LEAST = 1
 
     def __init__(
         self, images: Any, labels: Tensor | None = None, *, k: int | str = "cifar10", **rest: Any

@@ -237,6 +237,17 @@ def test_blocks_of_different_brightness_are_compared_alike(sigma, in_blocks):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
 
 
+def test_one_picture_is_enough_for_patches():
+    one = data(1, (1, 5, 4))
+    y = noisy(one, 0.3, 1)
+    for make in (LSDenoiser, PSPCDenoiser):
+        torch.testing.assert_close(make(one, **LATENTS)(y, 0.3), one, rtol=0, atol=1e-12)
+    exact, _, _ = oracles.els(y, one, 0.3, 3)
+    torch.testing.assert_close(ELSDenoiser(one, k=3, **LATENTS)(y, 0.3), exact, rtol=0, atol=ATOL)
+    with pytest.raises(ValueError, match="at most 16384"):
+        ELSDenoiser(torch.zeros(1, 1, 129, 128), **LATENTS)
+
+
 def test_a_pool_is_the_denoiser_of_its_class():
     labels = torch.arange(len(X)) % 3
     y, sigma = noisy(X, 0.4, 4), torch.tensor([0.3, 0.4, 0.4, 2.0])
