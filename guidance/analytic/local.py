@@ -60,6 +60,8 @@ class LocalDenoiser(Denoiser):
             the images and moves the query by up to 1e-4 sigma. "none": `posterior` everywhere.
     """
 
+    uses_statistics = True
+    SIDE = 64
     weight_bytes = 1  # of what `weights` gives
 
     def __init__(
@@ -114,12 +116,9 @@ class LocalDenoiser(Denoiser):
 
         Float64, shape (rows, n); zeros at sigma = infinity.
         """
-        n, shape = self.statistics.dimension, self.statistics.shape
-        unit = torch.zeros(rows.stop - rows.start, n, dtype=torch.float64)
-        unit.diagonal(rows.start).fill_(1)
-        w = self.statistics.apply(unit.view(-1, *shape), lambda v: v / (v + sigma**2)).flatten(1)
+        w = self.statistics.matrix_rows(lambda v: v / (v + sigma**2), rows)
         diagonal = w.diagonal(rows.start)
-        return (w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]).abs()
+        return w.div_(diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]).abs_()
 
     def precision(self, sigma: float) -> Rows:
         """The weights at a noise level, kept for the last few levels."""
