@@ -7,6 +7,10 @@ With the Wiener matrix W at noise level sigma and R = W with each row divided by
     D_m(y) = \sum_i \mathrm{softmax}_i\Big(-\frac{\sum_j M_{mj} (y_j - x_{ij})^2}{2\sigma^2}\Big)
     x_i[m]
 
+That is the paper's formula. Its code uses the mask the other way round: output m is compared where
+column m of R is large, :math:`M_{mj} = 1\{|W_{jm} / W_{jj}| \ge \tau \max |R|\}`, with a
+covariance over N - 1 instead of N. Both are here, by name: ``mask="rows"``, ``mask="columns"``.
+
 References:
     Lukoianov, Yuan, Solomon & Sitzmann, "Locality in Image Diffusion Models Emerges from Data
     Statistics", NeurIPS 2025, https://arxiv.org/abs/2509.09672
@@ -51,6 +55,7 @@ class LocalDenoiser(Denoiser):
         images: See `Denoiser`; further arguments likewise.
         tau: Threshold of the mask, >= 0, or the name of a data set in `TAU`. 0 compares whole
             images; an infinite noise level gives the mean of the candidates.
+        mask: "rows", the paper's formula, or "columns", what its code computes; see above.
         minibatch: None normalizes over all candidates; a number within blocks of so many, whose
             results are averaged, as the published code does with 256 or 512 (it depends on the
             order of images).
@@ -70,6 +75,7 @@ class LocalDenoiser(Denoiser):
         labels: Tensor | None = None,
         *,
         tau: float | str = 0.02,
+        mask: str = "rows",
         minibatch: int | None = None,
         accelerator: str = "auto",
         **rest: Any,
@@ -80,6 +86,9 @@ class LocalDenoiser(Denoiser):
         self.tau = TAU[tau] if isinstance(tau, str) else float(tau)
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must lie in [0, 1], got {self.tau}")
+        if mask not in ("rows", "columns"):
+            raise ValueError(f"mask is 'rows' or 'columns', got {mask!r}")
+        self.mask = mask
         if minibatch is not None and minibatch < 1:
             raise ValueError(f"minibatch must be >= 1, got {minibatch}")
         self.minibatch = minibatch
@@ -112,13 +121,22 @@ class LocalDenoiser(Denoiser):
         return torch.cat([self.sensitivity(sigma, rows) >= least for rows in blocks])
 
     def sensitivity(self, sigma: float, rows: slice) -> Tensor:
-        """Rows of |R|, the Wiener matrix over its diagonal (entries below 1e-6 count as 1).
+        """What the outputs `rows` are compared on: the Wiener matrix over its diagonal.
 
-        Float64, shape (rows, n); zeros at sigma = infinity.
+        The diagonal of an output's own row, or with mask="columns" of the coordinate compared;
+        entries below 1e-6 count as 1. Float64, shape (rows, n); zeros at sigma = infinity.
         """
-        w = self.statistics.matrix_rows(lambda v: v / (v + sigma**2), rows)
-        diagonal = w.diagonal(rows.start)
-        return w.div_(diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]).abs_()
+        # The Wiener matrix is symmetric: column m of it is row m.
+        count, columns = self.statistics.count, self.mask == "columns"
+        stretch = count / (count - 1) if columns else 1.0
+
+        def factor(v: Tensor) -> Tensor:
+            return stretch * v / (stretch * v + sigma**2)
+
+        w = self.statistics.matrix_rows(factor, rows)
+        diagonal = self.statistics.matrix_diagonal(factor) if columns else w.diagonal(rows.start)
+        diagonal = diagonal.where(diagonal.abs() >= 1e-6, 1)
+        return w.div_(diagonal if columns else diagonal[:, None]).abs_()
 
     def precision(self, sigma: float) -> Rows:
         """The weights at a noise level, kept for the last few levels."""

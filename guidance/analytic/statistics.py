@@ -204,6 +204,19 @@ class DatasetStatistics:
         unit.diagonal(rows.start).fill_(1)
         return self.apply(unit.view(-1, *self.shape), function).flatten(1)
 
+    def matrix_diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The diagonal (n,) of the matrix f(covariance), float64, on the CPU; see `apply`."""
+        if self.kind != "stationary":
+            rest = function(torch.full((1, 1), self.residual, dtype=torch.float64)).squeeze()
+            rest = torch.zeros_like(rest) if self.kind == "full" else rest
+            values = function(self.eigenvalues.cpu().reshape(1, -1))[0] - rest
+            return self.basis.cpu().square() @ values + rest
+        channels, height, width = self.shape  # the same at every place
+        unit = torch.zeros(channels, *self.shape, dtype=torch.float64)
+        unit[:, :, 0, 0] = torch.eye(channels)
+        found = self.apply(unit, function)[:, :, 0, 0].diagonal()
+        return found.repeat_interleave(height * width)
+
     def wiener(self, y: Tensor, sigma: float) -> Tensor:
         """Best linear denoiser of y = x0 + sigma z, with shape (B, C, H, W)."""
         # Written so that no noise and no variance are not 0 / 0, and infinite noise gives the mean.

@@ -1,8 +1,9 @@
 r"""The local denoiser as one would write it down: the baseline of the speed comparison.
 
-From the formulas of Lukoianov et al. (https://arxiv.org/abs/2509.09672): the data set is
-decoded through a DataLoader at every call, masks are dense, the softmax is normalized within each
-mini-batch and batches are averaged. It is ours; no published code is in it.
+From the formulas of Lukoianov et al. (https://arxiv.org/abs/2509.09672), with the mask by rows as
+in their text (their code takes columns): masks are dense, and, as in their code, the data set is
+decoded through a DataLoader at every call, the softmax is normalized within each mini-batch and
+batches are averaged. It is ours; no published code is in it.
 """
 
 from __future__ import annotations

@@ -140,6 +140,8 @@ def test_wiener_and_teleport(kind):
     cov, mean = dense(found), found.mean.flatten()
     part = found.matrix_rows(lambda values: values, slice(7, 20))
     torch.testing.assert_close(part, cov[7:20], rtol=0, atol=1e-12)
+    diagonal = found.matrix_diagonal(lambda values: values)
+    torch.testing.assert_close(diagonal, cov.diagonal(), rtol=0, atol=1e-12)
     y = noisy(X, 1.0)
     for row, level in enumerate((0.3, 1.0, 7.0)):
         total = cov + level**2 * torch.eye(len(cov)).double()
