@@ -21,6 +21,7 @@ from .posterior import Box, Result, Source, block_size, compare, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
 from .statistics import DatasetStatistics
+from .subset import FEWEST, Index
 
 Sigma = float | Tensor
 
@@ -59,7 +60,7 @@ class Denoiser(ABC):
         images, found = self.load(images, value_range=value_range, size=size)
         if len(images) < self.LEAST:
             raise ValueError(f"this denoiser needs at least two images, got {len(images)}")
-        if len(images) > 1 and bool((images == images[:1]).all()):
+        if len(images) > 1 and all(bool((part == images[:1]).all()) for part in images.split(256)):
             raise ValueError(f"all {len(images)} images are the same")
         if statistics is not None and statistics.shape != tuple(images.shape[1:]):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
@@ -89,7 +90,7 @@ class Denoiser(ABC):
         cls, source: Any, *, value_range: tuple[float, float] | None, size: int | None
     ) -> tuple[Tensor, Tensor | None]:
         """Images and labels of any source, as this method takes them; see the arguments above."""
-        if size is None and isinstance(source, (str, Path)):
+        if size is None and isinstance(source, (str, Path)) and Path(source).is_dir():
             size, why = size_for(source, cls.accept, cls.side)
             if why:
                 warnings.warn(f"{why}; size sets another side", UserWarning, stacklevel=4)
@@ -117,7 +118,8 @@ class Denoiser(ABC):
             y: Noisy images x0 + sigma z, with shape (B, C, H, W).
             sigma: Noise level > 0, a number or shape (B,).
             labels: Classes whose images are the candidates, with shape (B,); -1 for all images.
-            return_info: Return `Info` (effective number of candidates, top image) as well.
+            return_info: Return `Info` (effective number of candidates, top image, how many were
+                compared) as well.
 
         Returns:
             Shape (B, C, H, W), in float32 (float64 if y is).
@@ -135,14 +137,17 @@ class Denoiser(ABC):
         if len(classes) != len(y):
             raise ValueError(f"{len(classes)} labels for {len(y)} images")
         out = torch.empty_like(y)
-        n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
+        n_eff = torch.empty_like(y)
+        top, used = (torch.empty_like(y, dtype=torch.int64) for _ in range(2))
         for level, label in sorted(set(zip(levels.tolist(), classes.tolist(), strict=True))):
             rows = ((levels == level) & (classes == label)).to(y.device)
-            out[rows], info = self._denoise(y[rows], level, self.pool(int(label)), return_info)
+            source = self.pool(int(label))
+            out[rows], info = self._denoise(y[rows], level, source, return_info)
             if info is not None:
+                used[rows] = len(source.images) if info.used is None else info.used
                 n_eff[rows] = info.n_eff
                 top[rows] = info.top if self.order is None else self.order.to(y.device)[info.top]
-        return (out, Info(n_eff, top)) if return_info else out
+        return (out, Info(n_eff, top, used)) if return_info else out
 
     @abstractmethod
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
@@ -165,8 +170,9 @@ class Denoiser(ABC):
             raise ValueError(f"labels {tuple(labels.shape)} for {len(self.images)} images")
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
-        self.order = labels.argsort(stable=True)
-        self.images = self.images[self.order.to(self.images.device)]
+        if bool((labels[1:] < labels[:-1]).any()):  # else in order, perhaps mapped from a file
+            self.order = labels.argsort(stable=True)
+            self.images = self.images[self.order.to(self.images.device)]
         values, counts = labels.unique(return_counts=True)
         stops = counts.cumsum(0).tolist()
         for label, stop, count in zip(values.tolist(), stops, counts.tolist(), strict=True):
@@ -175,23 +181,51 @@ class Denoiser(ABC):
 
 
 class OptimalDenoiser(Denoiser):
-    """Posterior mean under the empirical distribution: whole images, all of them.
+    """Posterior mean under the empirical distribution: whole images.
 
-    At low noise it reproduces training images.
+    At low noise it reproduces training images. float32 queries on a CPU are compared with the
+    images that can matter, whose number `Info.used` tells; the others hold less than
+    `subset.TOLERANCE` of the posterior mass. float64 queries are compared with all.
     """
 
+    def __init__(self, images: Any, labels: Tensor | None = None, **rest: Any) -> None:
+        super().__init__(images, labels, **rest)
+        self._indices: dict[Source, Index] = {}
+
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
-        n, size = y[0].numel(), block_size(y)
-        blocks = ((x.flatten(0, 2), x.flatten(0, 2).T, index) for x, index in source.blocks(y))
-        state = compare(
-            y.flatten(1), blocks, sigma,
-            largest=source.largest, responses=n, logits=size * n, info=info,
-        )  # fmt: skip
-        mean = state.mean().view_as(y)
-        if not info:
-            return mean, None
-        n_eff, top = (part.view(-1, 1, 1, 1).expand_as(y) for part in state.info())
-        return mean, Info(n_eff, top)
+        near: list[Tensor | None] = [None] * len(y)
+        if self._selects(y, sigma, source):
+            if source not in self._indices:
+                self._indices[source] = Index.of(source.images)
+            near = self._indices[source].near(y.flatten(1), sigma)
+        out, n_eff = torch.empty_like(y), torch.empty_like(y)
+        top, used = (torch.empty_like(y, dtype=torch.int64) for _ in range(2))
+        whole = torch.tensor([chosen is None for chosen in near], device=y.device)
+        groups = [(whole, None)] if bool(whole.any()) else []
+        groups += [(slice(b, b + 1), one) for b, one in enumerate(near) if one is not None]
+        for rows, chosen in groups:
+            part = y[rows]
+            state = compare(
+                part.flatten(1),
+                ((x.T, x, index) for x, index in source.rows(part, chosen)),
+                sigma,
+                largest=source.largest,
+                responses=y[0].numel(),
+                logits=block_size(y) * y[0].numel(),
+                info=info,
+            )
+            out[rows] = state.mean().view_as(part)
+            if info:
+                found = [one.view(-1, 1, 1, 1).expand_as(part) for one in state.info()]
+                n_eff[rows], top[rows] = found
+                used[rows] = len(source.images) if chosen is None else len(chosen)
+        return out, Info(n_eff, top, used) if info else None
+
+    @staticmethod
+    def _selects(y: Tensor, sigma: float, source: Source) -> bool:
+        here = y.device.type == source.images.device.type == "cpu"
+        large = len(source.images) >= FEWEST and y.isfinite().all()
+        return here and bool(large) and y.dtype == torch.float32 and sigma < math.inf
 
 
 class WienerDenoiser(Denoiser):

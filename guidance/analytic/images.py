@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -128,9 +129,10 @@ def stream(
     """Blocks of images and labels from any source, in its order.
 
     Args:
-        source: A folder (path), a tensor (N, C, H, W), a pair (images, labels), a torch or Hugging
-            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), PIL), each
-            alone, with a label in a tuple, or as "image" and "label" in a dict.
+        source: A folder (path), a NumPy file (path, ``.npy``) of images (N, C, H, W), which is
+            mapped into memory rather than read, a tensor (N, C, H, W), a pair (images, labels), a
+            torch or Hugging Face data set, or any iterable of images (tensors (C, H, W) or (H, W),
+            PIL), each alone, with a label in a tuple, or as "image" and "label" in a dict.
         chunk: Largest number of images in a block.
         value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
             floats as they are (latents). uint8 always means [-1, 1].
@@ -149,6 +151,7 @@ def stream(
             range, labels for some images only, broken files, no images, a size for tensors.
     """
     files: list[Path] = []
+    source = _mapped(source)
     if isinstance(source, (str, Path)):
         files = _files(source)
         items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files, size)
@@ -205,6 +208,7 @@ def load_images(
     size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
+    source = _mapped(source)
     if isinstance(source, Tensor) or _is_pair(source):
         if size is not None:
             raise ValueError(f"size={size} is for files and PIL images: resize tensors before")
@@ -246,6 +250,17 @@ def checked(images: Tensor, value_range: tuple[float, float] | None, first: int 
             f"[{low:g}, {high:g}]; pass value_range, None for latents"
         )
     return images if (low, high) == (-1, 1) else (images - low) * (2 / (high - low)) - 1
+
+
+def _mapped(source: Any) -> Any:
+    """The array of a NumPy file, mapped into memory; any other source as it is."""
+    if not (isinstance(source, (str, Path)) and Path(source).suffix == ".npy"):
+        return source
+    try:
+        # Copy on write: torch takes writable arrays only, and the file stays as it is.
+        return torch.from_numpy(np.load(source, mmap_mode="c", allow_pickle=False))
+    except (EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is no array of images: {error}") from None
 
 
 def _is_pair(source: Any) -> bool:

@@ -59,6 +59,20 @@ class Source:
             x = decode(stored.permute(1, 2, 3, 0).contiguous(), like.dtype)
             yield x, torch.arange(start, start + len(stored), device=like.device) + self.first
 
+    def rows(self, like: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks (c, n), an image a row, and their numbers; of all images or of those chosen."""
+        count = len(self.images) if chosen is None else len(chosen)
+        size = block_size(like)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            if chosen is None:
+                stored, index = self.images[start:stop], torch.arange(start, stop)
+            else:
+                index = chosen[start:stop]
+                stored = self.images.index_select(0, index)
+            x = decode(stored.to(like.device), like.dtype).flatten(1)
+            yield x, index.to(like.device) + self.first
+
     @functools.cached_property
     def largest(self) -> float:
         """Largest size of a coordinate."""
