@@ -16,12 +16,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .images import MEMORY, load_images, size_for
+from .images import MEMORY, decode, load_images, size_for
 from .posterior import Box, Result, Source, block_size, compare, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
 from .statistics import DatasetStatistics
-from .subset import FEWEST, Index
+from .subset import FEWEST, Index, mean_of
 
 Sigma = float | Tensor
 
@@ -200,9 +200,22 @@ class OptimalDenoiser(Denoiser):
             near = self._indices[source].near(y.flatten(1), sigma)
         out, n_eff = torch.empty_like(y), torch.empty_like(y)
         top, used = (torch.empty_like(y, dtype=torch.int64) for _ in range(2))
-        whole = torch.tensor([chosen is None for chosen in near], device=y.device)
-        groups = [(whole, None)] if bool(whole.any()) else []
-        groups += [(slice(b, b + 1), one) for b, one in enumerate(near) if one is not None]
+        whole, size = [chosen is None for chosen in near], block_size(y)
+        groups: list[tuple[Any, Tensor | None]] = []
+        if any(whole):
+            groups.append((torch.tensor(whole, device=y.device), None))
+        for b, chosen in enumerate(near):
+            if chosen is None:
+                continue
+            if len(chosen) > size:
+                groups.append((slice(b, b + 1), chosen))
+                continue
+            stored = source.images.index_select(0, chosen)
+            mean, weights = mean_of(y[b].flatten(), decode(stored, y.dtype).flatten(1), sigma)
+            out[b] = mean.view_as(y[b])
+            if info:
+                n_eff[b], used[b] = 1 / weights.square().sum(), len(chosen)
+                top[b] = chosen[weights.argmax()] + source.first
         for rows, chosen in groups:
             part = y[rows]
             state = compare(
@@ -211,7 +224,7 @@ class OptimalDenoiser(Denoiser):
                 sigma,
                 largest=source.largest,
                 responses=y[0].numel(),
-                logits=block_size(y) * y[0].numel(),
+                logits=size * y[0].numel(),
                 info=info,
             )
             out[rows] = state.mean().view_as(part)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, integer
+from . import floats, fused, integer
 from .denoisers import Denoiser
 from .posterior import Result, Rows, Source, posterior
 
@@ -62,7 +62,9 @@ class LocalDenoiser(Denoiser):
         accelerator: "auto" takes a kernel made for uint8 images and float32 queries, exactly
             normalized, where one runs: on CUDA a Triton kernel (`fused`), on CPUs with AMX, given
             a C compiler, products of the stored bytes (`integer`), which keeps a second copy of
-            the images and moves the query by up to 1e-4 sigma. "none": `posterior` everywhere.
+            the images and moves the query by up to 1e-4 sigma, on other CPUs, given one, sums
+            that masks share (`floats`), likewise with a second copy. "float32": the latter even
+            with AMX. "none": `posterior` everywhere.
     """
 
     uses_statistics = True
@@ -92,11 +94,12 @@ class LocalDenoiser(Denoiser):
         if minibatch is not None and minibatch < 1:
             raise ValueError(f"minibatch must be >= 1, got {minibatch}")
         self.minibatch = minibatch
-        if accelerator not in ("auto", "none"):
-            raise ValueError(f"accelerator is 'auto' or 'none', got {accelerator!r}")
+        if accelerator not in ("auto", "float32", "none"):
+            raise ValueError(f"accelerator is 'auto', 'float32' or 'none', got {accelerator!r}")
         self.accelerator = accelerator
         self._kept: dict[float, Rows] = {}
-        self._packed: Tensor | None = None
+        self._packed: dict[str, Tensor] = {}
+        self._plans: dict[float, floats.Plan] = {}
 
     @classmethod
     def accept(cls, shape: tuple[int, ...]) -> None:
@@ -159,14 +162,23 @@ class LocalDenoiser(Denoiser):
         """The mean from a kernel made for this case; None where there is none."""
         if self.accelerator == "none":
             return None
-        if fused.available(y, source.images, mask):
+        if self.accelerator == "auto" and fused.available(y, source.images, mask):
             return fused.masked_posterior(y, sigma, source.images, mask)
-        if not integer.available(y, source.images, mask):
-            return None
-        if self._packed is None:
-            self._packed = integer.pack(self.images)
         candidates = (source.first, source.first + len(source.images))
-        return integer.masked_posterior(y, sigma, self._packed, mask, candidates)
+        if self.accelerator == "auto" and integer.available(y, source.images, mask):
+            if "integer" not in self._packed:
+                self._packed["integer"] = integer.pack(self.images)
+            return integer.masked_posterior(y, sigma, self._packed["integer"], mask, candidates)
+        if not (floats.available(y, source.images, mask) and bool(y.isfinite().all())):
+            return None
+        if "floats" not in self._packed:
+            self._packed["floats"] = floats.pack(self.images)
+        if sigma not in self._plans:
+            self._plans = {s: kept for s, kept in self._plans.items() if s in self._kept}
+            self._plans[sigma] = floats.plan(mask, subtract=sigma >= floats.SUBTRACT)
+        return floats.masked_posterior(
+            y, sigma, self._packed["floats"], self._plans[sigma], candidates
+        )
 
 
 class SoftLocalDenoiser(LocalDenoiser):

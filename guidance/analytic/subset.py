@@ -17,6 +17,7 @@ numbers of images by schedule; here what is left out is bounded.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,11 +27,12 @@ from torch import Tensor
 from .images import decode
 
 TOLERANCE = 1e-6  # posterior mass that may be left out: results move by at most twice as much
-LEVELS = (32, 96, 256)  # directions
+LEVELS = (24, 96, 256)  # directions
 SAMPLE = 1024  # images that the directions are taken from
 FEWEST = 1024  # images; of fewer all are compared
 MOST = 0.5  # share of the images from which on all are compared; at a level, half as many more
-NEAREST = 16  # images by their bounds, whose distances are taken for u
+NEAREST = 8  # images by their bounds, whose distances are taken for u
+FEW = 128  # images that are compared without a further bound
 # Of the squared sizes of a query and an image: what rounding in float32 may move a bound by.
 ROUNDING = 256 * torch.finfo(torch.float32).eps
 
@@ -75,22 +77,26 @@ class Index:
         half = parts[-1].square().sum(1) / 2
         return cls(images, mean, basis, parts[0].T.contiguous(), parts[1:], half)
 
+    @functools.cached_property
+    def largest(self) -> float:
+        """Largest size of an image."""
+        return math.sqrt(2 * float(self.half.max()))
+
     def near(self, y: Tensor, sigma: float) -> list[Tensor | None]:
         """Rising numbers of the images that matter for queries y (B, n), float32; None for all."""
         levels = [len(self.coarse) - 1, *(part.shape[1] - 1 for part in self.finer)]
         coarse, *finer = features(y - self.mean, self.basis, levels)
         sizes = coarse.norm(dim=1).tolist()
         reach = 2 * sigma**2 * math.log(len(self.images) / TOLERANCE)
-        largest = math.sqrt(2 * float(self.half.max()))
         # Half of each bound less half of the query's squared size.
         bounds = torch.addmm(self.half, coarse, self.coarse, alpha=-1)
         found: list[Tensor | None] = []
         for b, (bound, size) in enumerate(zip(bounds, sizes, strict=True)):
-            slack = reach + ROUNDING * (size + largest) ** 2 - size**2
+            slack = reach + ROUNDING * (size + self.largest) ** 2 - size**2
             least = self._least(y[b], bound.topk(NEAREST, largest=False, sorted=False).indices)
             kept = (bound <= (least + slack) / 2).nonzero()[:, 0]
             for part, query in zip(self.finer, finer, strict=True):
-                if len(kept) > 1.5 * MOST * len(self.images):
+                if len(kept) <= FEW or len(kept) > 1.5 * MOST * len(self.images):
                     break
                 # What is left includes an image at `least`, the first of the nearest.
                 there = part.index_select(0, kept)
@@ -105,6 +111,13 @@ class Index:
         """Squared distance of a query (n,) and the nearest of some images."""
         images = decode(self.images.index_select(0, numbers)).flatten(1)
         return float((images - y).square_().sum(1).min())
+
+
+def mean_of(y: Tensor, images: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Posterior mean (n,) of a query among a few decoded images (k, n), and their weights (k,)."""
+    distances = (images - y).square_().sum(1)
+    weights = torch.softmax(distances.div_(-2 * sigma**2), 0)
+    return weights @ images, weights
 
 
 def features(x: Tensor, basis: Tensor, levels: list[int]) -> list[Tensor]:

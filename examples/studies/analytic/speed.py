@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.studies.analytic.baseline import Pictures, local_denoiser
+from examples.studies.analytic.baseline import decoding, local_denoiser
 from examples.studies.analytic.jacobian import wiener_matrix
 from examples.studies.memory import forget_peak_resident, peak_resident
 from pilotage.guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser, integer
@@ -56,10 +56,10 @@ def speedup(
         wiener = wiener_matrix(statistics, sigma).float()
         plain = seconds(
             lambda y=y, wiener=wiener, sigma=sigma: local_denoiser(
-                Pictures(images), wiener, y, sigma, tau=tau
+                decoding(images), wiener, y, sigma, tau=tau
             )
         )
-        reference = local_denoiser(Pictures(images[:1024]), wiener, y, sigma, tau=tau)
+        reference = local_denoiser(decoding(images[:1024]), wiener, y, sigma, tau=tau)
         difference = (check(y, sigma) - reference).abs().max()
         rows.append(
             {

@@ -4,9 +4,10 @@
     python -m examples.studies.analytic --part agreement.ls  # a piece; others keep their figures
 
 Parts: ``agreement`` (R^2, MSE, cosine with the network; held-out denoising), ``reading`` (Jacobian,
-sensitivity fields), ``speed`` (against a plain transcription), ``teleport`` (Fréchet distance by
-network evaluations). Figures are written piece by piece, so a run that was cut off is continued by
-naming the pieces it lacks. Pictures are written beside them.
+sensitivity fields), ``speed`` (against a plain transcription), ``golden_subset`` (images selected
+by a bound, large pictures; some minutes), ``teleport`` (Fréchet distance by network evaluations).
+Figures are written piece by piece, so a run that was cut off is continued by naming the pieces it
+lacks. Pictures are written beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import typer
 from torch import Tensor
 
 from examples.fashion_mnist.data import load_images, load_unet
-from examples.studies.analytic import agreement, speed, teleport
+from examples.studies.analytic import agreement, golden, speed, teleport
 from examples.studies.analytic.jacobian import reading
 from examples.studies.analytic.pictures import log_plot, save, sheet, spread
 from pilotage.eval.embedded import load_embedded
@@ -28,7 +29,7 @@ from pilotage.eval.record import write_figures
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import AnalyticDenoiserModel
 
-PARTS = ("agreement", "reading", "speed", "teleport")
+PARTS = ("agreement", "reading", "speed", "golden_subset", "teleport")
 TAU = {"tau": "fashion_mnist"}
 WINDOW = {"k": "fashion_mnist"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,6 +45,7 @@ UNITS = (
     *(f"agreement.{name}" for name in ("network", *METHODS)),
     "reading",
     "speed",
+    *(f"golden_subset.{name}" for name in ("optimal", "local", "run", "number", "largest")),
     "teleport.fashion_mnist",
     "teleport.emoji",
 )
@@ -238,6 +240,9 @@ def command(
             found = measure_reading(statistics, folder)
         elif kind == "speed":
             found = measure_speed(data, statistics, folder)
+        elif kind == "golden_subset":
+            clean = load_images("test")[0][:8].float() / 127.5 - 1
+            found = golden.measure(name, data, clean, statistics)
         else:
             found = measure_teleport(name, data, statistics, pictures, archive, folder)
         # Read only now: another process may have added its part meanwhile.

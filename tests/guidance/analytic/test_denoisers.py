@@ -325,7 +325,7 @@ def test_images_whose_mask_would_not_fit_are_refused_before_the_rest_is_read(mak
         (lambda: LocalDenoiser(X, mask="both", **LATENTS), "'rows' or 'columns', got 'both'"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1], 0.0), "sigma must be > 0"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1, :1], 1.0), "denoiser of images"),
-        (lambda: LocalDenoiser(X, tau=0.1, accelerator="amx", **LATENTS), "'auto' or 'none'"),
+        (lambda: LocalDenoiser(X, tau=0.1, accelerator="amx", **LATENTS), "'auto', 'float32' or"),
     ],
 )
 def test_bad_input_is_refused(make, message):

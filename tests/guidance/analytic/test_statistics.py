@@ -7,10 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.studies.analytic.baseline import Pictures, local_denoiser
+from examples.studies.analytic.baseline import (
+    decoding,
+    local_denoiser,
+    optimal_denoiser,
+    optimal_product,
+    resident,
+)
 from pilotage.guidance.analytic import (
     DatasetStatistics,
     LocalDenoiser,
+    OptimalDenoiser,
     accumulate,
     decode,
     images,
@@ -432,12 +439,19 @@ def test_schedules_reach_their_ends():
         assert nearest(fashion, sigma * 1.01) == size
 
 
-def test_the_transcription_equals_the_minibatch_denoiser():
+def test_the_transcriptions_equal_the_denoisers():
     x, sigma = UINT8, 0.7
     kept = DatasetStatistics.from_images(x)
     unit = torch.eye(60).double().view(60, 3, 4, 5)
     wiener = kept.apply(unit, lambda values: values / (values + sigma**2)).flatten(1).float()
     y = noisy(decode(x), sigma)
     denoiser = LocalDenoiser(x, tau=0.05, minibatch=16, statistics=kept)
-    found = local_denoiser(Pictures(x), wiener, y, sigma, tau=0.05, minibatch=16)
-    torch.testing.assert_close(found, denoiser(y, sigma), rtol=0, atol=1e-5)
+    for batches in (decoding(x, 16), resident(x, 16)):
+        found = local_denoiser(batches, wiener, y, sigma, tau=0.05)
+        torch.testing.assert_close(found, denoiser(y, sigma), rtol=0, atol=1e-5)
+    optimal = OptimalDenoiser(x)(y.double(), sigma).float()
+    for found in (
+        optimal_denoiser(resident(x, 16), y, sigma),
+        optimal_product(decode(x).flatten(1), y, sigma),
+    ):
+        torch.testing.assert_close(found, optimal, rtol=0, atol=1e-4)

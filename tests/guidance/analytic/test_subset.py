@@ -88,7 +88,7 @@ def test_a_bound_never_exceeds_the_distance():
     y = queries(images, 0.3).flatten(1)
     exact = torch.cdist(y.double(), decode(images, torch.float64).flatten(1)).square()
     levels = [len(index.coarse) - 1, *(part.shape[1] - 1 for part in index.finer)]
-    assert levels == [32, 96, 100]
+    assert levels == [24, 96, 100]
     parts = [index.coarse.T, *index.finer]
     last = torch.zeros(())
     for query, part in zip(
