@@ -216,18 +216,20 @@ class OptimalDenoiser(Denoiser):
             if info:
                 n_eff[b], used[b] = 1 / weights.square().sum(), len(chosen)
                 top[b] = chosen[weights.argmax()] + source.first
+        factor, summand = source.units
         for rows, chosen in groups:
             part = y[rows]
             state = compare(
-                part.flatten(1),
+                part.flatten(1) * factor + summand,
                 ((x.T, x, index) for x, index in source.rows(part, chosen)),
-                sigma,
-                largest=source.largest,
+                sigma * factor,
+                largest=source.largest * factor - summand,
                 responses=y[0].numel(),
                 logits=size * y[0].numel(),
                 info=info,
+                half=source.half if chosen is None else source.half[chosen],
             )
-            out[rows] = state.mean().view_as(part)
+            out[rows] = ((state.mean() - summand) / factor).view_as(part)
             if info:
                 found = [one.view(-1, 1, 1, 1).expand_as(part) for one in state.info()]
                 n_eff[rows], top[rows] = found
