@@ -63,7 +63,7 @@ def test_a_model_explains_itself_and_the_protocol_is_the_papers(data):
 
 
 def test_the_timed_run_is_the_models(data):
-    """What is timed against the transcription is DDIM with the denoiser, as the pipeline runs it."""
+    """DDIM with the denoiser, as a pipeline runs it with the model."""
     scheduler = ddim(DDIMScheduler(**LINEAR), 10)
     model = AnalyticDenoiserModel.from_images(data, method="optimal", scheduler=scheduler)
     noise = golden.noisy(torch.zeros(2, 1, 6, 6), 1.0)

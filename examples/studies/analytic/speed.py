@@ -12,7 +12,13 @@ from torch import Tensor
 from examples.studies.analytic.baseline import decoding, local_denoiser
 from examples.studies.analytic.jacobian import wiener_matrix
 from examples.studies.memory import forget_peak_resident, peak_resident
-from pilotage.guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser, integer
+from pilotage.guidance.analytic import (
+    DatasetStatistics,
+    LocalDenoiser,
+    OptimalDenoiser,
+    floats,
+    integer,
+)
 
 
 def seconds(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
@@ -86,8 +92,11 @@ def speedup(
 
 
 def products(accelerator: str) -> str:
-    """What the local denoiser's matrix products are made of on this CPU."""
-    return "float32" if accelerator == "none" or integer.missing() else "bytes in AMX tiles"
+    """What the local denoiser's distances are made of on this CPU."""
+    if accelerator == "auto" and not integer.missing():
+        return "bytes in AMX tiles"
+    shared = accelerator != "none" and not floats.missing()
+    return "float32 sums that masks share" if shared else "float32"
 
 
 def cost(images: Tensor, sigma: float, tau: float) -> list[dict[str, float]]:
