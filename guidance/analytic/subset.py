@@ -28,7 +28,8 @@ from .images import decode
 
 TOLERANCE = 1e-6  # posterior mass that may be left out: results move by at most twice as much
 LEVELS = (24, 96, 256)  # directions
-SAMPLE = 1024  # images that the directions are taken from
+SAMPLE = 1024, 2**26  # images that the directions are taken from, and numbers in them
+BASIS = 2**25  # numbers in the directions
 FEWEST = 1024  # images; of fewer all are compared
 MOST = 0.5  # share of the images from which on all are compared; at a level, half as many more
 NEAREST = 8  # images by their bounds, whose distances are taken for u
@@ -60,16 +61,18 @@ class Index:
     @classmethod
     def of(cls, images: Tensor) -> Index:
         """The index of stored images, read block by block."""
-        count = len(images)
-        sample = decode(images[:: -(-count // SAMPLE)]).flatten(1)
+        count, n = len(images), images[0].numel()
+        most = min(SAMPLE[0], max(LEVELS[0] + 1, SAMPLE[1] // n))
+        sample = decode(images[:: -(-count // most)]).flatten(1)
         mean = sample.mean(0)
         sample = sample - mean
         _, vectors = torch.linalg.eigh((sample @ sample.T).double())
-        leading = vectors.flip(1)[:, : LEVELS[-1]].to(sample.dtype)
+        directions = min(LEVELS[-1], max(LEVELS[0], BASIS // n))
+        leading = vectors.flip(1)[:, :directions].to(sample.dtype)
         basis = torch.linalg.qr(sample.T @ leading).Q.contiguous()
         levels = sorted({min(k, basis.shape[1]) for k in LEVELS})
         parts = [torch.empty(count, k + 1) for k in levels]
-        size = max(1, 2**22 // mean.numel())
+        size = max(1, 2**22 // n)
         for start in range(0, count, size):
             x = decode(images[start : start + size]).flatten(1) - mean
             for part, found in zip(parts, features(x, basis, levels), strict=True):

@@ -243,6 +243,14 @@ def command(
         elif kind == "golden_subset":
             clean = load_images("test")[0][:8].float() / 127.5 - 1
             found = golden.measure(name, data, clean, statistics)
+            if name == "number":
+                rows = found["golden_subset"]["by_number_of_images"]
+                lines = {
+                    f"sigma {s}": [(row["images"], row[s]) for row in rows]
+                    for s in ("8", "0.3", "0.1")
+                }
+                plot = log_plot(lines, "images", "seconds per image")
+                save(plot, folder / "cost_number.png")
         else:
             found = measure_teleport(name, data, statistics, pictures, archive, folder)
         # Read only now: another process may have added its part meanwhile.

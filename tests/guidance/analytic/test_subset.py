@@ -100,6 +100,17 @@ def test_a_bound_never_exceeds_the_distance():
     assert (exact - last).abs().max() < 1e-2  # 100 directions are all of them
 
 
+def test_of_large_images_fewer_directions_are_kept(monkeypatch):
+    images = DATA["clustered"]
+    monkeypatch.setattr(subset, "SAMPLE", (1024, 100 * 60))
+    monkeypatch.setattr(subset, "BASIS", 100 * 40)
+    index = Index.of(images)
+    assert index.basis.shape == (100, 40) and [part.shape[1] for part in index.finer] == [41]
+    y = queries(images, 0.1)
+    wanted = OptimalDenoiser(images)(y.double(), 0.1).float()
+    torch.testing.assert_close(OptimalDenoiser(images)(y, 0.1), wanted, rtol=0, atol=1e-4)
+
+
 def test_a_class_selects_among_its_own_and_float64_compares_all():
     images = DATA["clustered"]
     labels = torch.arange(len(images)) % 2
