@@ -64,7 +64,10 @@ class LocalDenoiser(Denoiser):
             a C compiler, products of the stored bytes (`integer`), which keeps a second copy of
             the images and moves the query by up to 1e-4 sigma, on other CPUs, given one, sums
             that masks share (`floats`), likewise with a second copy. "float32": the latter even
-            with AMX. "none": `posterior` everywhere.
+            with AMX or CUDA. "none": `posterior` everywhere.
+
+    Raises:
+        ValueError: see `Denoiser`; an unknown or a wrong option, "float32" where it cannot run.
     """
 
     uses_statistics = True
@@ -96,6 +99,8 @@ class LocalDenoiser(Denoiser):
         self.minibatch = minibatch
         if accelerator not in ("auto", "float32", "none"):
             raise ValueError(f"accelerator is 'auto', 'float32' or 'none', got {accelerator!r}")
+        if accelerator == "float32" and floats.missing():
+            raise ValueError(f"accelerator='float32' cannot run here: {floats.missing()}")
         self.accelerator = accelerator
         self._kept: dict[float, Rows] = {}
         self._packed: dict[str, Tensor] = {}

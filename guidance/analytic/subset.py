@@ -119,7 +119,8 @@ class Index:
 def mean_of(y: Tensor, images: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Posterior mean (n,) of a query among a few decoded images (k, n), and their weights (k,)."""
     distances = (images - y).square_().sum(1)
-    weights = torch.softmax(distances.div_(-2 * sigma**2), 0)
+    distances -= distances.min()  # at no noise the nearest alone counts, not 0 / 0
+    weights = torch.softmax(distances.div_(-max(2 * sigma**2, 1e-30)), 0)
     return weights @ images, weights
 
 

@@ -111,3 +111,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 def test_processors_without_the_instructions_go_the_plain_way(monkeypatch):
     monkeypatch.setattr(shared, "processor_flags", lambda: {"sse2"})
     assert "AVX2" in shared.load.__wrapped__()[1]
+    monkeypatch.setattr(floats, "missing", lambda: "no compiler")
+    images = torch.randint(0, 256, (9, 1, 3, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="'float32' cannot run here: no compiler"):
+        LocalDenoiser(images, accelerator="float32")

@@ -73,6 +73,13 @@ def test_what_is_left_out_holds_less_than_the_tolerance(name, sigma):
             assert (info.top[row] == top[row]).all() or name == "flat"
 
 
+def test_next_to_no_noise_gives_the_nearest():
+    images = DATA["clustered"]
+    y = decode(images[[5, 700]]) + 1e-3
+    for sigma in (1e-6, 1e-30):
+        torch.testing.assert_close(OptimalDenoiser(images)(y, sigma), decode(images[[5, 700]]))
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_few_are_left_at_low_noise_and_all_at_high(name):
     images = DATA[name]
