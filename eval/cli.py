@@ -122,7 +122,7 @@ def generate(
 
 
 def denoise(
-    images: Annotated[Path, typer.Argument(help="Folder of pictures of one size.")],
+    images: Annotated[Path, typer.Argument(help="Folder of pictures.")],
     method: Annotated[
         str,
         typer.Option(
@@ -136,6 +136,15 @@ def denoise(
     count: Count = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps (DDIM).")] = 10,
     seed: Seed = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side in pixels of the squares that pictures are cropped to. By default they stay "
+            "as they are if they are alike and fit the method, else 256 (local, soft: 64; els: "
+            "32) or what memory allows.",
+        ),
+    ] = None,
     tau: Annotated[
         float | None, typer.Option(help="local, soft: threshold of the mask, 0 to 1.")
     ] = None,
@@ -161,11 +170,20 @@ def denoise(
 
     import torch
 
+    from ..guidance.analytic import size_for
     from ..pipelines import guided
+    from ..pipelines.analytic.model import denoiser_class
     from ..pipelines.analytic.pipeline import AnalyticDenoisingPipeline
 
+    if size is None:
+        kind = denoiser_class(method)
+        size, why = size_for(images, kind.accept, kind.side)
+        if why:
+            typer.echo(f"{why} (--size)", err=True)
     options = {} if tau is None else {"tau": tau}
-    pipe: Any = guided(AnalyticDenoisingPipeline(images=images, method=method, options=options))
+    pipe: Any = guided(
+        AnalyticDenoisingPipeline(images=images, size=size, method=method, options=options)
+    )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     result = pipe(
         count,
@@ -177,7 +195,8 @@ def denoise(
     )
     made = {
         "images": str(images),
-        "data": pipe.unet.config.statistics["identity"]["data"],
+        "data": pipe.unet.data_hash,
+        "size": list(pipe.unet.images.shape[2:]),
         "method": method,
         **options,
         "steps": steps,

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+ORIENTATION = 0x0112  # of EXIF; from 5 on it swaps the axes
+GREY = ("1", "L", "LA", "La")  # modes without colour
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -55,6 +57,42 @@ def read_image(source: str | Path | BinaryIO | Image.Image, upright: bool = True
         *(TypeError, AttributeError),  # no file at all
     ) as error:
         raise ValueError(str(error)) from error
+
+
+def read_head(file: str | Path) -> tuple[int, int, bool]:
+    """Height and width of an image file, upright, and whether it has colour; nothing is decoded.
+
+    Raises:
+        ValueError: it is no image; see `read_image`.
+    """
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            width, height = image.size
+            return (*((width, height) if turned else (height, width)), image.mode not in GREY)
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+
+
+def on_white(image: Image.Image, colour: bool = True, size: int | None = None) -> Image.Image:
+    """An image of 8 bits a channel as mode RGB (L without colour), transparency on white.
+
+    Args:
+        image: Of any mode that `check_depth` passes.
+        colour: RGB rather than L.
+        size: Side in pixels of the centred square that it is cut and resized to (bicubic); None
+            keeps it as it is.
+
+    Raises:
+        ValueError: see `check_depth`.
+    """
+    check_depth(image)
+    mode = "RGB" if colour else "L"
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(mode)
+    return image if size is None else ImageOps.fit(image, (size, size))
 
 
 def check_depth(image: Image.Image) -> None:

@@ -1,7 +1,7 @@
 """Denoisers computed from a data set instead of trained, and the statistics behind them."""
 
 from .denoisers import Denoiser, LSDenoiser, OptimalDenoiser, WienerDenoiser
-from .images import decode, load_images
+from .images import decode, load_images, size_for
 from .local import LocalDenoiser, SoftLocalDenoiser
 from .softmax import Info
 from .statistics import DatasetStatistics, Level
@@ -32,4 +32,5 @@ __all__ = [
     "WienerDenoiser",
     "decode",
     "load_images",
+    "size_for",
 ]

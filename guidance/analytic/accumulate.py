@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -35,28 +36,30 @@ def hash_of_images(images: Tensor) -> int:
 class Accumulator:
     """Count, mean and centred second moments of images (C, H, W).
 
+    Second moments are first kept as rows (r, n) whose Gram matrix they are, about one an image:
+    exact. More rows than `size` turn into what `beyond` says: "dense", all moments, (n, n);
+    "stationary", one Hermitian C x C matrix per frequency, (H, W // 2 + 1, C, C); "cut", the
+    `keep` leading directions as rows, with the total variance exact, which is exact as long as the
+    centred data have rank <= keep.
+
     Args:
         shape: (C, H, W).
-        form: What is kept of the second moments. "dense": all of them, (n, n). "sketch": the
-            `size` leading directions, (size, n), with the total variance exact; exact as long as
-            the centred data have rank <= size. "stationary": one Hermitian C x C matrix per
-            frequency, (H, W // 2 + 1, C, C).
-        size: Rows of the sketch.
+        size: Largest number of rows.
+        beyond: What they turn into.
+        keep: Rows of "cut", at most `size`.
 
-    All tensors are float64 (complex128 for "stationary") on the CPU.
+    `form` is "rows", or `beyond` once there were too many. All tensors are float64 (complex128 for
+    "stationary") on the CPU.
     """
 
-    def __init__(self, shape: tuple[int, ...], form: str = "dense", size: int = 0) -> None:
-        self.shape, self.form, self.size = tuple(shape), form, size
+    def __init__(self, shape: tuple[int, ...], size: int, beyond: str, keep: int = 0) -> None:
+        self.shape, self.size, self.beyond, self.keep = tuple(shape), size, beyond, keep
+        self.form = "rows"
         self.count = self.hash = 0
         self.total = 0.0
-        c, h, w = self.shape
-        n = c * h * w
+        n = math.prod(self.shape)
         self.mean = torch.zeros(n, dtype=torch.float64)
-        if form == "stationary":
-            self.second = torch.zeros(h, w // 2 + 1, c, c, dtype=torch.complex128)
-        else:
-            self.second = torch.zeros(n if form == "dense" else 0, n, dtype=torch.float64)
+        self.second = torch.zeros(0, n, dtype=torch.float64)
 
     def add(self, images: Tensor) -> None:
         """Take in a block of stored images (b, C, H, W)."""
@@ -66,23 +69,27 @@ class Accumulator:
         step = mean - self.mean
         weight = self.count * count / (self.count + count)
         self.total += float(x.square().sum()) + weight * float(step.square().sum())
-        if self.form == "dense":
-            self.second = self.second.addr(step, step, alpha=weight).add_(x.T @ x)
-        elif self.form == "stationary":
-            self.second = self.second + self._spectra(x) + weight * self._spectra(step[None])
-        else:
-            self.second = self._compress(torch.cat([self.second, x, weight**0.5 * step[None]]))
+        new = torch.cat([x, weight**0.5 * step[None]]) if self.count else x
+        self.second = self._with(new)
         self.count += count
         self.mean = self.mean + step * (count / self.count)
         self.hash = (self.hash + hash_of_images(images)) % 2**128
 
+    def _with(self, new: Tensor) -> Tensor:
+        """The second moments with those of further rows."""
+        if self.form in ("rows", "cut"):
+            rows = torch.cat([self.second, new])
+            if len(rows) <= self.size:
+                return rows
+            self.form = self.beyond
+            if self.form == "cut":
+                _, vectors = torch.linalg.eigh(rows @ rows.T)
+                return vectors[:, -self.keep :].T @ rows
+            return rows.T @ rows if self.form == "dense" else self._spectra(rows)
+        if self.form == "dense":
+            return self.second.addmm_(new.T, new)
+        return self.second + self._spectra(new)
+
     def _spectra(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft2(x.view(-1, *self.shape), norm="ortho")
         return torch.einsum("bchw,bdhw->hwcd", waves, waves.conj())
-
-    def _compress(self, rows: Tensor) -> Tensor:
-        """At most `size` rows with the same leading second moments, orthogonal to each other."""
-        if len(rows) <= self.size:
-            return rows
-        _, vectors = torch.linalg.eigh(rows @ rows.T)
-        return vectors[:, -self.size :].T @ rows

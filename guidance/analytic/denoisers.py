@@ -7,17 +7,21 @@ stored (uint8) and is free of state.
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .images import load_images
+from .images import MEMORY, decode, load_images, size_for
 from .posterior import Box, Result, Source, block_size, compare, posterior
 from .schedules import WINDOWS, schedule
 from .softmax import Info
 from .statistics import DatasetStatistics
+from .subset import FEWEST, Index, mean_of
 
 Sigma = float | Tensor
 
@@ -31,11 +35,18 @@ class Denoiser(ABC):
         labels: Class of each image, with shape (N,), int64 >= 0; None for what the source gives.
         value_range: Range of float pixels; None for latents. See `images.stream`.
         statistics: Of the same images; computed when first needed if None.
+        size: Side in pixels of the squares that files and PIL images are cropped to. None keeps
+            them; the pictures of a folder that differ in size, or that the method cannot take, are
+            then cropped to a `side`, with a warning.
 
     Raises:
-        ValueError: fewer than two images, images that are all the same, labels that do not fit,
-            or what `images.stream` or `accept` refuses.
+        ValueError: fewer than `LEAST` images, images that are all the same, labels that do not
+            fit, or what `images.stream` or `accept` refuses.
     """
+
+    uses_statistics = False
+    LEAST = 2  # images
+    SIDE = 256  # pixels, of the squares that a folder of photos is cropped to by default
 
     def __init__(
         self,
@@ -44,11 +55,12 @@ class Denoiser(ABC):
         *,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
         statistics: DatasetStatistics | None = None,
+        size: int | None = None,
     ) -> None:
-        images, found = load_images(images, value_range=value_range, accept=self.accept)
-        if len(images) < 2:
-            raise ValueError(f"a denoiser needs at least two images, got {len(images)}")
-        if bool((images == images[:1]).all()):
+        images, found = self.load(images, value_range=value_range, size=size)
+        if len(images) < self.LEAST:
+            raise ValueError(f"this denoiser needs at least two images, got {len(images)}")
+        if len(images) > 1 and all(bool((part == images[:1]).all()) for part in images.split(256)):
             raise ValueError(f"all {len(images)} images are the same")
         if statistics is not None and statistics.shape != tuple(images.shape[1:]):
             raise ValueError(f"images {tuple(images.shape[1:])}, statistics {statistics.shape}")
@@ -64,6 +76,25 @@ class Denoiser(ABC):
     @classmethod  # noqa: B027
     def accept(cls, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) that are too large for the method, with a ValueError."""
+
+    @classmethod
+    def side(cls, channels: int, count: int) -> int:
+        """Side in pixels that a folder's pictures are cropped to by default.
+
+        `SIDE`, or what makes so many pictures take `images.MEMORY` bytes.
+        """
+        return max(1, min(cls.SIDE, math.isqrt(MEMORY // (channels * count))))
+
+    @classmethod
+    def load(
+        cls, source: Any, *, value_range: tuple[float, float] | None, size: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images and labels of any source, as this method takes them; see the arguments above."""
+        if size is None and isinstance(source, (str, Path)) and Path(source).is_dir():
+            size, why = size_for(source, cls.accept, cls.side)
+            if why:
+                warnings.warn(f"{why}; size sets another side", UserWarning, stacklevel=4)
+        return load_images(source, value_range=value_range, accept=cls.accept, size=size)
 
     @functools.cached_property
     def statistics(self) -> DatasetStatistics:
@@ -87,7 +118,8 @@ class Denoiser(ABC):
             y: Noisy images x0 + sigma z, with shape (B, C, H, W).
             sigma: Noise level > 0, a number or shape (B,).
             labels: Classes whose images are the candidates, with shape (B,); -1 for all images.
-            return_info: Return `Info` (effective number of candidates, top image) as well.
+            return_info: Return `Info` (effective number of candidates, top image, how many were
+                compared) as well.
 
         Returns:
             Shape (B, C, H, W), in float32 (float64 if y is).
@@ -105,14 +137,17 @@ class Denoiser(ABC):
         if len(classes) != len(y):
             raise ValueError(f"{len(classes)} labels for {len(y)} images")
         out = torch.empty_like(y)
-        n_eff, top = torch.empty_like(y), torch.empty_like(y, dtype=torch.int64)
+        n_eff = torch.empty_like(y)
+        top, used = (torch.empty_like(y, dtype=torch.int64) for _ in range(2))
         for level, label in sorted(set(zip(levels.tolist(), classes.tolist(), strict=True))):
             rows = ((levels == level) & (classes == label)).to(y.device)
-            out[rows], info = self._denoise(y[rows], level, self.pool(int(label)), return_info)
+            source = self.pool(int(label))
+            out[rows], info = self._denoise(y[rows], level, source, return_info)
             if info is not None:
+                used[rows] = len(source.images) if info.used is None else info.used
                 n_eff[rows] = info.n_eff
                 top[rows] = info.top if self.order is None else self.order.to(y.device)[info.top]
-        return (out, Info(n_eff, top)) if return_info else out
+        return (out, Info(n_eff, top, used)) if return_info else out
 
     @abstractmethod
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
@@ -135,8 +170,9 @@ class Denoiser(ABC):
             raise ValueError(f"labels {tuple(labels.shape)} for {len(self.images)} images")
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
-        self.order = labels.argsort(stable=True)
-        self.images = self.images[self.order.to(self.images.device)]
+        if bool((labels[1:] < labels[:-1]).any()):  # else in order, perhaps mapped from a file
+            self.order = labels.argsort(stable=True)
+            self.images = self.images[self.order.to(self.images.device)]
         values, counts = labels.unique(return_counts=True)
         stops = counts.cumsum(0).tolist()
         for label, stop, count in zip(values.tolist(), stops, counts.tolist(), strict=True):
@@ -145,23 +181,66 @@ class Denoiser(ABC):
 
 
 class OptimalDenoiser(Denoiser):
-    """Posterior mean under the empirical distribution: whole images, all of them.
+    """Posterior mean under the empirical distribution: whole images.
 
-    At low noise it reproduces training images.
+    At low noise it reproduces training images. float32 queries on a CPU are compared with the
+    images that can matter, whose number `Info.used` tells; the others hold less than
+    `subset.TOLERANCE` of the posterior mass. float64 queries are compared with all.
     """
 
+    def __init__(self, images: Any, labels: Tensor | None = None, **rest: Any) -> None:
+        super().__init__(images, labels, **rest)
+        self._indices: dict[Source, Index] = {}
+
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
-        n, size = y[0].numel(), block_size(y)
-        blocks = ((x.flatten(0, 2), x.flatten(0, 2).T, index) for x, index in source.blocks(y))
-        state = compare(
-            y.flatten(1), blocks, sigma,
-            largest=source.largest, responses=n, logits=size * n, info=info,
-        )  # fmt: skip
-        mean = state.mean().view_as(y)
-        if not info:
-            return mean, None
-        n_eff, top = (part.view(-1, 1, 1, 1).expand_as(y) for part in state.info())
-        return mean, Info(n_eff, top)
+        near: list[Tensor | None] = [None] * len(y)
+        if self._selects(y, sigma, source):
+            if source not in self._indices:
+                self._indices[source] = Index.of(source.images)
+            near = self._indices[source].near(y.flatten(1), sigma)
+        out, n_eff = torch.empty_like(y), torch.empty_like(y)
+        top, used = (torch.empty_like(y, dtype=torch.int64) for _ in range(2))
+        whole, size = [chosen is None for chosen in near], block_size(y)
+        groups: list[tuple[Any, Tensor | None]] = []
+        if any(whole):
+            groups.append((torch.tensor(whole, device=y.device), None))
+        for b, chosen in enumerate(near):
+            if chosen is None:
+                continue
+            if len(chosen) > size:
+                groups.append((slice(b, b + 1), chosen))
+                continue
+            stored = source.images.index_select(0, chosen)
+            mean, weights = mean_of(y[b].flatten(), decode(stored, y.dtype).flatten(1), sigma)
+            out[b] = mean.view_as(y[b])
+            if info:
+                n_eff[b], used[b] = 1 / weights.square().sum(), len(chosen)
+                top[b] = chosen[weights.argmax()] + source.first
+        factor, summand = source.units
+        for rows, chosen in groups:
+            part = y[rows]
+            state = compare(
+                part.flatten(1) * factor + summand,
+                ((x.T, x, index) for x, index in source.rows(part, chosen)),
+                sigma * factor,
+                largest=source.largest * factor - summand,
+                responses=y[0].numel(),
+                logits=size * y[0].numel(),
+                info=info,
+                half=source.half if chosen is None else source.half[chosen],
+            )
+            out[rows] = ((state.mean() - summand) / factor).view_as(part)
+            if info:
+                found = [one.view(-1, 1, 1, 1).expand_as(part) for one in state.info()]
+                n_eff[rows], top[rows] = found
+                used[rows] = len(source.images) if chosen is None else len(chosen)
+        return out, Info(n_eff, top, used) if info else None
+
+    @staticmethod
+    def _selects(y: Tensor, sigma: float, source: Source) -> bool:
+        here = y.device.type == source.images.device.type == "cpu"
+        large = len(source.images) >= FEWEST and y.isfinite().all()
+        return here and bool(large) and y.dtype == torch.float32 and sigma < math.inf
 
 
 class WienerDenoiser(Denoiser):
@@ -169,6 +248,8 @@ class WienerDenoiser(Denoiser):
 
     Attribution is refused.
     """
+
+    uses_statistics = True
 
     def __init__(self, images: Any, labels: Tensor | None = None, **rest: Any) -> None:
         super().__init__(images, labels, **rest)
@@ -200,6 +281,8 @@ class LSDenoiser(Denoiser):
         images: See `Denoiser`; further arguments likewise.
         k: Window size, odd, or the name of a schedule in `schedules.WINDOWS`.
     """
+
+    LEAST = 1
 
     def __init__(
         self, images: Any, labels: Tensor | None = None, *, k: int | str = "cifar10", **rest: Any

@@ -7,19 +7,23 @@ meaning [-1, 1] (x / 127.5 - 1), or floats.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import SUFFIXES, image_files, read_image, to_tensor
+from ..images import GREY, SUFFIXES, image_files, on_white, read_head, read_image, to_tensor
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 Block = tuple[Tensor, Tensor | None]
 Accept = Callable[[tuple[int, ...]], None]
+Side = Callable[[int, int], int]
+MEMORY = 2**31  # bytes of a folder's pictures that are kept as they are, or cropped to by default
 
 
 def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,32 +33,71 @@ def decode(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype)
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A PIL image of mode L or RGB as uint8 (C, H, W), turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: any other mode; alpha channels and palettes are not guessed at.
-    """
-    image = read_image(image)
-    if image.mode not in ("L", "RGB"):
-        advice = "paste it on a background" if "A" in image.mode else "convert it"
-        raise ValueError(f"expected images of mode L or RGB, got {image.mode}: {advice} first")
-    return to_tensor(image)
-
-
-def _folder_items(folder: Path, files: list[Path]) -> Iterator[tuple[Tensor, int | None]]:
+def _folder_items(
+    folder: Path, files: list[Path], size: int | None
+) -> Iterator[tuple[Tensor, int | None]]:
     """Images and, if all lie in subfolders, classes: the first folder's place in the alphabet."""
     tops = [file.relative_to(folder).parts[:-1][:1] for file in files]
     names = sorted(set(tops)) if all(tops) else []
+    colour = any(head[2] for head in _heads(files))
     for file, top in zip(files, tops, strict=True):
         try:
-            image = from_pil(read_image(file))
+            image = to_tensor(on_white(read_image(file), colour, size))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         yield image, names.index(top) if names else None
 
 
-def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+def _heads(files: list[Path]) -> Iterator[tuple[int, int, bool]]:
+    for file in files:
+        try:
+            yield read_head(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+
+def _files(folder: str | Path) -> list[Path]:
+    files = image_files(folder, nested=True)
+    if not files:
+        raise ValueError(f"no pictures in {folder} (looked for {', '.join(SUFFIXES)})")
+    return files
+
+
+def size_for(folder: str | Path, accept: Accept, side: Side) -> tuple[int | None, str]:
+    """The `size` to read a folder's pictures with, and why, in words.
+
+    Args:
+        folder: Where they lie.
+        accept: See `stream`.
+        side: The largest side by default, from channels and the number of pictures.
+
+    Returns:
+        None if the pictures have one shape, are accepted and take at most `MEMORY` bytes; else a
+        side that does. No picture is enlarged.
+
+    Raises:
+        ValueError: no pictures, or one that is damaged.
+    """
+    heads = list(_heads(_files(folder)))
+    channels = 3 if any(head[2] for head in heads) else 1
+    shapes = sorted({head[:2] for head in heads})
+    if len(shapes) == 1:
+        shape = (channels, *shapes[0])
+        try:
+            accept(shape)
+            if len(heads) * math.prod(shape) <= MEMORY:
+                return None, ""
+        except ValueError:
+            pass  # too large as they are
+    size = min(side(channels, len(heads)), *(min(shape) for shape in shapes))
+    least, most = (f"{width} x {height}" for height, width in (shapes[0], shapes[-1]))
+    given = least if least == most else f"{least} to {most}"
+    return size, (
+        f"{folder}: {len(heads)} pictures of {given} pixels, cropped to squares of {size} x {size}"
+    )
+
+
+def _items(source: Iterable[Any], size: int | None) -> Iterator[tuple[Tensor, Any]]:
     """Image and label (None) of every item of a data set."""
     for item in source:
         label = None
@@ -65,7 +108,13 @@ def _items(source: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
             item, label = item[key], item.get("label")
         elif isinstance(item, (tuple, list)):
             item, label = item[0], item[1] if len(item) > 1 else None
-        image = from_pil(item) if isinstance(item, Image.Image) else torch.as_tensor(item)
+        if isinstance(item, Image.Image):
+            item = read_image(item)
+            image = to_tensor(on_white(item, item.mode not in GREY, size))
+        elif size is not None:
+            raise ValueError(f"size={size} is for files and PIL images: resize tensors before")
+        else:
+            image = torch.as_tensor(item)
         yield image[None] if image.ndim == 2 else image, label
 
 
@@ -75,33 +124,39 @@ def stream(
     chunk: int = 256,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
     accept: Accept | None = None,
+    size: int | None = None,
 ) -> Iterator[Block]:
     """Blocks of images and labels from any source, in its order.
 
     Args:
-        source: A folder (path), a tensor (N, C, H, W), a pair (images, labels), a torch or Hugging
-            Face data set, or any iterable of images (tensors (C, H, W) or (H, W), PIL), each
-            alone, with a label in a tuple, or as "image" and "label" in a dict.
+        source: A folder (path), a NumPy file (path, ``.npy``) of images (N, C, H, W), which is
+            mapped into memory rather than read, a tensor (N, C, H, W), a pair (images, labels), a
+            torch or Hugging Face data set, or any iterable of images (tensors (C, H, W) or (H, W),
+            PIL), each alone, with a label in a tuple, or as "image" and "label" in a dict.
         chunk: Largest number of images in a block.
         value_range: Range that float pixels are given in; they are mapped to [-1, 1]. None leaves
             floats as they are (latents). uint8 always means [-1, 1].
         accept: Called with the shape of the first image before others are read, to refuse it.
+        size: Side in pixels of the squares that files and PIL images are cropped to; None keeps
+            them as they are.
+
+    Files and PIL images become grey or RGB, transparency on white; the files of a folder RGB if
+    one of them has colour.
 
     Yields:
         Images (b, C, H, W), uint8, float32 or float64, and int64 labels (b,) or None.
 
     Raises:
-        ValueError: mixed shapes, modes or kinds of number, alpha channels, values that are not
-            finite or outside the range, labels for some images only, broken files, no images.
+        ValueError: mixed shapes or kinds of number, values that are not finite or outside the
+            range, labels for some images only, broken files, no images, a size for tensors.
     """
     files: list[Path] = []
+    source = _mapped(source)
     if isinstance(source, (str, Path)):
-        files = image_files(source, nested=True)
-        if not files:
-            raise ValueError(f"no pictures in {source} (looked for {', '.join(SUFFIXES)})")
-        items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files)
+        files = _files(source)
+        items: Iterator[tuple[Tensor, Any]] = _folder_items(Path(source), files, size)
     elif isinstance(source, Tensor) or _is_pair(source):
-        images, labels = load_images(source, value_range=value_range, accept=accept)
+        images, labels = load_images(source, value_range=value_range, accept=accept, size=size)
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
             yield images[rows], None if labels is None else labels[rows]
@@ -111,7 +166,7 @@ def stream(
         if not isinstance(source, Iterator) and hasattr(source, "__getitem__"):
             # Data sets of the old protocol have __getitem__ and a length, no __iter__.
             entries = (source[index] for index in range(len(source)))
-        items = _items(entries)
+        items = _items(entries, size)
     items, count = _alike(items, files, accept), 0
     while block := list(itertools.islice(items, chunk)):
         yield (
@@ -137,8 +192,10 @@ def _alike(
         if found != first:
             what = next(i for i in range(3) if found[i] != first[i])
             place = files[number] if files else f"image {number}"
+            advice = ": pass size to crop files and PIL images" if what == 0 else ""
             raise ValueError(
                 f"mixed images: {names[what]} is {found[what]} at {place}, {first[what]} before"
+                + advice
             )
         yield image, label
 
@@ -148,16 +205,20 @@ def load_images(
     *,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
     accept: Accept | None = None,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) or None of a source; see `stream`."""
+    source = _mapped(source)
     if isinstance(source, Tensor) or _is_pair(source):
+        if size is not None:
+            raise ValueError(f"size={size} is for files and PIL images: resize tensors before")
         images, labels = (source, None) if isinstance(source, Tensor) else source
         if accept is not None:
             accept(tuple(images.shape[1:]))
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"{len(labels)} labels for {len(images)} images")
         return checked(images, value_range), None if labels is None else labels.long()
-    blocks = list(stream(source, value_range=value_range, accept=accept))
+    blocks = list(stream(source, value_range=value_range, accept=accept, size=size))
     found = [label for _, label in blocks if label is not None]  # of all blocks or of none
     return torch.cat([images for images, _ in blocks]), torch.cat(found) if found else None
 
@@ -189,6 +250,17 @@ def checked(images: Tensor, value_range: tuple[float, float] | None, first: int 
             f"[{low:g}, {high:g}]; pass value_range, None for latents"
         )
     return images if (low, high) == (-1, 1) else (images - low) * (2 / (high - low)) - 1
+
+
+def _mapped(source: Any) -> Any:
+    """The array of a NumPy file, mapped into memory; any other source as it is."""
+    if not (isinstance(source, (str, Path)) and Path(source).suffix == ".npy"):
+        return source
+    try:
+        # Copy on write: torch takes writable arrays only, and the file stays as it is.
+        return torch.from_numpy(np.load(source, mmap_mode="c", allow_pickle=False))
+    except (EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is no array of images: {error}") from None
 
 
 def _is_pair(source: Any) -> bool:

@@ -7,6 +7,10 @@ With the Wiener matrix W at noise level sigma and R = W with each row divided by
     D_m(y) = \sum_i \mathrm{softmax}_i\Big(-\frac{\sum_j M_{mj} (y_j - x_{ij})^2}{2\sigma^2}\Big)
     x_i[m]
 
+That is the paper's formula. Its code uses the mask the other way round: output m is compared where
+column m of R is large, :math:`M_{mj} = 1\{|W_{jm} / W_{jj}| \ge \tau \max |R|\}`, with a
+covariance over N - 1 instead of N. Both are here, by name: ``mask="rows"``, ``mask="columns"``.
+
 References:
     Lukoianov, Yuan, Solomon & Sitzmann, "Locality in Image Diffusion Models Emerges from Data
     Statistics", NeurIPS 2025, https://arxiv.org/abs/2509.09672
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, integer
+from . import floats, fused, integer
 from .denoisers import Denoiser
 from .posterior import Result, Rows, Source, posterior
 
@@ -51,15 +55,23 @@ class LocalDenoiser(Denoiser):
         images: See `Denoiser`; further arguments likewise.
         tau: Threshold of the mask, >= 0, or the name of a data set in `TAU`. 0 compares whole
             images; an infinite noise level gives the mean of the candidates.
+        mask: "rows", the paper's formula, or "columns", what its code computes; see above.
         minibatch: None normalizes over all candidates; a number within blocks of so many, whose
             results are averaged, as the published code does with 256 or 512 (it depends on the
             order of images).
         accelerator: "auto" takes a kernel made for uint8 images and float32 queries, exactly
             normalized, where one runs: on CUDA a Triton kernel (`fused`), on CPUs with AMX, given
             a C compiler, products of the stored bytes (`integer`), which keeps a second copy of
-            the images and moves the query by up to 1e-4 sigma. "none": `posterior` everywhere.
+            the images and moves the query by up to 1e-4 sigma, on other CPUs, given one, sums
+            that masks share (`floats`), likewise with a second copy. "float32": the latter even
+            with AMX or CUDA. "none": `posterior` everywhere.
+
+    Raises:
+        ValueError: see `Denoiser`; an unknown or a wrong option, "float32" where it cannot run.
     """
 
+    uses_statistics = True
+    SIDE = 64
     weight_bytes = 1  # of what `weights` gives
 
     def __init__(
@@ -68,6 +80,7 @@ class LocalDenoiser(Denoiser):
         labels: Tensor | None = None,
         *,
         tau: float | str = 0.02,
+        mask: str = "rows",
         minibatch: int | None = None,
         accelerator: str = "auto",
         **rest: Any,
@@ -78,14 +91,20 @@ class LocalDenoiser(Denoiser):
         self.tau = TAU[tau] if isinstance(tau, str) else float(tau)
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must lie in [0, 1], got {self.tau}")
+        if mask not in ("rows", "columns"):
+            raise ValueError(f"mask is 'rows' or 'columns', got {mask!r}")
+        self.mask = mask
         if minibatch is not None and minibatch < 1:
             raise ValueError(f"minibatch must be >= 1, got {minibatch}")
         self.minibatch = minibatch
-        if accelerator not in ("auto", "none"):
-            raise ValueError(f"accelerator is 'auto' or 'none', got {accelerator!r}")
+        if accelerator not in ("auto", "float32", "none"):
+            raise ValueError(f"accelerator is 'auto', 'float32' or 'none', got {accelerator!r}")
+        if accelerator == "float32" and floats.missing():
+            raise ValueError(f"accelerator='float32' cannot run here: {floats.missing()}")
         self.accelerator = accelerator
         self._kept: dict[float, Rows] = {}
-        self._packed: Tensor | None = None
+        self._packed: dict[str, Tensor] = {}
+        self._plans: dict[float, floats.Plan] = {}
 
     @classmethod
     def accept(cls, shape: tuple[int, ...]) -> None:
@@ -110,16 +129,22 @@ class LocalDenoiser(Denoiser):
         return torch.cat([self.sensitivity(sigma, rows) >= least for rows in blocks])
 
     def sensitivity(self, sigma: float, rows: slice) -> Tensor:
-        """Rows of |R|, the Wiener matrix over its diagonal (entries below 1e-6 count as 1).
+        """What the outputs `rows` are compared on: the Wiener matrix over its diagonal.
 
-        Float64, shape (rows, n); zeros at sigma = infinity.
+        The diagonal of an output's own row, or with mask="columns" of the coordinate compared;
+        entries below 1e-6 count as 1. Float64, shape (rows, n); zeros at sigma = infinity.
         """
-        n, shape = self.statistics.dimension, self.statistics.shape
-        unit = torch.zeros(rows.stop - rows.start, n, dtype=torch.float64)
-        unit.diagonal(rows.start).fill_(1)
-        w = self.statistics.apply(unit.view(-1, *shape), lambda v: v / (v + sigma**2)).flatten(1)
-        diagonal = w.diagonal(rows.start)
-        return (w / diagonal.where(diagonal.abs() >= 1e-6, 1)[:, None]).abs()
+        # The Wiener matrix is symmetric: column m of it is row m.
+        count, columns = self.statistics.count, self.mask == "columns"
+        stretch = count / (count - 1) if columns else 1.0
+
+        def factor(v: Tensor) -> Tensor:
+            return stretch * v / (stretch * v + sigma**2)
+
+        w = self.statistics.matrix_rows(factor, rows)
+        diagonal = self.statistics.matrix_diagonal(factor) if columns else w.diagonal(rows.start)
+        diagonal = diagonal.where(diagonal.abs() >= 1e-6, 1)
+        return w.div_(diagonal if columns else diagonal[:, None]).abs_()
 
     def precision(self, sigma: float) -> Rows:
         """The weights at a noise level, kept for the last few levels."""
@@ -142,14 +167,23 @@ class LocalDenoiser(Denoiser):
         """The mean from a kernel made for this case; None where there is none."""
         if self.accelerator == "none":
             return None
-        if fused.available(y, source.images, mask):
+        if self.accelerator == "auto" and fused.available(y, source.images, mask):
             return fused.masked_posterior(y, sigma, source.images, mask)
-        if not integer.available(y, source.images, mask):
-            return None
-        if self._packed is None:
-            self._packed = integer.pack(self.images)
         candidates = (source.first, source.first + len(source.images))
-        return integer.masked_posterior(y, sigma, self._packed, mask, candidates)
+        if self.accelerator == "auto" and integer.available(y, source.images, mask):
+            if "integer" not in self._packed:
+                self._packed["integer"] = integer.pack(self.images)
+            return integer.masked_posterior(y, sigma, self._packed["integer"], mask, candidates)
+        if not (floats.available(y, source.images, mask) and bool(y.isfinite().all())):
+            return None
+        if "floats" not in self._packed:
+            self._packed["floats"] = floats.pack(self.images)
+        if sigma not in self._plans:
+            self._plans = {s: kept for s, kept in self._plans.items() if s in self._kept}
+            self._plans[sigma] = floats.plan(mask, subtract=sigma >= floats.SUBTRACT)
+        return floats.masked_posterior(
+            y, sigma, self._packed["floats"], self._plans[sigma], candidates
+        )
 
 
 class SoftLocalDenoiser(LocalDenoiser):

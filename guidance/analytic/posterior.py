@@ -59,6 +59,36 @@ class Source:
             x = decode(stored.permute(1, 2, 3, 0).contiguous(), like.dtype)
             yield x, torch.arange(start, start + len(stored), device=like.device) + self.first
 
+    @property
+    def units(self) -> tuple[float, float]:
+        """Factor and summand that take decoded numbers to those of `rows`."""
+        return (127.5, -0.5) if self.images.dtype == torch.uint8 else (1.0, 0.0)
+
+    def rows(self, like: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks (c, n), an image a row, and their numbers; of all images or of those chosen.
+
+        Bytes are less 128, which takes one pass over them where decoding takes three.
+        """
+        count = len(self.images) if chosen is None else len(chosen)
+        size = block_size(like)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            if chosen is None:
+                stored, index = self.images[start:stop], torch.arange(start, stop)
+            else:
+                index = chosen[start:stop]
+                stored = self.images.index_select(0, index)
+            stored = stored.to(like.device)
+            if stored.dtype == torch.uint8:
+                stored = (stored ^ 128).view(torch.int8)
+            yield stored.flatten(1).to(like.dtype), index.to(like.device) + self.first
+
+    @functools.cached_property
+    def half(self) -> Tensor:
+        """Half of the squared sizes of all `rows`, float64 (N,)."""
+        like = torch.empty(1, *self.images.shape[1:], device=self.images.device).double()
+        return torch.cat([x.square().sum(1) for x, _ in self.rows(like)]) / 2
+
     @functools.cached_property
     def largest(self) -> float:
         """Largest size of a coordinate."""
@@ -74,6 +104,7 @@ def compare(
     responses: int,
     logits: int,
     info: bool,
+    half: Tensor | None = None,
 ) -> Softmax:
     """Means for queries whose coordinates all count the same.
 
@@ -89,18 +120,27 @@ def compare(
         responses: Numbers in a value.
         logits: How many may be held at once.
         info: Whether the result knows its candidates.
+        half: Half of the squared sizes of all candidates, if known, (N,).
     """
+    done = 0
     state = Softmax(queries.new_zeros(len(queries), responses), info=info)
     reach = queries.shape[1] ** 0.5 * largest
     squares = reach * max(reach, float(queries.norm(dim=1).max()))
     as_product = torch.finfo(queries.dtype).eps * squares < 1e-3 * sigma**2
     for x, values, index in blocks:
         step = max(1, logits // x.shape[1])
+        if not as_product:
+            known = None
+        elif half is None:
+            known = x.square().sum(0) / 2
+        else:
+            known = half[done : done + x.shape[1]].to(x)
+        done += x.shape[1]
         for start in range(0, len(queries), step):
             rows = slice(start, min(start + step, len(queries)))
             y = queries[rows]
-            if as_product:
-                found = torch.addmm(x.square().sum(0)[None] / 2, y, x, alpha=-1).div_(sigma**2)
+            if known is not None:
+                found = torch.addmm(known, y, x, alpha=-1).div_(sigma**2)
             else:
                 found = torch.stack([(one[:, None] - x).square_().sum(0) for one in y])
                 found.div_(2 * sigma**2)

@@ -23,10 +23,13 @@ class Info:
     Args:
         n_eff: Effective number of candidates, 1 / (sum of squared weights).
         top: Index of the training image with the largest weight, int64.
+        used: Number of images that were compared, int64: all of the pool, or those that a bound
+            left. None where a denoiser's own part always compares all.
     """
 
     n_eff: Tensor
     top: Tensor
+    used: Tensor | None = None
 
 
 class Softmax:

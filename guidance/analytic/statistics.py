@@ -20,6 +20,7 @@ References:
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,9 @@ from .images import stream
 
 LARGEST_DENSE = 4096  # coordinates: a covariance of 128 MB, about a minute of eigh on one core
 LARGEST_SKETCH = 65536  # coordinates: above, even the leading directions are too many numbers
-RANK = 256  # most directions of a low-rank covariance
+DIRECTIONS = 4096  # of a covariance that is kept whole: again a minute of eigh
+BASIS = 2**30  # bytes of these directions; their making takes about three times as many
+RANK = 256  # directions that are kept of a covariance which is too large to be kept whole
 Level = tuple[float, float]  # alpha and sigma of x_t = alpha x_0 + sigma z
 
 
@@ -44,10 +47,11 @@ class DatasetStatistics:
         shape: (C, H, W).
         count: N, the number of images counted.
         mean: mu, float64 (C, H, W).
-        kind: "full", "low_rank" (leading directions and an isotropic residual) or "stationary"
-            (the covariance commutes with cyclic shifts: one C x C matrix per frequency).
-        eigenvalues: Variances (population), float64, descending: (r,); stationary:
-            (H, W // 2 + 1, C).
+        kind: "full", "low_rank" (directions, all that the images span or the leading ones, and an
+            isotropic residual) or "stationary" (the covariance commutes with cyclic shifts: one
+            C x C matrix per frequency).
+        eigenvalues: Variances of the population (over N, not N - 1), float64, descending: (r,);
+            stationary: (H, W // 2 + 1, C).
         basis: Orthonormal directions, float64 (n, r); stationary: complex128 (H, W // 2 + 1, C, C).
         residual: Variance of every direction outside the basis.
         identity: What the numbers come from: "pixels" ("[-1, 1]" or "as given"), "data" (a hash of
@@ -77,25 +81,40 @@ class DatasetStatistics:
         source: Any,
         *,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
+        rank: int | None = None,
     ) -> DatasetStatistics:
         """Statistics of a folder, tensor, data set or iterator, in one pass.
 
-        Up to 4096 coordinates the covariance is full if there are more images than coordinates,
-        else low-rank; up to 65536 low-rank; stationary beyond.
+        The covariance is kept whole where it can be: up to 4096 coordinates in any case, beyond
+        in the up to N - 1 directions that N images span, as long as these are at most `DIRECTIONS`
+        and take at most `BASIS` bytes (N <= 4096 at 64 x 64 pixels in colour, 682 at 256 x 256).
+        Of more images the `RANK` leading directions are kept, or above 65536 coordinates the
+        stationary part, with a warning.
 
         Args:
             source: See `images.stream`; value_range likewise.
+            value_range: Of float pixels.
+            rank: Keep so many leading directions only, and the mean variance of the others in each
+                of them; a warning says how much variance that is.
 
         Raises:
-            ValueError: fewer than two images, images that are all the same, or what
-                `images.stream` refuses.
+            ValueError: fewer than two images, images that are all the same, a rank that is not
+                between 1 and n - 1 or takes more than `BASIS` bytes, or what `images.stream`
+                refuses.
         """
         blocks = (images for images, _ in stream(source, value_range=value_range))
         first = next(blocks)
         n = first[0].numel()
-        form = "dense" if n <= LARGEST_DENSE else "sketch" if n <= LARGEST_SKETCH else "stationary"
+        if rank is not None and not (1 <= rank < n and 8 * n * rank <= BASIS):
+            most = min(n - 1, BASIS // (8 * n))
+            raise ValueError(f"rank must lie between 1 and {most} for n = {n}, got {rank}")
         # Twice the directions in use: what a block drops hardly touches the leading half.
-        total = Accumulator(tuple(first.shape[1:]), form, 2 * RANK)
+        most, beyond, keep = min(DIRECTIONS, BASIS // (8 * n)), "cut", 2 * (rank or RANK)
+        if n <= LARGEST_DENSE:
+            most, beyond, keep = n, "dense", 0
+        elif n > LARGEST_SKETCH and rank is None:
+            beyond, keep = "stationary", 0
+        total = Accumulator(tuple(first.shape[1:]), max(most, keep), beyond, keep)
         for images in itertools.chain([first], blocks):
             total.add(images)
         count = total.count
@@ -103,21 +122,31 @@ class DatasetStatistics:
             raise ValueError(f"statistics need at least two images, got {count}")
         if total.total <= 1e-12 * n * count:
             raise ValueError(f"all {count} images are the same: there is nothing to estimate")
-        if form == "sketch":
-            values, keep = descending(total.second @ total.second.T / count)
-            values = values[values > 1e-14 * values[0]]
-            basis = total.second.T @ keep[:, : len(values)] / (count * values).sqrt()
+        if total.form in ("rows", "cut"):
+            values, vectors = descending(total.second @ total.second.T / count)
+            values = values[values > 1e-12 * values[0]]
+            basis = total.second.T @ vectors[:, : len(values)] / (count * values).sqrt()
         else:
             values, basis = descending(total.second / count)
-        kind, rest = "full" if form == "dense" and count > n else "low_rank", 0.0
-        if form == "stationary":
+        kind, rest = "full" if total.form == "dense" and count > n else "low_rank", 0.0
+        if total.form == "stationary":
             kind = "stationary"
-        elif kind == "low_rank":
-            # Half of what N images span: the eigenvalues beyond are mostly the noise of the
-            # estimate, and their mean is what the isotropic residual stands for.
-            rank = min(max(1, min(RANK, n // 2, count // 2)), len(values), n - 1)
-            values, basis = values[:rank], basis[:, :rank]
-            rest = max(total.total / count - float(values.sum()), 0.0) / (n - rank)
+            _warn(
+                f"{count} images of {n} coordinates are too many for all directions: the "
+                "covariance is taken to be stationary (one matrix per frequency)"
+            )
+        elif rank is not None or kind == "low_rank":
+            kind, whole = "low_rank", min(len(values), count - 1, n)
+            wanted = rank or (RANK if total.form == "cut" else whole)
+            values, basis = values[: min(wanted, whole)], basis[:, : min(wanted, whole)]
+            outside = max(total.total / count - float(values.sum()), 0.0)
+            if wanted < whole:
+                rest = outside / (n - wanted)
+                _warn(
+                    f"{count} images of {n} coordinates: the covariance keeps {wanted} "
+                    f"directions and spreads the other {outside * count / total.total:.1%} of "
+                    "the variance evenly"
+                )
         return cls(
             shape=total.shape,
             count=count,
@@ -161,9 +190,36 @@ class DatasetStatistics:
         rest = function(rest).to(r.dtype)
         return ((flat @ basis * (values - rest)) @ basis.T + rest * flat).view_as(r)
 
+    def matrix_rows(self, function: Callable[[Tensor], Tensor], rows: slice) -> Tensor:
+        """Rows of the matrix f(covariance), float64 (rows, n), on the CPU; see `apply`."""
+        if self.kind != "stationary":
+            rest = function(torch.full((1, 1), self.residual, dtype=torch.float64))
+            rest = torch.zeros_like(rest) if self.kind == "full" else rest
+            values = function(self.eigenvalues.cpu().reshape(1, -1)) - rest
+            basis = self.basis.cpu()
+            found = (basis[rows] * values) @ basis.T
+            found.diagonal(rows.start).add_(rest.squeeze())
+            return found
+        unit = torch.zeros(rows.stop - rows.start, self.dimension, dtype=torch.float64)
+        unit.diagonal(rows.start).fill_(1)
+        return self.apply(unit.view(-1, *self.shape), function).flatten(1)
+
+    def matrix_diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The diagonal (n,) of the matrix f(covariance), float64, on the CPU; see `apply`."""
+        if self.kind != "stationary":
+            rest = function(torch.full((1, 1), self.residual, dtype=torch.float64)).squeeze()
+            rest = torch.zeros_like(rest) if self.kind == "full" else rest
+            values = function(self.eigenvalues.cpu().reshape(1, -1))[0] - rest
+            return self.basis.cpu().square() @ values + rest
+        channels, height, width = self.shape  # the same at every place
+        unit = torch.zeros(channels, *self.shape, dtype=torch.float64)
+        unit[:, :, 0, 0] = torch.eye(channels)
+        found = self.apply(unit, function)[:, :, 0, 0].diagonal()
+        return found.repeat_interleave(height * width)
+
     def wiener(self, y: Tensor, sigma: float) -> Tensor:
         """Best linear denoiser of y = x0 + sigma z, with shape (B, C, H, W)."""
-        # Written so that sigma = 0 with a variance of 0 keeps y, and sigma = inf gives the mean.
+        # Written so that no noise and no variance are not 0 / 0, and infinite noise gives the mean.
         mean, square = self._mean(y), max(sigma * sigma, 1e-300)
         return mean + self.apply(y - mean, lambda v: v / (v + square))
 
@@ -191,16 +247,24 @@ class DatasetStatistics:
         :math:`\frac1n \sum_k \sigma^2 / (\lambda_k + \sigma^2)`, whatever the distribution behind
         the covariance: the energy of the Gaussian score over the most that any score can have
         (:math:`n / \sigma^2`), since their inner product is the former (Stein's identity).
-        The bound is ours; it tends to 1 as sigma grows.
+        The bound is ours; it tends to 1 as sigma grows. Where no more images than coordinates were
+        seen, the trailing half of the eigenvalues is mostly the noise of the estimate, and the
+        variance of directions that no image spans is unknown, not 0: the former is spread over
+        them all.
         """
         square = float(sigma) ** 2
-        shares = square / (self.eigenvalues + square)
+        values, residual = self.eigenvalues, self.residual
+        if self.kind == "low_rank" and residual == 0:
+            values = values[: max(1, min(RANK, len(values) // 2))]
+            outside = float(self.eigenvalues.sum() - values.sum())
+            residual = outside / max(1, self.dimension - len(values))
+        shares = square / (values + square)
         if self.kind == "stationary":
             # Most columns of the half spectrum stand for two of the full one.
             columns = torch.arange(shares.shape[1])
             twice = (columns > 0) & (2 * columns < self.shape[2])
             return float((shares.sum(-1) * (1 + twice.double())).sum() / self.dimension)
-        rest = (self.dimension - shares.numel()) * square / (self.residual + square)
+        rest = (self.dimension - shares.numel()) * square / (residual + square)
         return (float(shares.sum()) + rest) / self.dimension
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -233,6 +297,10 @@ class DatasetStatistics:
         if key not in self._casts:
             self._casts[key] = getattr(self, name).to(device, dtype)
         return self._casts[key]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .posterior import Result, Source, block_size, compare, window_distances
 from .schedules import CROPS, WINDOWS, schedule
 from .softmax import Info
 
+LARGEST = 128**2  # pixels of ELS
 Places = tuple[slice, int, int]  # along an axis, and the first and last offset of their windows
 
 
@@ -48,11 +50,24 @@ class ELSDenoiser(Denoiser):
         k: Window size, odd, or the name of a schedule in `schedules.WINDOWS`.
     """
 
+    LEAST = 1
+    SIDE = 32
+
     def __init__(
         self, images: Any, labels: Tensor | None = None, *, k: int | str = "cifar10", **rest: Any
     ) -> None:
         super().__init__(images, labels, **rest)
         self.window = schedule(k, WINDOWS, odd=True)
+
+    @classmethod
+    def accept(cls, shape: tuple[int, ...]) -> None:
+        """Refuse images (C, H, W) of more than `LARGEST` pixels."""
+        if math.prod(shape[1:]) > LARGEST:
+            raise ValueError(
+                f"els compares every place with every other: {shape[1]} x {shape[2]} pixels are "
+                f"too many (at most {LARGEST}, as 128 x 128): make the pictures smaller or take "
+                "another method (ls, pspc, optimal)"
+            )
 
     def _denoise(self, y: Tensor, sigma: float, source: Source, info: bool) -> Result:
         k, out = self.window(sigma), torch.empty_like(y)
@@ -101,6 +116,8 @@ class PSPCDenoiser(Denoiser):
         size: P, or the name of a schedule in `schedules.CROPS`. Never more than the image has;
             "edm32" is for 32 pixels, where its 32 is the whole image.
     """
+
+    LEAST = 1
 
     def __init__(
         self, images: Any, labels: Tensor | None = None, *, size: int | str = "edm32", **rest: Any

@@ -13,7 +13,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from ...guidance import NoiseLevel
-from ...guidance.analytic import DENOISERS, DatasetStatistics, Denoiser, load_images
+from ...guidance.analytic import DENOISERS, DatasetStatistics, Denoiser
+from ...guidance.analytic.accumulate import hash_of_images
 from ..seam.noise_levels import (
     BY_FLOW_SIGMA,
     BY_STEP,
@@ -59,7 +60,8 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         stored: "uint8" (meaning [-1, 1]) or "float32".
         labelled: Whether every image has a class.
         num_class_embeds: Number of classes, K; the label K stands for "any".
-        statistics: Facts of the `DatasetStatistics` and the shapes of their tensors.
+        statistics: Facts of the `DatasetStatistics` and the shapes of their tensors; None if they
+            are computed when first needed.
         prediction_type, flow, num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr:
             What the scheduler expects of its network; see `noise_schedule_of`.
     """
@@ -101,6 +103,7 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         for name, size in (statistics or {}).get("tensors", {}).items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
         self._made: tuple[Any, Denoiser] | None = None
+        self._computed: DatasetStatistics | None = None
         self._table: Tensor | None = None
 
     @classmethod
@@ -113,6 +116,7 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         scheduler: Any = None,
         statistics: DatasetStatistics | None = None,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
+        size: int | None = None,
         **options: Any,
     ) -> AnalyticDenoiserModel:
         """A model of a data set.
@@ -123,21 +127,25 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
             labels: Classes (N,), 0 to K - 1; None for what the source has.
             method: Which denoiser.
             scheduler: The scheduler the model is for; None for the linear beta of DDPM.
-            statistics: Of the same images; None to compute them.
+            statistics: Of the same images; None to compute them, for methods that use them.
             value_range: Range of float pixels; None for latents.
+            size: Side in pixels of the squares that files are cropped to; None for a side that
+                fits, see `Denoiser`.
             options: Arguments of the denoiser.
 
         Raises:
             ValueError: unknown method, or images that no denoiser can be made of.
         """
-        accept = _class_of(method).accept
-        images, found = load_images(images, value_range=value_range, accept=accept)
+        kind = denoiser_class(method)
+        images, found = kind.load(images, value_range=value_range, size=size)
         labels = found if labels is None else torch.as_tensor(labels)
-        statistics = statistics or DatasetStatistics.from_images(images, value_range=None)
+        if statistics is None and kind.uses_statistics:
+            statistics = DatasetStatistics.from_images(images, value_range=None)
         if images.dtype != torch.uint8:
             images = images.float()
-        tensors, facts = statistics.parts()
-        facts["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        tensors, facts = ({}, None) if statistics is None else statistics.parts()
+        if facts is not None:
+            facts["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
         model = cls(
             method=method,
             options=options,
@@ -160,8 +168,17 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
     def statistics(self) -> DatasetStatistics:
         """Mean and covariance of the images."""
         facts = self.config["statistics"]
+        if facts is None:
+            if self._computed is None:
+                self._computed = DatasetStatistics.from_images(self.images, value_range=None)
+            return self._computed
         tensors = {name: getattr(self, name) for name in facts["tensors"]}
         return DatasetStatistics.from_parts(tensors, facts)
+
+    @property
+    def data_hash(self) -> str:
+        """Of the images, whatever their order; the "data" of their statistics' identity."""
+        return f"{hash_of_images(self.images):032x}"
 
     def set_method(self, method: str, **options: Any) -> None:
         """Change the denoiser; images and statistics stay.
@@ -169,7 +186,7 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: unknown method.
         """
-        _class_of(method)
+        denoiser_class(method)
         self.register_to_config(method=method, options=options)
 
     def denoiser(self) -> Denoiser:
@@ -182,8 +199,10 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         key = (method, repr(sorted(options.items())), self.images.device)
         if self._made is None or self._made[0] != key:
             # Floats were checked, and mapped to [-1, 1], by `from_images`.
-            settings = {"statistics": self.statistics, "value_range": None, **options}
-            self._made = key, _class_of(method)(self.images, self.labels, **settings)
+            kind, settings = denoiser_class(method), {"value_range": None, **options}
+            if kind.uses_statistics:
+                settings["statistics"] = self.statistics
+            self._made = key, kind(self.images, self.labels, **settings)
         return self._made[1]
 
     def levels(self, t: float) -> tuple[float, float]:
@@ -240,7 +259,12 @@ class AnalyticDenoiserModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def _class_of(method: str) -> type[Denoiser]:
+def denoiser_class(method: str) -> type[Denoiser]:
+    """The denoiser of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
     if method not in DENOISERS:
         raise ValueError(f"unknown method {method!r}: expected one of {sorted(DENOISERS)}")
     return DENOISERS[method]

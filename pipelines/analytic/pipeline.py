@@ -30,6 +30,8 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         vae: An ``AutoencoderKL``: images are encoded once and sampled in its latent space.
         images: See `AnalyticDenoiserModel.from_images`.
         labels: Classes of the images.
+        size: Side in pixels of the squares that picture files are cropped to; None for a side that
+            fits the method, see `Denoiser`, and with a vae for the pictures as they are.
         method: Which denoiser, a name in ``pilotage.guidance.analytic.DENOISERS``.
         options: Arguments of that denoiser, and of `AnalyticDenoiserModel.from_images`.
     """
@@ -48,6 +50,7 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
         *,
         images: Any = None,
         labels: Tensor | None = None,
+        size: int | None = None,
         method: str = "local",
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -56,9 +59,11 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
             raise ValueError("expected either unet or images")
         scheduler = scheduler or DDIMScheduler(clip_sample=False)
         if unet is None:
-            settings = {"method": method, "scheduler": scheduler}
-            if vae is not None:
-                images, found = encode_images(vae, images)
+            settings: dict[str, Any] = {"method": method, "scheduler": scheduler}
+            if vae is None:
+                settings["size"] = size
+            else:
+                images, found = encode_images(vae, images, size=size)
                 labels = found if labels is None else labels
                 settings["value_range"] = None
             settings |= options or {}
@@ -159,9 +164,18 @@ class AnalyticDenoisingPipeline(DiffusionPipeline):
 
 
 @torch.no_grad()
-def encode_images(vae: Any, source: Any, batch_size: int = 64) -> tuple[Tensor, Tensor | None]:
-    """Scaled latents (posterior means) of all images of a source, and their labels."""
-    images, labels = load_images(source)
+def encode_images(
+    vae: Any, source: Any, batch_size: int = 64, size: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled latents (posterior means) of all images of a source, and their labels.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        source: See ``pilotage.guidance.analytic.load_images``; size likewise.
+        batch_size: Images encoded at once.
+        size: Side in pixels of the squares that files and PIL images are cropped to.
+    """
+    images, labels = load_images(source, size=size)
     parts = [
         vae.encode(decode(part.to(vae.device), vae.dtype)).latent_dist.mode().float().cpu()
         for part in images.split(batch_size)

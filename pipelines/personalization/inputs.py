@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ...guidance.images import SUFFIXES, check_depth, image_files, read_image, to_tensor
+from ...guidance.images import SUFFIXES, image_files, on_white, read_image, to_tensor
 from ...guidance.zeroth_order import generator
 from .files import check_name, check_spelling, load_token, token_names
 from .loss import DiffusionTokenLoss, TokenBatch
@@ -106,13 +106,9 @@ def captions(
 def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
     name = f"image {index}" if isinstance(image, Image.Image) else str(image)
     try:
-        picture = read_image(image)
-        check_depth(picture)
+        square = on_white(read_image(image), size=size)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    square = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size))
     return to_tensor(square).float() / 255
 
 

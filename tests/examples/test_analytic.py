@@ -12,12 +12,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from examples.fashion_mnist.data import load_images, read_idx
+from examples.studies.analytic import golden
 from examples.studies.analytic.agreement import ddim, explain, held_out, scores, trajectory
 from examples.studies.analytic.jacobian import jacobian, mass_radius, reading, wiener_matrix
 from examples.studies.analytic.study import PARTS, UNITS, merged, selected
 from examples.studies.analytic.teleport import settings, verdict
 from pilotage.eval.cli import app
-from pilotage.guidance.analytic import DatasetStatistics
+from pilotage.guidance.analytic import DatasetStatistics, decode, floats
 from pilotage.pipelines import AnalyticDenoiserModel
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -59,6 +60,49 @@ def test_a_model_explains_itself_and_the_protocol_is_the_papers(data):
     _, images = trajectory(models["optimal"], scheduler, noise)
     nearest = (images[-1][:, None] - (data / 127.5 - 1)).abs().flatten(2).amax(2).min(1).values
     assert nearest.max() < 1e-3
+
+
+def test_the_timed_run_is_the_models(data):
+    """DDIM with the denoiser, as a pipeline runs it with the model."""
+    scheduler = ddim(DDIMScheduler(**LINEAR), 10)
+    model = AnalyticDenoiserModel.from_images(data, method="optimal", scheduler=scheduler)
+    noise = golden.noisy(torch.zeros(2, 1, 6, 6), 1.0)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    found = golden.sample(model.denoiser(), noise)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+
+
+def test_what_is_timed_agrees_with_the_transcription(data, statistics, monkeypatch):
+    monkeypatch.setattr(golden, "SIGMAS", (0.1, 8.0))
+    clean = decode(data[:4])
+    many = data.repeat(20, 1, 1, 1)
+    found = golden.measure("optimal", many, clean, statistics)["golden_subset"]
+    assert list(found["optimal"]) == ["0.1", "8"] and found["images"] == 1600
+    rows = found["details"]["optimal"]
+    assert rows["0.1"]["compared"] < 800 and rows["0.1"]["whole_set"] == 0
+    assert rows["8"]["compared"] == 1600 and rows["8"]["whole_set"] == 1
+    assert all(row["largest_difference"] < 1e-3 for row in rows.values())
+
+
+@pytest.mark.skipif(bool(floats.missing()), reason=floats.missing())
+def test_the_local_denoiser_is_timed_in_float32(data, statistics, monkeypatch):
+    monkeypatch.setattr(golden, "SIGMAS", (0.1, 8.0))
+    found = golden.measure("local", data, decode(data[:2]), statistics)["golden_subset"]
+    rows = found["details"]["local"]
+    assert list(found["local"]) == list(rows) == ["0.1", "8"]
+    assert all(row["largest_difference"] < 1e-3 for row in rows.values())
+
+
+def test_ratios_by_hand():
+    spent = {
+        "ours": {"seconds": 2.0, "cpu_seconds": 4.0},
+        "plain": {"seconds": 6.0, "cpu_seconds": 2.0},
+    }
+    row = golden.figures(spent, 2)
+    assert row["ours"] == {"seconds": 1.0, "cpu_seconds": 2.0}
+    assert (row["ratio_plain"], row["ratio_plain_cpu"]) == (3.0, 0.5)
 
 
 def test_scores_by_hand():

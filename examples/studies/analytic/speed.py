@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.studies.analytic.baseline import Pictures, local_denoiser
+from examples.studies.analytic.baseline import decoding, local_denoiser
 from examples.studies.analytic.jacobian import wiener_matrix
 from examples.studies.memory import forget_peak_resident, peak_resident
-from pilotage.guidance.analytic import DatasetStatistics, LocalDenoiser, OptimalDenoiser, integer
+from pilotage.guidance.analytic import (
+    DatasetStatistics,
+    LocalDenoiser,
+    OptimalDenoiser,
+    floats,
+    integer,
+)
 
 
 def seconds(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
@@ -56,10 +62,10 @@ def speedup(
         wiener = wiener_matrix(statistics, sigma).float()
         plain = seconds(
             lambda y=y, wiener=wiener, sigma=sigma: local_denoiser(
-                Pictures(images), wiener, y, sigma, tau=tau
+                decoding(images), wiener, y, sigma, tau=tau
             )
         )
-        reference = local_denoiser(Pictures(images[:1024]), wiener, y, sigma, tau=tau)
+        reference = local_denoiser(decoding(images[:1024]), wiener, y, sigma, tau=tau)
         difference = (check(y, sigma) - reference).abs().max()
         rows.append(
             {
@@ -86,8 +92,11 @@ def speedup(
 
 
 def products(accelerator: str) -> str:
-    """What the local denoiser's matrix products are made of on this CPU."""
-    return "float32" if accelerator == "none" or integer.missing() else "bytes in AMX tiles"
+    """What the local denoiser's distances are made of on this CPU."""
+    if accelerator == "auto" and not integer.missing():
+        return "bytes in AMX tiles"
+    shared = accelerator != "none" and not floats.missing()
+    return "float32 sums that masks share" if shared else "float32"
 
 
 def cost(images: Tensor, sigma: float, tau: float) -> list[dict[str, float]]:

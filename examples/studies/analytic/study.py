@@ -4,9 +4,10 @@
     python -m examples.studies.analytic --part agreement.ls  # a piece; others keep their figures
 
 Parts: ``agreement`` (R^2, MSE, cosine with the network; held-out denoising), ``reading`` (Jacobian,
-sensitivity fields), ``speed`` (against a plain transcription), ``teleport`` (Fréchet distance by
-network evaluations). Figures are written piece by piece, so a run that was cut off is continued by
-naming the pieces it lacks. Pictures are written beside them.
+sensitivity fields), ``speed`` (against a plain transcription), ``golden_subset`` (images selected
+by a bound, large pictures; some minutes), ``teleport`` (Fréchet distance by network evaluations).
+Figures are written piece by piece, so a run that was cut off is continued by naming the pieces it
+lacks. Pictures are written beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import typer
 from torch import Tensor
 
 from examples.fashion_mnist.data import load_images, load_unet
-from examples.studies.analytic import agreement, speed, teleport
+from examples.studies.analytic import agreement, golden, speed, teleport
 from examples.studies.analytic.jacobian import reading
 from examples.studies.analytic.pictures import log_plot, save, sheet, spread
 from pilotage.eval.embedded import load_embedded
@@ -28,7 +29,7 @@ from pilotage.eval.record import write_figures
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import AnalyticDenoiserModel
 
-PARTS = ("agreement", "reading", "speed", "teleport")
+PARTS = ("agreement", "reading", "speed", "golden_subset", "teleport")
 TAU = {"tau": "fashion_mnist"}
 WINDOW = {"k": "fashion_mnist"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,16 +38,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ls": ("ls", WINDOW),
     "els": ("els", WINDOW),
     "local_exact": ("local", TAU),
+    "local_columns": ("local", TAU | {"mask": "columns"}),
     "local_minibatch": ("local", TAU | {"minibatch": 256}),
 }
 UNITS = (
     *(f"agreement.{name}" for name in ("network", *METHODS)),
     "reading",
     "speed",
+    *(f"golden_subset.{name}" for name in ("optimal", "local", "run", "number", "largest")),
     "teleport.fashion_mnist",
     "teleport.emoji",
 )
 SIGMAS = (0.1, 0.5, 2.0)
+R2 = {"local_exact": "r2_rows", "local_columns": "r2_columns"}  # figures that are also on top
 CALLS = (1, 8)  # images a call of the speed comparison, beside 2
 ON_PATH = 8  # samples that are also evaluated at the network's own x_t
 
@@ -96,7 +100,8 @@ def measure_agreement(
     sheet(pictures, output / f"samples_{name}.png", 8)
     record = found[name] | {"images": len(pool), "samples": samples}
     held = agreement.held_out({name: model}, scheduler, test, interval)
-    return {"fashion_mnist": {name: record}, "held_out": held}
+    top = {R2[name]: record["r2"]} if name in R2 else {}
+    return {"fashion_mnist": {name: record}, "held_out": held} | top
 
 
 def measure_reading(statistics: DatasetStatistics, output: Path) -> dict[str, Any]:
@@ -235,6 +240,17 @@ def command(
             found = measure_reading(statistics, folder)
         elif kind == "speed":
             found = measure_speed(data, statistics, folder)
+        elif kind == "golden_subset":
+            clean = load_images("test")[0][:8].float() / 127.5 - 1
+            found = golden.measure(name, data, clean, statistics)
+            if name == "number":
+                rows = found["golden_subset"]["by_number_of_images"]
+                lines = {
+                    f"sigma {s}": [(row["images"], row[s]) for row in rows]
+                    for s in ("8", "0.3", "0.1")
+                }
+                plot = log_plot(lines, "images", "seconds per image")
+                save(plot, folder / "cost_number.png")
         else:
             found = measure_teleport(name, data, statistics, pictures, archive, folder)
         # Read only now: another process may have added its part meanwhile.

@@ -42,16 +42,16 @@ def cache_folder() -> Path:
         raise Unavailable(f"nowhere to keep compiled code, set XDG_CACHE_HOME: {error}") from None
 
 
-def compile_library() -> Path:
-    """Compile ``kernel.c`` unless that is done already; the file.
+def compile_library(source: Path = SOURCE, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compile a source unless that is done already; the file.
 
     It is named after what it is made of and after what it holds: a damaged one is not loaded.
 
     Raises:
         Unavailable: no C compiler, one that does not know the instructions, or nowhere to write.
     """
-    text = SOURCE.read_bytes()
-    folder, name = cache_folder(), f"integer-{_digest(text + ' '.join(FLAGS).encode())}"
+    text, kind = source.read_bytes(), source.parent.name
+    folder, name = cache_folder(), f"{kind}-{_digest(text + ' '.join(flags).encode())}"
     for path in folder.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_digest(path.read_bytes())}":
             return path
@@ -60,8 +60,8 @@ def compile_library() -> Path:
         raise Unavailable("no C compiler (cc, gcc or clang) on the path")
     try:
         with tempfile.TemporaryDirectory() as build:
-            made = Path(build) / "integer.so"
-            command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            made = Path(build) / f"{kind}.so"
+            command = [*compiler.split(), *flags, str(source), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             code = made.read_bytes()
         path = folder / f"{name}-{_digest(code)}.so"
@@ -70,7 +70,7 @@ def compile_library() -> Path:
     except OSError as error:
         raise Unavailable(f"cannot compile into {folder}: {error}") from None
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{compiler} cannot compile {SOURCE.name}: {error.stderr}") from None
+        raise Unavailable(f"{compiler} cannot compile {source.name}: {error.stderr}") from None
     return path
 
 

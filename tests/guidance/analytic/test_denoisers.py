@@ -94,6 +94,31 @@ def test_masked_denoisers_equal_the_dense_oracle(sigma, size, in_blocks):
         assert torch.equal(denoiser(y, sigma), found)
 
 
+@pytest.mark.parametrize("sigma", [0.4, 3.0])
+@pytest.mark.parametrize("count", [90, 25])
+def test_masks_of_the_paper_and_of_its_code(sigma, count):
+    """Coordinates of unlike variance: the two differ, and the largest entry is not 1."""
+    n, tau = 60, 0.1
+    x = data(count) * torch.linspace(0.2, 3, n).double().view(SHAPE)
+    y = noisy(x, sigma)
+    masks = {}
+    for mask, correction in (("rows", 0), ("columns", 1)):
+        cov = torch.cov(x.flatten(1).T, correction=correction)
+        w = torch.linalg.solve(cov + sigma**2 * torch.eye(n).double(), cov, left=False)
+        r = torch.empty(n, n).double()
+        for m in range(n):
+            for j in range(n):
+                over = w[m, m] if mask == "rows" else w[j, j]
+                r[m, j] = abs(w[m, j] / (over if abs(over) >= 1e-6 else 1))
+        masks[mask] = r >= tau * r.max()
+        assert r.max() > 1.2
+        denoiser = LocalDenoiser(x, tau=tau, mask=mask, **LATENTS)
+        assert torch.equal(denoiser.weights(sigma), masks[mask])
+        mean, _, _ = oracles.coordinatewise(y, x, sigma, masks[mask].double())
+        torch.testing.assert_close(denoiser(y, sigma), mean, rtol=0, atol=ATOL)
+    assert (masks["rows"] != masks["columns"]).float().mean() > 0.05
+
+
 def test_the_masks_in_use_are_neither_empty_nor_full():
     for sigma in (0.05, 0.4, 3.0):
         w = oracles.wiener_matrix(X, sigma)
@@ -237,6 +262,17 @@ def test_blocks_of_different_brightness_are_compared_alike(sigma, in_blocks):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
 
 
+def test_one_picture_is_enough_for_patches():
+    one = data(1, (1, 5, 4))
+    y = noisy(one, 0.3, 1)
+    for make in (LSDenoiser, PSPCDenoiser):
+        torch.testing.assert_close(make(one, **LATENTS)(y, 0.3), one, rtol=0, atol=1e-12)
+    exact, _, _ = oracles.els(y, one, 0.3, 3)
+    torch.testing.assert_close(ELSDenoiser(one, k=3, **LATENTS)(y, 0.3), exact, rtol=0, atol=ATOL)
+    with pytest.raises(ValueError, match="at most 16384"):
+        ELSDenoiser(torch.zeros(1, 1, 129, 128), **LATENTS)
+
+
 def test_a_pool_is_the_denoiser_of_its_class():
     labels = torch.arange(len(X)) % 3
     y, sigma = noisy(X, 0.4, 4), torch.tensor([0.3, 0.4, 0.4, 2.0])
@@ -286,9 +322,10 @@ def test_images_whose_mask_would_not_fit_are_refused_before_the_rest_is_read(mak
         (lambda: LSDenoiser(X, k="imagenet", **LATENTS), "unknown schedule 'imagenet'"),
         (lambda: LocalDenoiser(X, tau="imagenet", **LATENTS), "no published tau"),
         (lambda: LocalDenoiser(X, tau=2, **LATENTS), "tau must lie"),
+        (lambda: LocalDenoiser(X, mask="both", **LATENTS), "'rows' or 'columns', got 'both'"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1], 0.0), "sigma must be > 0"),
         (lambda: OptimalDenoiser(X, **LATENTS)(X[:1, :1], 1.0), "denoiser of images"),
-        (lambda: LocalDenoiser(X, tau=0.1, accelerator="amx", **LATENTS), "'auto' or 'none'"),
+        (lambda: LocalDenoiser(X, tau=0.1, accelerator="amx", **LATENTS), "'auto', 'float32' or"),
     ],
 )
 def test_bad_input_is_refused(make, message):

@@ -1,5 +1,7 @@
 """Analytic denoisers as diffusers parts: any scheduler, saving, guidance, a latent space."""
 
+import json
+
 import diffusers
 import pytest
 import torch
@@ -172,6 +174,58 @@ def test_a_folder_and_a_teleported_scheduler(data, tmp_path):
     assert pipe.scheduler.skipped > 20
     spread = (data[0].float() / 127.5 - 1).var(0).mean().sqrt()
     assert (full - fast).square().mean().sqrt() < 0.1 * spread
+
+
+@pytest.mark.parametrize("method", DENOISERS)
+def test_the_command_takes_a_folder_of_photos(tmp_path, method):
+    """Photos of a camera, one with transparency: the line of the README, for every method."""
+    folder, out = tmp_path / "photos", tmp_path / "x.png"
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for name, mode, size in (("a.jpg", "RGB", (640, 480)), ("b.png", "RGBA", (300, 500))):
+        rough = torch.randint(0, 256, (6, 6, len(mode)), generator=draw, dtype=torch.uint8)
+        Image.fromarray(rough.numpy(), mode).resize(size).save(folder / name)
+    call = ["denoise", str(folder), "-m", method, "-o", str(out), "--steps", "2"]
+    small = CliRunner().invoke(app, [*call, "--size", "9"])
+    assert small.exit_code == 0, small.output
+    picture = Image.open(out)
+    assert picture.size == (9, 9) and json.loads(picture.text["pilotage"])["size"] == [9, 9]
+    if method in ("optimal", "wiener"):
+        result = CliRunner().invoke(app, call)
+        assert result.exit_code == 0, result.output
+        assert "cropped to squares of 256 x 256 (--size)" in result.stderr
+        assert Image.open(out).size == (256, 256)
+    else:
+        side = {"els": 32, "local": 64, "soft": 64}.get(method, 256)
+        assert DENOISERS[method].side(3, 2) == side
+        DENOISERS[method].accept((3, side, side))
+    assert DENOISERS[method].side(3, 2**24) == 6  # two GiB of pictures
+    (folder / "b.png").unlink()
+    one = CliRunner().invoke(app, [*call, "--size", "9"])
+    if method in ("ls", "els", "pspc"):
+        assert one.exit_code == 0, one.output
+    else:
+        assert "at least two images, got 1" in str(one.exception)
+
+
+def test_a_folder_is_cropped_with_a_warning_and_statistics_wait(tmp_path):
+    for i, size in enumerate(((12, 10), (9, 14), (11, 11))):
+        noise = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="9 x 14 .*squares of 9 x 9; size sets another"):
+        pipe = quiet(AnalyticDenoisingPipeline(images=tmp_path, method="optimal"))
+    assert pipe.unet.images.shape == (3, 3, 9, 9)
+    assert pipe.unet.config.statistics is None
+    pipe.save_pretrained(tmp_path / "saved")
+    again = AnalyticDenoiserModel.from_pretrained(tmp_path / "saved" / "unet")
+    again.set_method("wiener")
+    given = AnalyticDenoiserModel.from_images(pipe.unet.images, method="wiener")
+    x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(x, 300).sample, given(x, 300).sample)
+    assert given.statistics.identity == again.statistics.identity
+    assert given.data_hash == given.statistics.identity["data"]
+    sized = AnalyticDenoisingPipeline(images=tmp_path, size=7, method="ls")
+    assert sized.unet.images.shape == (3, 3, 7, 7)
 
 
 def test_in_the_latent_space_of_an_autoencoder():
