@@ -25,7 +25,7 @@ from examples.studies.analytic import agreement, golden, speed, teleport
 from examples.studies.analytic.jacobian import reading
 from examples.studies.analytic.pictures import log_plot, save, sheet, spread
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.record import write_figures
+from pilotage.eval.record import figures_context, write_figures
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.pipelines import AnalyticDenoiserModel
 
@@ -255,5 +255,5 @@ def command(
             found = measure_teleport(name, data, statistics, pictures, archive, folder)
         # Read only now: another process may have added its part meanwhile.
         figures = json.loads(output.read_text()) if output.is_file() else {}
-        figures.pop("context", None)
-        write_figures(output, merged(figures, found) | {"images": images})
+        contexts = figures.pop("contexts", {}) | {unit: figures_context()}
+        write_figures(output, merged(figures, found) | {"images": images, "contexts": contexts})
