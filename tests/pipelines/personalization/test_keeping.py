@@ -191,6 +191,33 @@ def test_previews_that_a_kill_took_are_made_up_for(pipe, tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "previews" / "step-000004.png").exists()
 
 
+def test_a_preview_is_of_the_best_token(pipe, tmp_path):
+    """Not of the last one; and a run that stops early has one."""
+    held_out = iter((3.0, 1.0, 2.0))
+
+    def loss(embeddings, batch):
+        if len(embeddings) > 1:
+            return falling(embeddings, batch)
+        return torch.tensor([next(held_out)])
+
+    tokens = []
+    options = {"preview_options": SMALL, "callback": lambda trainer: tokens.append(trainer.vectors)}
+    fit(pipe, loss, output=tmp_path / "a", preview_every=6, **options)
+    (path,) = (tmp_path / "a" / "previews").iterdir()
+    assert path.name == "step-000003.png"
+    drawn = []
+    for vectors in (tokens[2], tokens[5]):
+        with Personalizer(pipe).speaking(WORD, vectors) as speaking:
+            noise = torch.Generator().manual_seed(0)
+            drawn.append(speaking(WORD, generator=noise, **SMALL).images[0].tobytes())
+    with Image.open(path) as image:
+        assert image.tobytes() == drawn[0] != drawn[1]
+    flat = lambda embeddings, _batch: torch.ones(len(embeddings))  # noqa: E731
+    stop = {"patience": 1, "preview_every": 100, "steps": 50}
+    fit(pipe, flat, output=tmp_path / "b", **options, **stop)
+    assert [p.name for p in (tmp_path / "b" / "previews").iterdir()] == ["step-000000.png"]
+
+
 def test_no_token_is_drawn_twice(tmp_path):
     drawn = []
 

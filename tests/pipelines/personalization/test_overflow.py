@@ -1,5 +1,6 @@
 """Rows on which the network overflows: named, left out, and refused where they are too many."""
 
+import copy
 import json
 import math
 import warnings
@@ -169,6 +170,22 @@ def test_half_precision_that_overflows_says_what_to_change():
         pipe.unet.conv_out.weight.mul_(1e6)
     token = fit(pipe.to(torch.bfloat16), steps=1)
     assert all(math.isfinite(value) for _, _, value in token.evaluations)
+
+
+def test_pictures_are_encoded_in_single_precision():
+    """Also by a network in half precision, which stays so; what is not finite is named."""
+    pipe = build().to(torch.float16)
+    pixels = load_images(pictures(), 16)
+    latents = DiffusionTokenLoss(pipe).encode(pixels)
+    assert pipe.vae.dtype == torch.float16
+    vae = copy.deepcopy(pipe.vae).float()
+    with torch.no_grad():
+        means = [vae.encode(2 * row[None] - 1).latent_dist.mean for row in pixels]
+    assert torch.equal(latents, torch.cat(means) * vae.config.scaling_factor)
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the autoencoder gives no finite latents for image 0"):
+        fit(pipe)
 
 
 def test_an_update_that_overflows_keeps_the_checkpoint_before_it(pipe, tmp_path):
