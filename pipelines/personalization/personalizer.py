@@ -159,8 +159,8 @@ class Personalizer:
         """
         began = time.monotonic()
         start = starting_point(initializer)
-        if isinstance(start, Tensor):
-            settings = {"words": 0} | settings
+        if isinstance(start, Tensor) and settings.get("words") is None:
+            settings["words"] = 0
         plan = recipe(preset, **settings)
         if minutes is not None:
             if not (math.isfinite(minutes) and minutes > 0):

@@ -174,6 +174,8 @@ def test_a_token_comes_and_goes(tmp_path, family, count, offload):
     assert not torch.equal(picture(pipe, NAME), both[NAME])
     with pytest.raises(ValueError, match="no token '<my-cat>' to remove; .*: <dog>, <dog>_1"):
         remove_token(pipe, NAME)
+    with pytest.raises(ValueError, match="no token '<.endoftext.>' to remove"):
+        remove_token(pipe, "<|endoftext|>")
     assert add_token(pipe, path) == names
     for word, drawn in both.items():
         assert torch.equal(picture(pipe, word), drawn), word

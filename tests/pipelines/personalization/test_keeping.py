@@ -2,16 +2,19 @@
 
 import contextlib
 import json
+import resource
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pilotage.pipelines.personalization import Personalizer, load_token, personalizer
+from pilotage.pipelines.personalization.output import Previews
 
 from .tiny import SMALL, WORD, build, fit
 
@@ -46,6 +49,18 @@ def test_the_folder_is_tried_before_the_work(place, error, pipe, tmp_path, monke
     monkeypatch.setattr(pipe.vae, "encode", forbidden)
     with pytest.raises(error, match="file|folder"):
         fit(pipe, output=output)
+
+
+def test_a_full_disk_is_noticed_before_the_work(pipe, tmp_path, monkeypatch):
+    """A limit on the size of files stands for it."""
+    monkeypatch.setattr(pipe.vae, "encode", forbidden)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="output folder cannot be written to"):
+            fit(pipe, output=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_folder_that_goes_away_does_not_take_the_token_with_it(pipe, tmp_path):
@@ -174,6 +189,47 @@ def test_previews_that_a_kill_took_are_made_up_for(pipe, tmp_path, monkeypatch):
     (tmp_path / "parts" / "previews" / "step-000004.png").unlink()
     fit(pipe, falling, output=tmp_path / "parts", **options)
     assert (tmp_path / "parts" / "previews" / "step-000004.png").exists()
+
+
+def test_a_preview_is_of_the_best_token(pipe, tmp_path):
+    """Not of the last one; and a run that stops early has one."""
+    held_out = iter((3.0, 1.0, 2.0))
+
+    def loss(embeddings, batch):
+        if len(embeddings) > 1:
+            return falling(embeddings, batch)
+        return torch.tensor([next(held_out)])
+
+    tokens = []
+    options = {"preview_options": SMALL, "callback": lambda trainer: tokens.append(trainer.vectors)}
+    fit(pipe, loss, output=tmp_path / "a", preview_every=6, **options)
+    (path,) = (tmp_path / "a" / "previews").iterdir()
+    assert path.name == "step-000003.png"
+    drawn = []
+    for vectors in (tokens[2], tokens[5]):
+        with Personalizer(pipe).speaking(WORD, vectors) as speaking:
+            noise = torch.Generator().manual_seed(0)
+            drawn.append(speaking(WORD, generator=noise, **SMALL).images[0].tobytes())
+    with Image.open(path) as image:
+        assert image.tobytes() == drawn[0] != drawn[1]
+    flat = lambda embeddings, _batch: torch.ones(len(embeddings))  # noqa: E731
+    stop = {"patience": 1, "preview_every": 100, "steps": 50}
+    fit(pipe, flat, output=tmp_path / "b", **options, **stop)
+    assert [p.name for p in (tmp_path / "b" / "previews").iterdir()] == ["step-000000.png"]
+
+
+def test_no_token_is_drawn_twice(tmp_path):
+    drawn = []
+
+    def draw():
+        drawn.append(1)
+        return Image.new("RGB", (4, 4))
+
+    for _ in range(2):  # also by a run that goes on
+        previews = Previews(draw, tmp_path, fresh=False)
+        for step in (3, 3, 5):
+            previews.write(step)
+    assert len(drawn) == 2
 
 
 def test_a_preview_that_fails_does_not_end_the_run(pipe, tmp_path):

@@ -1,5 +1,6 @@
 """Rows on which the network overflows: named, left out, and refused where they are too many."""
 
+import copy
 import json
 import math
 import warnings
@@ -23,13 +24,13 @@ def rows_of(pipe, plan, held_out=0):
     return data.held_out(held_out) if held_out else data.batch
 
 
-def overflowing(pipe, times, tokens=lambda embeddings: True):
-    """The pipeline's own loss, infinite where a row has one of these timesteps."""
+def overflowing(pipe, times, tokens=lambda embeddings: True, value=math.inf):
+    """The pipeline's own loss, not finite where a row has one of these timesteps."""
     own = DiffusionTokenLoss(pipe)
 
     def loss(embeddings, batch):
         bad = any(t in times for t in batch.timesteps.tolist())
-        return own(embeddings, batch) + (math.inf if bad and tokens(embeddings) else 0)
+        return own(embeddings, batch) + (value if bad and tokens(embeddings) else 0)
 
     return loss
 
@@ -39,7 +40,8 @@ def pipe():
     return build()
 
 
-def test_held_out_rows_are_named_and_left_out_of_every_loss(pipe):
+def test_held_out_rows_are_named_and_left_out_of_every_loss(pipe, tmp_path):
+    """Of a run that goes on, too."""
     rows = rows_of(pipe, recipe("ours", pool=8), held_out=8)
     bad = [rows.timesteps[i].item() for i in (2, 5)]
     named = f"{rows.pictures[2]} at timestep {bad[0]}, {rows.pictures[5]} at timestep {bad[1]}"
@@ -56,6 +58,18 @@ def test_held_out_rows_are_named_and_left_out_of_every_loss(pipe):
     with torch.no_grad():
         expected = [DiffusionTokenLoss(pipe)(start[None], good).item() for start in starts]
     assert [value for _, _, value in token.evaluations] == pytest.approx(expected, rel=1e-6)
+    for steps in (4, 6):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = fit(
+                pipe,
+                overflowing(pipe, bad),
+                held_out_rows=8,
+                steps=steps,
+                output=tmp_path,
+                evaluate_every=2 if steps == 4 else 3,
+            )
+    assert parts.evaluations[-1] == token.evaluations[-1]
 
 
 def test_what_is_learned_does_not_depend_on_a_held_out_row_that_overflows(pipe):
@@ -127,12 +141,13 @@ def test_a_step_takes_the_mean_over_its_finite_rows(pipe, points):
     assert (trainer.rows, trainer.left_out, trainer.forwards) == (4, 1, 2 * 8 * 4)
 
 
-def test_a_later_token_that_overflows_is_not_the_best(pipe, tmp_path):
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_later_token_that_overflows_is_not_the_best(pipe, tmp_path, value):
     start = Personalizer(pipe).initial_embeddings(word(pipe), 1)[None]
     moved = lambda embeddings: len(embeddings) == 1 and not torch.equal(embeddings, start)  # noqa: E731
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        token = fit(pipe, overflowing(pipe, range(1000), moved), output=tmp_path)
+        token = fit(pipe, overflowing(pipe, range(1000), moved, value), output=tmp_path)
     said = "".join(str(warning.message) for warning in caught)
     assert all(f"the token of step {step} is not taken" in said for step in (3, 6))
     assert [value for _, _, value in token.evaluations][1:] == [math.inf] * 2
@@ -169,6 +184,22 @@ def test_half_precision_that_overflows_says_what_to_change():
         pipe.unet.conv_out.weight.mul_(1e6)
     token = fit(pipe.to(torch.bfloat16), steps=1)
     assert all(math.isfinite(value) for _, _, value in token.evaluations)
+
+
+def test_pictures_are_encoded_in_single_precision():
+    """Also by a network in half precision, which stays so; what is not finite is named."""
+    pipe = build().to(torch.float16)
+    pixels = load_images(pictures(), 16)
+    latents = DiffusionTokenLoss(pipe).encode(pixels)
+    assert pipe.vae.dtype == torch.float16
+    vae = copy.deepcopy(pipe.vae).float()
+    with torch.no_grad():
+        means = [vae.encode(2 * row[None] - 1).latent_dist.mean for row in pixels]
+    assert torch.equal(latents, torch.cat(means) * vae.config.scaling_factor)
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the autoencoder gives no finite latents for image 0"):
+        fit(pipe)
 
 
 def test_an_update_that_overflows_keeps_the_checkpoint_before_it(pipe, tmp_path):

@@ -30,6 +30,7 @@ from pilotage.pipelines.personalization.inputs import (
     prompt_ids,
     stratified_timesteps,
 )
+from pilotage.pipelines.personalization.schedule import seconds_a_pass
 from pilotage.pipelines.processes import processes
 from pilotage.pipelines.quantization import quantize
 
@@ -421,6 +422,10 @@ def broken_image(folder):
             lambda p, f: {"placeholder": "oriz", "templates": ["{} on the horizon"]},
             "inside another word, 'horizon'",
         ),
+        (
+            lambda p, f: {"placeholder": "oriz", "prompts": ["{} on the horizon"] * 3},
+            "inside another word, 'horizon'",
+        ),
         (lambda p, f: {"placeholder": "two words"}, "one word"),
         (lambda p, f: {"placeholder": ""}, "one word"),
         (lambda p, f: {"placeholder": "clip_l"}, "none of clip_l"),
@@ -502,10 +507,17 @@ def main(folder):
     pipe.unet.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     options = SHORT | {"output": folder, "directions": 3, "points_per_call": 2}
     options |= {"words": 2, "steps": 11}  # nine steps of known words, two of the descent
-    token = Personalizer(pipe).fit(pictures(), WORD, word(pipe), **options)
+    kept = []
+    token = Personalizer(pipe).fit(pictures(), WORD, word(pipe), callback=kept.append, **options)
     assert processes().num_processes == world
     everything = token.forwards + len(token.evaluations) * SHORT["held_out_rows"]
     assert (sum(rows) < everything) == (world > 1)
+    # A measured time is one for all of them.
+    times, trainer = torch.zeros(world), kept[-1]
+    times[processes().process_index] = seconds_a_pass(
+        trainer, trainer.search.ask(), data(Personalizer(pipe))
+    )
+    assert len(set(trainer.shared(times).tolist())) == 1 and times.sum() > 0
     if world > 1:  # each with a folder of its own: only the first one's has the checkpoint
         own = folder if processes().is_main_process else folder / "other"
         with pytest.raises(ValueError, match=r"checkpoints are of steps \[0, 11\]"):

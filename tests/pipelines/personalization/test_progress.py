@@ -8,9 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotage.pipelines.personalization import Personalizer, personalizer
+from pilotage.pipelines.personalization import (
+    Personalizer,
+    TokenBatch,
+    personalizer,
+    recipe,
+    schedule,
+)
 from pilotage.pipelines.personalization.curve import curve
 from pilotage.pipelines.personalization.schedule import Schedule, duration
+from pilotage.pipelines.personalization.training import TokenTrainer
 
 from .tiny import SHORT, build, fit, word
 
@@ -52,6 +59,26 @@ def test_held_out_losses_take_a_quarter_at_most():
     for steps in (1, 20, 75, 1000, 30_000):
         every = Schedule(8, 32, 40).evaluation_interval(steps)
         assert 32 / (8 * every) <= 0.25 and steps / every <= 20
+
+
+def test_seconds_are_those_of_one_pass(pipe, monkeypatch):
+    """By a clock that goes on by a quarter of a second for each row, more for the first call."""
+    clock, seen = [0.0], []
+
+    def loss(embeddings, batch):
+        clock[0] += 0.25 * len(embeddings) * len(batch) + (0 if seen else 100)
+        seen.append(len(embeddings) * len(batch))
+        return falling(embeddings, batch)
+
+    plan = recipe("ours", batch=2, pool=8, words=0)
+    search = plan.build(
+        Personalizer(pipe).initial_embeddings(word(pipe), 1), [torch.ones(1, 16)], 0
+    )
+    rows = TokenBatch(*(torch.zeros(2) for _ in range(3)), (torch.zeros(2, 77),))
+    trainer = TokenTrainer(loss, search, (1, 16), 0, {})
+    monkeypatch.setattr(schedule.time, "perf_counter", lambda: clock[0])
+    assert schedule.seconds_a_pass(trainer, search.ask(), rows) == 0.25
+    assert seen == [1, 16]
 
 
 def test_minutes_are_the_steps_that_fit(pipe, monkeypatch, capsys):
