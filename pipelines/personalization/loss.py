@@ -150,10 +150,7 @@ class DiffusionTokenLoss:
         self.prediction = prediction_type_of(pipe.scheduler)
         if self.prediction == "flow" or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipe.scheduler).__name__} has no table of noise levels")
-        called = {**self.encoders, "vae": pipe.vae}
-        if type(self).predict is DiffusionTokenLoss.predict:  # else the UNet may be dropped
-            called["unet"] = pipe.unet
-        for name, network in called.items():
+        for name, network in {**self.encoders, "vae": pipe.vae, "unet": pipe.unet}.items():
             weights = network.parameters() if isinstance(network, nn.Module) else ()
             if any(parameter.is_meta for parameter in weights):
                 raise ValueError(
@@ -169,15 +166,10 @@ class DiffusionTokenLoss:
         hashes = {name: network_hash(part, name) for name, part in parts.items()}
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
         adapters = {name: settings for name, part in parts.items() if (settings := _adapters(part))}
-        found = {**hashes, "dtype": dtype, **self.noise_identity}
-        return found | ({"adapters": adapters} if adapters else {})
-
-    @property
-    def noise_identity(self) -> dict[str, str]:
-        """What the noised latents and their targets depend on."""
         levels = self.pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes()
         digest = hashlib.sha256(levels).hexdigest()
-        return {"prediction_type": self.prediction, "noise levels": digest}
+        found = {"dtype": dtype, "prediction_type": self.prediction, "noise levels": digest}
+        return {**hashes, **found} | ({"adapters": adapters} if adapters else {})
 
     @property
     def device(self) -> torch.device:
