@@ -153,7 +153,7 @@ class Mutant:
         change: What they become.
         operator: Cosmic Ray's name.
         text: Digest of the function's text: results hold as long as it does.
-        key: Digest of everything.
+        key: Digest of everything, the tests' names included.
         code: The whole file, changed.
     """
 
@@ -250,6 +250,7 @@ def _drawn_of(file: str, seed: int, share: float) -> Iterator[Mutant]:
         before, after = _difference(source, code)
         text = digest("\n".join(lines[first - 1 : last]).strip())
         key = digest(file, name, text, start[0] - first, before, after)
+        key = digest(key, *tests_of(file))
         yield Mutant(file, name, before, after, operator, text, key, code)
 
 

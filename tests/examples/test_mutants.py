@@ -75,7 +75,8 @@ def test_every_place_of_changes_has_tests():
             path = argument.rpartition("=")[2].partition("::")[0]
             assert (mutants.ROOT / path).exists(), argument
     assert mutants.tests_of("guidance/analytic/local.py") == ("tests/guidance/analytic",)
-    assert mutants.tests_of("guidance/run.py") == mutants.GUIDANCE
+    assert mutants.tests_of("guidance/trace.py") == mutants.GUIDANCE
+    assert mutants.tests_of("guidance/run.py")[0] == "tests/guidance/test_run.py"
 
 
 def test_functions_of_a_file():
