@@ -1,6 +1,6 @@
 """How the figures of personalization are counted."""
 
-from examples.studies.personalize import improved, median, ratio, reached
+from examples.studies.personalize.__main__ import improved, median, ratio, reached
 
 RUN = [(0, 0, 0.5), (10, 40, 0.4), (20, 80, 0.45), (30, 120, 0.3)]
 

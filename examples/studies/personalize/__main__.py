@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.emoji import data as emoji
-from examples.studies.personal_checks import agreement, memory
+from examples.studies.personalize.checks import agreement, memory
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
