@@ -28,7 +28,7 @@ import subprocess
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from pilotage.guidance.files import atomic, write_text
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHIVE = Path("cache/emoji.zip")
-DEFAULT_PACKAGES = Path("cache/npm")
 RESOLUTION = 64
 
 # npm package -> name of the style in captions.
@@ -116,8 +115,7 @@ def _hexcode(code: str) -> str:
 def fetch_packages(folder: Path) -> Path:
     """Install the npm packages named in ``package.json`` below `folder`; returns node_modules."""
     modules = folder / "node_modules"
-    wanted = json.loads((HERE / "package.json").read_text())["dependencies"]
-    if all((modules / name / "package.json").is_file() for name in wanted):
+    if all((modules / "@iconify-json" / name / "icons.json").is_file() for name in STYLES):
         return modules
     if shutil.which("npm") is None:
         raise SystemExit("npm is needed to fetch the drawings: install Node.js, then run again")
@@ -164,21 +162,6 @@ def render(icon: dict, size: int = RESOLUTION) -> Image.Image:
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, background="white")
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")
-
-
-def drawn_set(
-    package: str, concepts: Sequence[str], packages: Path = DEFAULT_PACKAGES
-) -> list[Image.Image]:
-    """Drawings of concepts from a set of ``@iconify-json``, also one that no style is made of.
-
-    Raises:
-        KeyError: the set has no drawing of a concept.
-    """
-    modules = fetch_packages(packages)
-    emoji = json.loads((modules / "emojibase-data" / "en" / "data.json").read_text())
-    icons = _find_icons(modules, package, emoji)
-    codes = {_plain(entry["label"]): _hexcode(entry["hexcode"]) for entry in emoji}
-    return [render(icons[codes[concept]]) for concept in concepts]
 
 
 def prepare(archive: Path, packages: Path) -> list[Drawing]:
@@ -274,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("prepare", help="fetch the drawings and render them")
-    make.add_argument("--packages", type=Path, default=DEFAULT_PACKAGES)
+    make.add_argument("--packages", type=Path, default=Path("cache/npm"))
     show = commands.add_parser("sheet", help="contact sheet of the archive")
     show.add_argument("--split", choices=["train", "pair", "concept"], default="train")
     show.add_argument("--everyday", action="store_true", help="only the everyday concepts")

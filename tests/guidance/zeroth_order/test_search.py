@@ -125,6 +125,7 @@ def test_the_average_weighs_late_tokens(eta):
         ({"mu": 0.0}, "mu must be a positive"),
         ({"mu": math.nan}, "mu must be a positive"),
         ({"rate": 0.0}, "rate must be a positive"),
+        ({"epsilon": 0.0}, "epsilon must be a positive"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"subspace_tau": 1}, "subspace_tau"),
