@@ -172,7 +172,7 @@ class Study:
             record |= {"settings": self.asked(name, rate), "similarity": cosine.tolist()}
             path = paths[name]
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {key: value.contiguous() for key, value in tensors.items()}
+            tensors = {key: value.clone() for key, value in tensors.items()}
             save_file({"images": images.contiguous(), **tensors}, path.with_suffix(".safetensors"))
             _write(path, record)
 
