@@ -15,9 +15,9 @@ five). Four others were for development, where exact gradients made pictures mor
 A first list was given up on its development subjects, before anything of it was evaluated, because
 exact gradients made pictures *less* similar there, or hardly more so: what the network has never
 mixed is not in its reach. It was made of known concepts with their hues turned (bus: similarity
--0.044 after 150 steps of four, crown: -0.106 after 30), in grey (airplane: -0.000 to +0.010), and of styles
-instead of concepts ("<x> style bus": Fluent's flat drawings in grey -0.019, Noto's with hues turned
--0.010, EmojiOne's as outlines -0.008, Streamline's set, by other designers, +0.027 to +0.032).
+-0.044 after 150 steps of four, crown: -0.106 after 30), in grey (airplane: -0.000 to +0.010), and
+of styles instead of concepts ("<x> style bus": Fluent's flat drawings in grey -0.019, Noto's with
+hues turned -0.010, EmojiOne's as outlines -0.008, Streamline's, by others, +0.027 to +0.032).
 
 A token is learned from all drawings of a subject but the first two, which are held out.
 """
