@@ -5,6 +5,7 @@ import math
 import zipfile
 from dataclasses import asdict
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from examples.emoji import data as emoji
 from examples.studies.personalize import figures, subjects
 from examples.studies.personalize.methods import script, together, zeroth_order
 from pilotage.eval.embedded import load_embedded
+from pilotage.eval.record import PACKAGES
 from pilotage.guidance.zeroth_order import perturbations
 from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import recipe
 
+STORED = Path(__file__).parents[2] / "eval/results/personalization.json"
 RUN = [(0, 0, 0.5), (10, 40, 0.4), (20, 80, 0.45), (30, 120, 0.3)]
 
 
@@ -147,3 +150,18 @@ def test_recipes_that_share_calls_learn_what_each_learns_alone(archive):
         steps, forwards, losses = zip(*shared[2]["evaluations"], strict=True)
         assert [steps, forwards] == list(zip(*alone[2]["evaluations"], strict=True))[:2]
         assert losses == pytest.approx([loss for *_, loss in alone[2]["evaluations"]], rel=1e-3)
+
+
+def test_the_file_has_what_is_quoted_and_says_how_it_was_made():
+    stored = json.loads(STORED.read_text())
+    assert set(PACKAGES) <= set(stored["context"]["versions"])
+    assert stored["context"]["command"] and stored["context"]["date"]
+    for name in ("ours", "zoodip"):
+        assert set(stored["unseen"][name]) == {"kept", "last"}
+    reach = stored["subjects_in_reach"]
+    assert set(reach["subjects"]) == {s.concept for s in subjects.IN_REACH_SUBJECTS}
+    for name in ("ours", "backprop"):
+        for gain in (reach[name]["similarity_gain"], reach[name]["alignment_gain"]):
+            assert gain["low"] <= gain["mean"] <= gain["high"]
+    share = reach["ours"]["similarity_gain"]["mean"] / reach["backprop"]["similarity_gain"]["mean"]
+    assert reach["share_of_backprop"]["ours"] == pytest.approx(share, abs=0.01)
