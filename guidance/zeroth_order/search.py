@@ -27,8 +27,6 @@ from torch import Tensor
 from .estimates import forward_difference, perturbations
 from .subspace import low_variance_components
 
-EPSILON = 1e-8  # added to the root of Adam's second moment
-
 
 @dataclass(frozen=True)
 class Descent:
@@ -39,6 +37,9 @@ class Descent:
         mu: Their distance, in units of the token.
         rate: Adam's learning rate.
         betas: Decays of Adam's first and second moment, in [0, 1).
+        epsilon: Added to the root of Adam's second moment, in units of the estimate (loss per unit
+            of the token): elements far below it hardly move. The published script has 1e-3 and
+            divides estimates by sqrt((d + n - 1) / n): that is 1e-3 times this root here.
         warmup: Steps over which the rate rises to its value. Adam's first steps are as long as its
             later ones, however poor the first estimates are.
         subspace_tau: Tokens that Subspace Gradient keeps, and steps between two decompositions; 0
@@ -54,6 +55,7 @@ class Descent:
     mu: float = 1e-3
     rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
     warmup: int = 0
     subspace_tau: int = 128
     subspace_nu: float = 1e-3
@@ -63,7 +65,8 @@ class Descent:
         for name, least in (("directions", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, value in (("mu", self.mu), ("rate", self.rate)):
+        for name in ("mu", "rate", "epsilon"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -156,4 +159,4 @@ class GradientSearch:
         first = state["first"] / (1 - a**count)
         second = state["second"] / (1 - b**count)
         rate = self.settings.rate * min(1.0, count / max(1, self.settings.warmup))
-        return -rate * first / (second.sqrt() + EPSILON)
+        return -rate * first / (second.sqrt() + self.settings.epsilon)

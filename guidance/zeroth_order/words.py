@@ -4,8 +4,9 @@ A descent of a few hundred losses does not get far from where it begins, and the
 is seldom the best beginning. Words of the vocabulary are compared with it by sequential halving:
 all of them on one batch, the better ones on more. Every step evaluates the class word together with
 a group of others on one batch, so that batches that are easy or hard for all words cancel; a word's
-score is its mean difference to the class word. The mean of the best few words that are better than
-the class word is less of an accident than the single best.
+score is its mean difference to the class word. The mean of the class word and the best few words
+that are better than it is less of an accident than the single best, and keeps something of what
+the user said.
 
 References:
     Karnin, Koren & Somekh, "Almost Optimal Exploration in Multi-Armed Bandits", ICML 2013
@@ -22,7 +23,7 @@ from .search import Descent, GradientSearch
 
 # Of each round: groups of words that go on to it (None is all), batches for each of them.
 ROUNDS = ((None, 1), (2, 2), (1, 6))
-MERGED = 3  # words in the result, at most
+MERGED = 3  # words in the result, at most, beside the class word
 
 
 def candidate_words(tables: list[Tensor], centre: Tensor, count: int, seed: int) -> Tensor:
@@ -91,12 +92,12 @@ class WordSearch(GradientSearch):
 
     @property
     def value(self) -> Tensor:
-        """Mean of the best words that are better than the class word; later the descent's."""
+        """Mean of the class word and the best of those that beat it; later the descent's."""
         if self.done:
             return super().value
         best = self._ranked()[:MERGED]
         best = best[self.state["sum"][best] < 0]
-        return self._words[best].mean(0) if len(best) else self._initial
+        return torch.cat([self._initial[None], self._words[best]]).mean(0)
 
     def ask(self) -> Tensor:
         """The points of the next step, with shape (K, d), float32; the class word comes first."""

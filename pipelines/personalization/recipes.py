@@ -76,16 +76,17 @@ class Recipe(Descent):
 
 ZOODIP = Recipe()
 # Developed on concepts of the embedded model that are not among those reported (first tram, pig
-# face, french fries, hot beverage, mountain; then 17 more of the held-out ones), in runs of at
-# most 1200 forwards. With common random numbers a difference has hardly any noise of its own: n
-# one-sided ones tell more per forward than n / 2 symmetric ones. Beginning at the mean of a few
-# known words that do better than the class word helps where that fits badly; without warmup Adam's
-# first steps move away from it again.
+# face, french fries, hot beverage, mountain; then 17 more of the held-out ones; then winking face,
+# yellow heart, pouting cat, full moon face), in runs of at most 1200 forwards. With common random
+# numbers a difference has hardly any noise of its own: n one-sided ones tell more per forward than
+# n / 2 symmetric ones. Beginning at the mean of the class word and a few known words that do better
+# helps where the class word fits badly; without warmup Adam's first steps move away from it again.
+# At a rate above this the token leaves the class word's neighbourhood, and pictures lose its shape.
 OURS = Recipe(
     steps=1000,
     directions=7,
     mu=3e-3,
-    rate=0.025,
+    rate=0.015,
     betas=(0.9, 0.99),
     warmup=12,
     words=35,

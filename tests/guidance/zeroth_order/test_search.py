@@ -125,6 +125,7 @@ def test_the_average_weighs_late_tokens(eta):
         ({"mu": 0.0}, "mu must be a positive"),
         ({"mu": math.nan}, "mu must be a positive"),
         ({"rate": 0.0}, "rate must be a positive"),
+        ({"epsilon": 0.0}, "epsilon must be a positive"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"subspace_tau": 1}, "subspace_tau"),
@@ -154,7 +155,8 @@ def test_words_are_compared_with_the_class_word_on_the_same_batch():
         calls.append(len(points))
     # 35 words once, 14 twice, 7 six times, in groups of seven: always eight points.
     assert calls == [8] * (5 + 2 * 2 + 6)
-    torch.testing.assert_close(search.value, words[better].mean(0))
+    expected = (INITIAL + words[better].sum(0)) / 4
+    torch.testing.assert_close(search.value, expected)
 
 
 def test_the_class_word_stays_if_no_word_is_better():

@@ -1,12 +1,14 @@
-"""Memory, exact resume and agreement of processes, for the figures of ``personalize.py``."""
+"""Costs of a step, exact resume and agreement of processes."""
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import PRESETS
 
 WORD = "<x>"
+ROUNDS = 15
 COMMAND = [
     *("--token", WORD, "--initializer", "bus", "--template", "twemoji style {}"),
     *("--evaluate-every", "2", "--checkpoint-every", "2"),
@@ -26,13 +29,17 @@ COMMAND = [
 ]
 
 
-def memory(full: Personalizer, int8: Personalizer, subject: Any, batch: int) -> dict[str, Any]:
-    """Peak allocation above the weights, in MB, of one step of each method.
+def costs(
+    full: Personalizer, int8: Personalizer, subject: Any, batch: int
+) -> dict[str, dict[str, float]]:
+    """One step of each method: peak allocation above the weights in MB, processor seconds.
+
+    Seconds are medians over rounds in which every method has its turn.
 
     Plain inference is the denoiser and the text encoder on the two rows of guidance, on the int8
     network. `ours_two_rows` is ours with at most two rows a call.
     """
-    source = subject.source(full.pipe, subject.train)
+    source = subject.data(full.pipe, subject.train)
     token = full.initial_embeddings(subject.word, 1)
 
     def batches(rows: int) -> Any:
@@ -69,11 +76,19 @@ def memory(full: Personalizer, int8: Personalizer, subject: Any, batch: int) -> 
         "backprop": lambda: backward(full),
         "backprop_int8_checkpoint": checkpointed,
     }
-    peaks = {}
+    result = {}
     for name, call in calls.items():
         call()  # what is made once (threads, workspaces) is not the method's
-        peaks[name] = round(peak_memory(call).allocated / 1e6, 3)
-    return peaks
+        result[name] = {"mb": round(peak_memory(call).allocated / 1e6, 3)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            began = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - began)
+    for name, values in seconds.items():
+        result[name]["seconds"] = round(statistics.median(values), 5)
+    return result
 
 
 def learn(folder: Path, pictures: Path, processes: int = 1, steps: int = 4) -> torch.Tensor:
