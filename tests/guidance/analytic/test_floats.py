@@ -47,6 +47,17 @@ def test_the_tree_gives_every_mask_and_costs_no_more_than_the_masks(subtract, se
     assert starts[-1] == cost < int(direct.sum())
 
 
+@pytest.mark.parametrize("count", [5, 64 * 32, 65 * 32, 130 * 32 + 5])
+def test_candidates_lie_side_by_side(count):
+    g = torch.Generator().manual_seed(3)
+    images = torch.randint(1, 256, (count, 1, 2, 3), generator=g, dtype=torch.uint8)
+    found = floats.pack(images)
+    assert found.shape == (-(-count // 32), 6, 32) and found.dtype == torch.uint8
+    one, coordinate = torch.arange(count)[:, None], torch.arange(6)
+    assert torch.equal(found[one // 32, coordinate, one % 32], images.flatten(1))
+    assert int((found > 0).sum()) == images.numel()  # the padding is zeros
+
+
 @needs_kernel
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 0.3, 2.0, 20.0])
 @pytest.mark.parametrize("candidates", [(0, 301), (7, 250), (64, 65)])
@@ -91,6 +102,25 @@ def test_the_denoiser_takes_it_for_classes_and_is_the_reference():
     assert made[0]._packed and not made[1]._packed
     y[0, 0, 0, 0] = torch.nan  # left to the reference, which says so in the result
     assert made[0](y, 0.5)[0].isnan().any() and made[0](y, 0.5)[1:].isfinite().all()
+
+
+@needs_kernel
+def test_low_noise_is_not_lost_beside_large_squares():
+    """Candidates that differ by all of black and white where an output is not compared.
+
+    Subtracted from sums of all squares, what is left would be their rounding: errors of up to 1e-4.
+    """
+    g, sigma = torch.Generator().manual_seed(0), 0.03
+    images = torch.randint(0, 2, (200, 1, 16, 16), generator=g) * 255
+    images[:, :, 6:] = torch.randint(100, 157, (200, 1, 1, 1), generator=g)  # each of one grey
+    images = images.to(torch.uint8)
+    y = decode(images[:16]) + sigma * torch.randn(16, 1, 16, 16, generator=g)
+    fast = LocalDenoiser(images, tau=0.3, accelerator="float32")
+    mask = fast.weights(sigma)
+    assert mask[:96].sum(1).eq(1).all() and mask[96:].sum(1).eq(160).all()
+    exact, _, _ = oracles.coordinatewise(y, decode(images), sigma, mask.double())
+    assert (exact - decode(images[:16])).abs().max() > 1e-3, "of more than one candidate"
+    torch.testing.assert_close(fast(y, sigma).double(), exact, rtol=0, atol=2e-6)
 
 
 @needs_kernel

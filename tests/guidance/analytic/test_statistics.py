@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -111,8 +112,8 @@ def test_more_directions_than_the_limit_are_cut_and_said(monkeypatch):
     _, cov = oracles.covariance(X)
     assert float(dense(found).trace()) == pytest.approx(float(cov.trace()), rel=1e-12)
     assert found.eigenvalues.shape == (20,)
-    with pytest.raises(ValueError, match="between 1 and"):
-        monkeypatch.setattr(statistics, "BASIS", 8 * 60 * 10)
+    monkeypatch.setattr(statistics, "BASIS", 8 * 60 * 10)
+    with pytest.raises(ValueError, match="between 1 and 10 for n = 60, got 11"):
         DatasetStatistics.from_images(X, rank=11, **LATENTS)
 
 
@@ -170,6 +171,24 @@ def test_wiener_and_teleport(kind):
         near = found.mean + found.apply(y - found.mean, lambda values: (values > 0).double())
     for level in (1e-8, 0.0):
         torch.testing.assert_close(found.wiener(y, level), near, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "rank"))
+def test_rows_and_diagonal_of_a_function_of_the_covariance(kind):
+    """f(0) is not 0, so that what lies outside the basis counts; where nothing does, infinite."""
+    if kind == "rank":
+        with pytest.warns(UserWarning, match="keeps 20 directions"):
+            found = DatasetStatistics.from_images(X, rank=20, **LATENTS)
+        assert found.residual > 0.01
+    else:
+        found = make(kind)
+    least = 0.0 if kind == "full" else 0.1
+    values, vectors = torch.linalg.eigh(dense(found))
+    expected = vectors @ torch.diag(1 / (values + least)) @ vectors.T
+    rows = found.matrix_rows(lambda v: 1 / (v + least), slice(7, 20))
+    diagonal = found.matrix_diagonal(lambda v: 1 / (v + least))
+    torch.testing.assert_close(rows, expected[7:20], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(diagonal, expected.diagonal(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -394,6 +413,19 @@ def test_the_size_of_a_folder(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"b\.png: "):
         size_for(tmp_path, accept, side)
+
+
+@pytest.mark.parametrize("made", [OptimalDenoiser, LocalDenoiser])
+def test_a_crop_that_nobody_asked_for_is_said_where_the_denoiser_is_made(tmp_path, made):
+    photos(tmp_path)
+    with pytest.warns(UserWarning, match="7 pictures of .* size sets another side") as said:
+        found = made(tmp_path)
+    files = [warning.filename for warning in said if "size sets" in str(warning.message)]
+    assert files == [__file__]
+    assert found.images.shape == (7, 3, 33, 33)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made(tmp_path, size=20)
 
 
 def test_broken_and_odd_pictures_are_named(tmp_path):
