@@ -226,7 +226,7 @@ def test_the_loss_falls_on_the_embedded_model():
         progress=False,
     )
     first, words, last = (value for _, _, value in token.evaluations)
-    assert words < 0.9 * first and last < words
+    assert last < words < first
 
 
 def test_any_closure_will_do():
@@ -245,7 +245,10 @@ def test_any_closure_will_do():
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_known_words_are_tried_first(family):
-    """The loss is the distance to the mean of three known words: that is where a run begins."""
+    """The loss is the distance to a known word.
+
+    A run begins at the mean of the three words that are nearest to it and the given one.
+    """
     pipe = build(family)
     personalizer = Personalizer(pipe)
     tables = [table.weight.detach() for table in personalizer.networks.tables]
@@ -262,7 +265,8 @@ def test_known_words_are_tried_first(family):
     options = SHORT | {"words": size, "steps": groups + 2 * 2 + 6, "vectors": 2}
     options |= {"evaluate_every": 1000}
     token = Personalizer(pipe, loss=loss).fit(pictures(), WORD, word(pipe), **options)
-    torch.testing.assert_close(token.vectors, nearest.mean(0).repeat(2, 1))
+    expected = torch.cat([start[None], nearest]).mean(0)
+    torch.testing.assert_close(token.vectors, expected.repeat(2, 1))
     assert token.forwards == (size - 1) + groups + (2 * 2 + 6) * 8
 
 
