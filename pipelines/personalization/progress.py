@@ -53,7 +53,7 @@ class Progress:
         better = [f"{word} ({difference:+.4f})" for word, difference in self.trainer.leading()]
         if better:
             self.say(
-                f"step {self.trainer.step}: the descent begins at the mean of the known words "
+                f"step {self.trainer.step}: the descent begins at the mean of the given word and "
                 f"{', '.join(better)}; in brackets, their loss against the given word's"
             )
         else:
