@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("examples.studies.paired")
-from examples.studies import paired  # noqa: E402
+from examples.studies import paired
 
 RESULTS = Path(__file__).parents[2] / "eval/results/report.json"
 
