@@ -97,16 +97,22 @@ def differences(
     error = spread * math.sqrt(groups / (groups - 1))
     varies = spread > 1e-12 * np.abs(table).max()
     freedom = 1 / (1 / (groups - 1) + 1 / (len(table) - 1))
-    critical = 0.0
+    critical = limit = 0.0
     if varies.any():
-        critical = _critical(centred, first[varies], second[varies], spread[varies], freedom, seed)
+        varying = first[varies], second[varies], spread[varies]
+        critical, limit = _critical(centred, *varying, freedom, seed)
     found = []
     for d, s, some in zip(value.tolist(), error.tolist(), varies.tolist(), strict=True):
         half = critical * s if some else 0.0
         interval = (d - half, d + half) if some or d == 0 else None
-        enough = abs(d) > half
-        ratio = ((critical + POWER) * s / abs(d)) ** 2 if some and d and not enough else math.inf
-        needed = two_digits(ratio * groups) if ratio <= MOST else None
+        needed = None
+        if some and d and abs(d) <= half:
+            count: float = groups
+            for _ in range(20):  # c is nearly linear in 1 / nu
+                share = freedom * (1 / (count - 1) + 1 / (len(table) - 1))
+                c = limit + (critical - limit) * share
+                count = max(groups * ((c + POWER) * s / abs(d)) ** 2, groups + 1)
+            needed = two_digits(count) if count <= MOST * groups else None
         found.append(Difference(d, s if some else 0.0, interval, needed))
     return found
 
@@ -118,16 +124,19 @@ def _critical(
     spread: np.ndarray,
     freedom: float,
     seed: int,
-) -> float:
-    """c: 95 % of the largest |t| are below."""
+) -> tuple[float, float]:
+    """c, below which 95 % of the largest |t| are; and its limit for many prompts."""
     rng = np.random.default_rng(seed)
     root: np.ndarray = np.linalg.qr(centred)[1] / math.sqrt(len(centred) - 1)  # covariance: R^T R
-    largest = []
+    largest, limits = [], []
     for _ in range(SIMULATED // AT_ONCE):
         normal = rng.standard_normal((AT_ONCE, len(root))) @ root
         t = np.abs((normal[:, first] - normal[:, second]) / spread).max(1)
+        limits.append(t)
         largest.append(t / np.sqrt(rng.chisquare(freedom, AT_ONCE) / freedom))
-    return float(np.quantile(np.concatenate(largest), LEVEL))
+    found = (np.quantile(np.concatenate(draws), LEVEL) for draws in (largest, limits))
+    critical, limit = map(float, found)
+    return critical, limit
 
 
 def two_digits(number: float) -> int:

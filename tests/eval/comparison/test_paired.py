@@ -100,15 +100,20 @@ def test_more_comparisons_need_more():
     assert widths[0] > 1.2 * widths[1]
 
 
-def test_the_number_of_prompts_that_would_tell_tells_four_times_in_five():
-    noise = randn(2, 25)
-    values = noise - noise.mean(1, keepdim=True) + torch.tensor([[0.2], [0.0]])
+@pytest.mark.parametrize(("count", "shift"), [(25, 0.2), (6, 0.4)])
+def test_the_number_of_prompts_that_would_tell_tells_four_times_in_five(count, shift):
+    """By the non-central t distribution."""
+    noise = randn(2, count)
+    values = noise - noise.mean(1, keepdim=True) + torch.tensor([[shift], [0.0]])
     (found,) = of_means(values)
-    assert not found.clear and found.needed > 25
-    sd = float((values[0] - values[1]).std())
-    shift = 0.2 / (sd / math.sqrt(found.needed))  # the true difference in standard errors
-    beyond = scipy.stats.t.ppf(0.975, 24)
-    assert scipy.stats.norm.sf(beyond - shift) == pytest.approx(0.8, abs=0.04)
+    assert not found.clear and found.needed > count
+    freedom, sd = found.needed - 1, float((values[0] - values[1]).std())
+    size = shift / (sd / math.sqrt(found.needed))  # the true difference in standard errors
+    right = scipy.stats.nct.sf(scipy.stats.t.ppf(0.975, freedom), freedom, size)
+    assert right == pytest.approx(0.8, abs=0.06)
+
+
+def test_two_digits():
     assert [two_digits(x) for x in (7.2, 99.1, 101, 8765)] == [8, 100, 110, 8800]
 
 
