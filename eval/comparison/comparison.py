@@ -27,7 +27,7 @@ from ..metrics.extractors import EfficientNetLite0, Extractor
 from ..metrics.images import PER_PICTURE
 from ..record import figures_context
 from .cost import steps_for_nfe
-from .evaluation import evaluate, rounded
+from .evaluation import evaluate, independent, paired_differences, rounded
 from .plan import Plan, Samples, Setting
 from .report import render
 from .sampling import generate
@@ -118,26 +118,29 @@ def compare(
         gallery = extractor(reference).cpu()
         real = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
         real["n"] = len(reference)
-    rows = []
+    rows, resampled = [], {}
     everything = [*made, *fewer]
     for i, samples in enumerate(tqdm(everything, "metrics", unit="setting", disable=not progress)):
         same = matches.get(samples.setting, []) if i >= len(made) else []
         like = same[0] if same else samples.setting
         baseline = baselines[like.scale, like.steps]
-        rows.append(
-            evaluate(
-                samples,
-                None if baseline is samples else baseline,
-                output,
-                "equal nfe" if same else "grid" if i < len(asked) else "baseline",
-                [setting.label for setting in same],
-                str(pipe.resolve_guidance(samples.setting.guidance)),
-                extractor,
-                gallery,
-                alignment,
-            )
+        row, resampled[samples.setting.label] = evaluate(
+            samples,
+            None if baseline is samples else baseline,
+            output,
+            "equal nfe" if same else "grid" if i < len(asked) else "baseline",
+            [setting.label for setting in same],
+            str(pipe.resolve_guidance(samples.setting.guidance)),
+            extractor,
+            gallery,
+            alignment,
         )
+        rows.append(row)
+    texts = made[0].prompts
+    count = len(set(independent(texts)))
     facts = {
+        "comparisons": paired_differences(resampled, count),
+        "resampled": {"unit": "prompts" if len(set(texts)) > 1 else "pictures", "count": count},
         "prompts": list(plan.prompts),
         "seeds": list(plan.seeds),
         "real": real,

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..metrics.alignment import Alignment
+from ..metrics.bootstrap import Resamples, moved_interval
 from ..metrics.extractors import Extractor
-from ..metrics.frechet import frechet_distance, frechet_interval
+from ..metrics.frechet import frechet_distance, frechet_resamples
+from ..metrics.images import TO_BASELINE
 from ..metrics.kid import kernel_distance
 from ..metrics.per_picture import mean_and_interval, measure
 from ..metrics.precision_recall import density_coverage, precision_recall
+from ..metrics.resampled import kernel_resamples, neighbour_resamples
+from .paired import differences
 from .plan import Samples
 
-DISTANCE_RESAMPLES = 100
+RESAMPLES = 2000
+DISTANCE_RESAMPLES = 100  # of metrics of whole sets, which cost more
+NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
+SHARES = ("precision", "recall", "coverage")  # at most 1
+
+
+class Resampled(NamedTuple):
+    """A metric of a setting, and the same in R resamples of its prompts, with shape (R,)."""
+
+    value: float
+    draws: Tensor
 
 
 def evaluate(
@@ -31,8 +46,8 @@ def evaluate(
     extractor: Extractor | None = None,
     gallery: Tensor | None = None,
     alignment: Alignment | None = None,
-) -> dict[str, Any]:
-    """All figures of a setting, ready for JSON.
+) -> tuple[dict[str, Any], dict[str, Resampled]]:
+    """All figures of a setting, ready for JSON, and what `paired_differences` needs of it.
 
     Args:
         samples: Its pictures.
@@ -76,15 +91,60 @@ def evaluate(
         ),
         "folder": os.path.relpath(samples.paths[0].parent, output),
     }
+    drawn = Resamples.of(groups, RESAMPLES) if len(set(groups)) > 1 else None
+    resampled: dict[str, Resampled] = {}
     for name, value in values.items():
         mean, ends = mean_and_interval(value, groups)
         row[name] = rounded(mean)
         row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
+        if drawn and name not in TO_BASELINE and mean is not None and value.isfinite().all():
+            resampled[name] = Resampled(mean, drawn.means(value))
     if "psnr" in values:
         row["n_equal"] = int(values["psnr"].isinf().sum())
-    if gallery is not None and features is not None:
-        row |= distribution_metrics(gallery, features, groups)
-    return row
+    if drawn and gallery is not None and features is not None:
+        found = distribution_metrics(gallery, features, drawn.first(DISTANCE_RESAMPLES))
+        for name, one in found.items():
+            low, high = moved_interval(one.draws, one.value)
+            row[name] = rounded(one.value)
+            row[f"{name}_interval"] = [
+                rounded(low if name == "kid" else max(low, 0.0)),
+                rounded(min(high, 1.0) if name in SHARES else high),
+            ]
+        resampled |= found
+    return row, resampled
+
+
+def paired_differences(
+    settings: Mapping[str, Mapping[str, Resampled]], count: int
+) -> list[dict[str, Any]]:
+    """Every metric's differences between all pairs of settings, ready for JSON.
+
+    All pairs of a metric are one family, so that the intervals also hold for pairs chosen after
+    looking, such as the best setting and its rivals.
+
+    Args:
+        settings: Label -> metric -> values, from `evaluate` with the same prompts in the same
+            order.
+        count: How many prompts (or pictures of one prompt) were resampled, at least 2.
+    """
+    table = []
+    for metric in dict.fromkeys(name for found in settings.values() for name in found):
+        known = {label: found[metric] for label, found in settings.items() if metric in found}
+        pairs = list(combinations(range(len(known)), 2))
+        labels = list(known)
+        values, draws = [one.value for one in known.values()], [one.draws for one in known.values()]
+        for (i, j), one in zip(pairs, differences(values, draws, pairs, count), strict=True):
+            table.append(
+                {
+                    "metric": metric,
+                    "setting": labels[i],
+                    "other": labels[j],
+                    "difference": rounded(one.value),
+                    "interval": one.interval and [rounded(end) for end in one.interval],
+                    "needed": one.needed,
+                }
+            )
+    return table
 
 
 def effective_guidance(samples: Samples, baseline: Samples) -> float | None:
@@ -103,10 +163,8 @@ def independent(prompts: Sequence[str]) -> list[Hashable]:
     return list(prompts) if len(set(prompts)) > 1 else list(range(len(prompts)))
 
 
-def distribution_metrics(
-    real: Tensor, fake: Tensor, groups: Sequence[Hashable] | None = None
-) -> dict[str, Any]:
-    """Fréchet distance with its interval, KID, precision, recall, density and coverage.
+def distribution_metrics(real: Tensor, fake: Tensor, drawn: Resamples) -> dict[str, Resampled]:
+    """Fréchet distance, KID, precision, recall, density and coverage, and their resamples.
 
     The first two need two pictures, the others more than their k (3, 3, 5, 5); what has too few is
     left out.
@@ -114,20 +172,26 @@ def distribution_metrics(
     Args:
         real: Features of the reference, with shape (N, D).
         fake: Features of the generated pictures, with shape (M, D).
-        groups: See `frechet_interval`.
+        drawn: Resamples of the generated pictures.
     """
-    values: dict[str, Any] = {}
     least = min(len(real), len(fake))
+    values: dict[str, float] = {}
+    draws: dict[str, Tensor] = {}
     if least > 1:
-        values["fd"] = rounded(frechet_distance(real, fake))
-        ends = frechet_interval(real, fake, resamples=DISTANCE_RESAMPLES, groups=groups)
-        values["fd_interval"] = [rounded(end) for end in ends]
-        values["kid"] = rounded(kernel_distance(real, fake).value)
-    for metric, k in ((precision_recall, 3), (density_coverage, 5)):
-        if least > k:
-            found = metric(real, fake, k)
-            values |= {name: rounded(value) for name, value in found._asdict().items()}
-    return values
+        values = {
+            "fd": frechet_distance(real, fake),
+            "kid": kernel_distance(real, fake).value,
+        }
+        draws = {
+            "fd": frechet_resamples(real, fake, drawn),
+            "kid": kernel_resamples(real, fake, drawn),
+        }
+    if least > NEIGHBOUR:
+        values |= precision_recall(real, fake, NEIGHBOUR)._asdict()
+        draws |= neighbour_resamples(real, fake, drawn, NEIGHBOUR, DENSITY_NEIGHBOUR)
+    if least > DENSITY_NEIGHBOUR:
+        values |= density_coverage(real, fake, DENSITY_NEIGHBOUR)._asdict()
+    return {name: Resampled(value, draws[name]) for name, value in values.items()}
 
 
 def rounded(value: float | Tensor | None) -> float | None:

@@ -66,7 +66,7 @@ def render(rows: Sequence[Row], facts: dict[str, Any], samples: Sequence[Samples
     return page.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
         rows=rows,
         facts=facts,
-        answer=answer(rows),
+        answer=answer(rows, facts),
         settings={row["method"]: row["guidance"] for row in rows},
         columns={k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in rows)},
         curves={label: _data_uri("svg+xml", svg) for label, svg in curves.items() if svg},

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from .bootstrap import check_resampling, members, quantiles
+from .bootstrap import Resamples, moved_interval
 from .features import FeatureStatistics, checked_features
 
 
@@ -74,9 +74,6 @@ def frechet_interval(
     distance of the pictures themselves. The bias of the distance in N stays in it. The real
     pictures count as given.
 
-    Cost: every resample takes the eigenvalues of a symmetric matrix of side min(rank, N), at most
-    D: about a second on one core for D = 1280.
-
     Args:
         real: Features (N, D) or their statistics.
         fake: Features (M, D).
@@ -87,25 +84,49 @@ def frechet_interval(
     Raises:
         ValueError: fewer than two pictures, groups or resamples; NaN; or different dimensions.
     """
-    check_resampling(resamples)
     fake = checked_features(fake, least=2)
+    drawn = Resamples.of(range(len(fake)) if groups is None else groups, resamples, seed)
     value = frechet_distance(real, fake)
+    low, high = moved_interval(frechet_resamples(real, fake, drawn), value)
+    return max(low, 0.0), high
+
+
+def frechet_resamples(
+    real: FeatureStatistics | Tensor, fake: Tensor, resamples: Resamples
+) -> Tensor:
+    """Fréchet distance of every resample of the generated pictures, with shape (R,), on the CPU.
+
+    Cost: every resample takes the eigenvalues of a symmetric matrix whose side is the rank of the
+    real covariance or the number of different pictures drawn, whichever is smaller: about a second
+    on one core at D = 1280, milliseconds with 200 pictures.
+
+    Args:
+        real: Features (N, D) or their statistics.
+        fake: Features (M, D).
+        resamples: Of the M pictures.
+
+    Raises:
+        ValueError: NaN, different dimensions, or resamples of another number of pictures.
+    """
+    fake = checked_features(fake, least=2)
+    if len(resamples.group) != len(fake):
+        raise ValueError(f"resamples of {len(resamples.group)} pictures, not of {len(fake)}")
     mean, root = factor(real)
-    generator = torch.Generator().manual_seed(seed)
+    if len(mean) != fake.shape[1]:
+        raise ValueError(f"features of different dimensions: {len(mean)} and {fake.shape[1]}")
+    mean, root = mean.to(fake.device), root.to(fake.device)
     constant = root.square().sum()
-    parts = members(range(len(fake)) if groups is None else groups)
     projected, squares = fake @ root, fake.square().sum(1)  # (M, r), (M,)
     draws = []
-    for _ in range(resamples):
-        drawn = torch.randint(len(parts), (len(parts),), generator=generator)
-        rows = torch.cat([parts[i] for i in drawn.tolist()]).to(fake.device)
-        count = len(rows)
-        centre = fake[rows].mean(0)
-        trace = (squares[rows].sum() - count * centre.square().sum()) / (count - 1)
-        part = projected[rows] - centre @ root
-        gram = part.T @ part if part.shape[1] <= count else part @ part.T
+    for times in resamples.counts():
+        rows = times.nonzero()[:, 0].to(fake.device)
+        times = times.to(fake.device)[rows]
+        count = times.sum()
+        centre = times @ fake[rows] / count
+        trace = (times @ squares[rows] - count * centre.square().sum()) / (count - 1)
+        # A picture drawn n times is one row, times the root of n: the same covariance.
+        part = (projected[rows] - centre @ root) * times.sqrt()[:, None]
+        gram = part.T @ part if part.shape[1] <= len(rows) else part @ part.T
         roots = (torch.linalg.eigvalsh(gram).clamp(min=0) / (count - 1)).sqrt().sum()
         draws.append((centre - mean).square().sum() + constant + trace - 2 * roots)
-    values = torch.stack(draws)
-    low, high = quantiles(values - values.mean() + value)
-    return max(low, 0.0), high
+    return torch.stack(draws).cpu()

@@ -1,5 +1,7 @@
 """A made-up comparison, for tests of the report: flat pictures, figures that are given."""
 
+from itertools import combinations
+
 from PIL import Image
 
 from pilotage.eval.comparison.plan import Samples, Setting
@@ -14,6 +16,7 @@ SETTINGS = [
     ("cfg", 7.5, 15, "equal nfe", ("ag w=7.5, 20 steps",), 30.0, 18.0),
 ]
 FACTS = {
+    "resampled": {"unit": "prompts", "count": 32},
     "prompts": PROMPTS,
     "seeds": [0],
     "real": {"saturation": 0.26, "contrast": 0.22, "colourfulness": 0.3, "n": 9},
@@ -30,8 +33,29 @@ FACTS = {
 }
 
 
-def made_up(folder, fd=True):
-    """Rows, facts, samples of six settings and three prompts; `fd=False`: without a reference."""
+def paired(values, half, metric="fd", needed=90):
+    """Comparisons of all pairs of label -> value, every interval as far as `half` to both sides."""
+    rows = []
+    for (a, x), (b, y) in combinations(values.items(), 2):
+        clear = abs(x - y) > half
+        rows.append(
+            {
+                "metric": metric,
+                "setting": a,
+                "other": b,
+                "difference": x - y,
+                "interval": [x - y - half, x - y + half],
+                "needed": None if clear else needed,
+            }
+        )
+    return rows
+
+
+def made_up(folder, fd=True, half=2.0):
+    """Rows, facts, samples of six settings and three prompts; `fd=False`: without a reference.
+
+    Distances further apart than `half` differ clearly.
+    """
     rows, samples = [], []
     for i, (method, w, steps, kind, matches, nfe, distance) in enumerate(SETTINGS):
         setting = Setting(method, w, steps)
@@ -62,7 +86,9 @@ def made_up(folder, fd=True):
             "ssim": None if kind == "grid" and method == "cfg" else 0.9 - i / 100,
         }
         if fd:
-            row |= {"fd": distance, "fd_interval": [distance - 1, distance + 1]}
+            row |= {"fd": distance, "fd_interval": [distance - 9, distance + 9]}
         rows.append(row)
     facts = FACTS if fd else FACTS | {"real": None, "extractor": None, "alignment": None}
+    distances = {row["label"]: row["fd"] for row in rows} if fd else {}
+    facts = facts | {"comparisons": paired(distances, half)}
     return rows, facts, samples

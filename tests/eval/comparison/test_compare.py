@@ -69,10 +69,19 @@ def test_from_prompts_to_the_report(monkeypatch, tmp_path):
         assert cell["n"] == 6 and len(list((output / cell["folder"]).glob("*.png"))) == 6
         images = to_tensor(Image.open(p) for p in sorted((output / cell["folder"]).glob("*.png")))
         assert cell["saturation"] == pytest.approx(saturation(images).mean().item(), rel=1e-5)
-        for name in ("saturation", "fd"):
+        for name in ("saturation", "fd", "kid", "precision", "recall"):
             low, high = cell[f"{name}_interval"]
-            assert low <= cell[name] <= high and low < high
+            assert low <= cell[name] <= high
+            assert low < high or name in ("precision", "recall")
         assert 0 <= cell["precision"] <= 1 and 0 <= cell["recall"] <= 1
+
+    assert written["resampled"] == {"unit": "prompts", "count": 3}
+    saturations = [c for c in written["comparisons"] if c["metric"] == "saturation"]
+    assert len(saturations) == 3  # all pairs
+    for one in saturations:
+        a, b = (cells[one[end]]["saturation"] for end in ("setting", "other"))
+        assert one["difference"] == pytest.approx(a - b, abs=2e-6)
+    assert {c["metric"] for c in written["comparisons"]} >= {"fd", "kid", "recall", "contrast"}
 
     with (output / "cells.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -151,7 +160,7 @@ def evaluated(tmp_path, prompts):
     """Row of a cell of made-up pictures, the first of which is that of its baseline."""
     _, _, (plain, other, *_) = made_up(tmp_path)
     shutil.copy(plain.paths[0], other.paths[0])
-    return evaluate(replace(other, prompts=prompts), plain, tmp_path)
+    return evaluate(replace(other, prompts=prompts), plain, tmp_path)[0]
 
 
 def test_equal_pictures_do_not_hide_the_psnr_of_others(tmp_path):
