@@ -6,6 +6,9 @@
 The embedded model draws four pictures that stand for yours; its networks are exported as int8
 graphs calibrated on them; a word is learned from the pictures by forward passes of those graphs,
 and drawn by them. `pilotage export` and `pilotage personalize --backend` do the same from a shell.
+
+What an int8 run learns comes from the comparison of known words: losses of near tokens drown in the
+rounding of activations (figures in docs/how-to/runtimes.md).
 """
 
 from __future__ import annotations
