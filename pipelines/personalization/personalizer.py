@@ -211,6 +211,13 @@ class Personalizer:
         )
         initial = self.initial_embeddings(start, vectors)
 
+        if getattr(self.pipe.unet.config, "precision", "") == "int8":
+            warnings.warn(
+                "the UNet is a graph with int8 activations, whose rounding hides what tells near "
+                "tokens apart: the comparison of known words works, the descent hardly does. Learn "
+                "on a graph in fp32 or fp16, or with int8 weights alone (quantize)",
+                stacklevel=2,
+            )
         trainer = self._trainer(plan, initial, sources, placeholder, seed, points_per_call)
         trainer.settings["held_out_rows"] = held_out_rows
         main = trainer.process.is_main_process

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..fitting.identity import network_hash
 from ..quantization.int8 import Int8Layer
-from .graphs import GRAPHS, WEIGHTS, check_family, graph_path
+from .graphs import GRAPHS, PRECISION, WEIGHTS, check_family, graph_path
 
 # What may lie in the folder of a graph that is written anew.
 OWN = ("model.onnx", "config.json")
@@ -150,21 +150,21 @@ def export_onnx(pipe: Any, folder: str | Path) -> Path:
                 dynamo=False,
             )
             network = getattr(pipe, name)
-            _finish(partial, network_hash(network, name))
+            _finish(partial, {WEIGHTS: network_hash(network, name)})
             save = network.save_config if name == "unet" else network.config.save_pretrained
             save(partial.parent)
     return Path(folder)
 
 
-def _finish(path: Path, weights: str) -> None:
-    """Note in a graph what it was exported from, and put its weights into one file.
+def _finish(path: Path, notes: dict[str, str]) -> None:
+    """Put notes into a graph's metadata, and its weights into one file.
 
     That file lies beside it where one ONNX file would be too big.
     """
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, {WEIGHTS: weights})
+    onnx.helper.set_model_props(model, notes)
     for file in path.parent.iterdir():
         file.unlink()
     big = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
@@ -244,7 +244,7 @@ def quantize_onnx(
                 use_external_data_format=True,  # one ONNX file holds 2 GB at most
                 extra_options={"MatMulConstBOnly": True},
             )
-            _finish(partial, weights[name])
+            _finish(partial, {WEIGHTS: weights[name], PRECISION: "int8"})
             shutil.copy2(graph_path(source, name).with_name("config.json"), partial.parent)
     return folder
 

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..fitting.identity import network_hash
 
 GRAPHS = ("text_encoder", "unet")
-WEIGHTS = "pilotage.weights"  # in a graph's metadata: hash of the network that it was exported from
+# In a graph's metadata: hash of the network that it was exported from, and "int8" if it is.
+WEIGHTS, PRECISION = "pilotage.weights", "pilotage.precision"
 
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -33,13 +34,13 @@ class Opened:
     Args:
         inputs: Name -> shape, as far as it is fixed (None elsewhere).
         half: Whether it takes float16 where others take float32.
-        weights: Hash of the network that it was exported from; empty if it does not tell.
+        notes: What its metadata says of `WEIGHTS` and `PRECISION`; empty where it does not tell.
         run: Inputs by name -> its first output.
     """
 
     inputs: dict[str, list[int | None]]
     half: bool
-    weights: str
+    notes: dict[str, str]
     run: Run
 
 
@@ -185,8 +186,9 @@ def _onnxruntime(path: Path, device: str) -> Opened:
         for node in session.get_inputs()
     }
     half = any(node.type == "tensor(float16)" for node in session.get_inputs())
-    weights = session.get_modelmeta().custom_metadata_map.get(WEIGHTS, "")
-    return Opened(inputs, half, weights, lambda values: session.run(None, values)[0])
+    noted = session.get_modelmeta().custom_metadata_map
+    notes = {name: noted.get(name, "") for name in (WEIGHTS, PRECISION)}
+    return Opened(inputs, half, notes, lambda values: session.run(None, values)[0])
 
 
 def _openvino(path: Path, device: str) -> Opened:
@@ -211,9 +213,11 @@ def _openvino(path: Path, device: str) -> Opened:
         for shape in (port.partial_shape,)
     }
     half = any(port.element_type == openvino.Type.f16 for port in compiled.inputs)
-    noted = model.has_rt_info(["framework", WEIGHTS])
-    weights = model.get_rt_info(["framework", WEIGHTS]).astype(str) if noted else ""
-    return Opened(inputs, half, weights, lambda values: compiled(values)[0].copy())
+    notes = dict.fromkeys((WEIGHTS, PRECISION), "")
+    for name in notes:
+        if model.has_rt_info(["framework", name]):
+            notes[name] = model.get_rt_info(["framework", name]).astype(str)
+    return Opened(inputs, half, notes, lambda values: compiled(values)[0].copy())
 
 
 RUNTIMES: dict[str, Callable[[Path, str], Opened]] = {
@@ -237,6 +241,7 @@ class GraphNetwork(ModelMixin):
         super().__init__()
         self.graph, self._dtype = graph, network.dtype
         own = {"graph": graph.digest, "runtime": graph.runtime}
+        own["precision"] = graph.opened.notes[PRECISION]
         config = network.config
         if isinstance(config, PretrainedConfig):
             self.config: Any = type(config).from_dict(config.to_dict() | own)
@@ -356,7 +361,8 @@ def _check_graph(graph: Graph, name: str, network: Any) -> None:
                     f"pipeline's {size}"
                 )
     on_meta = any(p.is_meta for p in network.parameters())
-    if graph.opened.weights and not on_meta and graph.opened.weights != network_hash(network, name):
+    weights = graph.opened.notes[WEIGHTS]
+    if weights and not on_meta and weights != network_hash(network, name):
         raise ValueError(
             f"{graph.path} was exported from other weights than those of this pipeline's {name}: "
             "export it again, or load the model it was made from (in the same precision)"

@@ -218,7 +218,8 @@ def test_a_token_is_learned_and_drawn_without_pytorchs_unet(graphs, tmp_path):
     images = [Image.new("RGB", (16, 16), color) for color in ("red", "teal")]
     settings = {"steps": 2, "evaluate_every": 1, "preview_every": 1, "progress": False}
     settings |= {"preview_options": {"num_inference_steps": 2}, "output": tmp_path}
-    Personalizer(pipe).fit(images, "<x>", "cat", **settings)
+    with pytest.warns(UserWarning, match="int8 activations"):
+        Personalizer(pipe).fit(images, "<x>", "cat", **settings)
     assert any((tmp_path / "previews").iterdir())
     other = Personalizer(on_runtime(FAMILIES["sd"].build(), graphs / "int8", "openvino"))
     with pytest.raises(ValueError, match="checkpoint"):
