@@ -138,7 +138,7 @@ def test_lines_name_phases_words_and_the_best(pipe, capsys):
         callback=lambda trainer: leading.append(trainer.leading()),
     )
     error = capsys.readouterr().err
-    said = re.search(r"mean of the known words (\S+) \((\S+)\)", error)
+    said = re.search(r"mean of the given word and (\S+) \((\S+)\)", error)
     # In brackets, the difference in loss to the given word.
     expected = -(start - table[index]).square().sum().item()
     assert said[1] == best and float(said[2]) == pytest.approx(expected, abs=6e-5)
