@@ -156,11 +156,16 @@ def test_the_file_has_what_is_quoted_and_says_how_it_was_made():
     stored = json.loads(STORED.read_text())
     assert set(PACKAGES) <= set(stored["context"]["versions"])
     assert stored["context"]["command"] and stored["context"]["date"]
-    for name in ("ours", "zoodip"):
+    sweep = stored["rate_sweep"]
+    kept = {rate: losses["kept"] for rate, losses in sweep["unseen_loss_by_rate"].items()}
+    assert kept[f"{sweep['best']:g}"] == min(kept.values()) and len(kept) == 4
+    evaluated = {*stored["subjects"], *stored["subjects_in_reach"]["subjects"]}
+    assert not evaluated & set(sweep["subjects"])
+    for name in ("ours", "zoodip", "zoodip_swept"):
         assert set(stored["unseen"][name]) == {"kept", "last"}
     reach = stored["subjects_in_reach"]
     assert set(reach["subjects"]) == {s.concept for s in subjects.IN_REACH_SUBJECTS}
-    for name in ("ours", "backprop"):
+    for name in ("ours", "zoodip", "zoodip_swept", "backprop"):
         for gain in (reach[name]["similarity_gain"], reach[name]["alignment_gain"]):
             assert gain["low"] <= gain["mean"] <= gain["high"]
     share = reach["ours"]["similarity_gain"]["mean"] / reach["backprop"]["similarity_gain"]["mean"]
