@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..guidance import load_guidance, resolve
 from ..pipelines import guided
+from .hub import located
 from .options import DTYPES
 
 FOLDER = Path("examples/emoji/model")
@@ -34,10 +35,12 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """A guided pipeline from a folder or hub name.
 
     Raises:
+        FileNotFoundError: see `located`.
         ValueError: a weights file is damaged or incomplete.
     """
     from diffusers import DiffusionPipeline
 
+    model = located(str(model))
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     except (SafetensorError, OSError) as error:

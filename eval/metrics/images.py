@@ -5,6 +5,7 @@ Pictures are tensors (N, 3, H, W) in [0, 1], RGB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .extractors import torchmetrics
-
 LUMA = (0.299, 0.587, 0.114)  # ITU-R Rec. 601
+WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
+C1, C2 = 0.01**2, 0.03**2
 
 
 def to_tensor(images: Iterable[Image.Image]) -> Tensor:
@@ -74,23 +75,71 @@ def colourfulness(images: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each picture to its reference, shape (N,).
+    """Structural similarity of each picture to its reference (Wang et al. 2004), shape (N,).
 
-    torchmetrics' SSIM (Gaussian window of 11 pixels, sigma 1.5, range 1), over all channels.
+    Gaussian window of 11 pixels with sigma 1.5, K = (.01, .03), values in [0, 1], the mean over all
+    pixels and channels, in float64. At the border pictures are mirrored (the edge pixel is not
+    repeated); the paper's own code leaves out a border of five pixels instead. The values are those
+    of torchmetrics 1.4.2 to 1.9; its version 1.4.0 leaves out the border.
+
+    Raises:
+        ValueError: a picture is smaller than the window, or the shapes differ.
     """
-    return torchmetrics("functional.image").structural_similarity_index_measure(
-        _checked(images), _checked(reference), data_range=1.0, reduction="none"
-    )
+    x, y = _checked_pair(images, reference)
+    if min(x.shape[2:]) < WINDOW:
+        raise ValueError(
+            f"SSIM needs pictures of {WINDOW}x{WINDOW} pixels or more, got "
+            f"{x.shape[3]}x{x.shape[2]}"
+        )
+    # One by one, as large pictures in float64 take much memory.
+    pairs = zip(x.split(1), y.split(1), strict=True)
+    return torch.cat([_ssim(*pair) for pair in pairs]).to(images.dtype)
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each picture to its reference in dB, shape (N,).
 
-    torchmetrics' (range 1). Infinity for equal pictures.
+    Of values in [0, 1], over all channels. Infinity for equal pictures.
+
+    Raises:
+        ValueError: the shapes differ.
     """
-    return torchmetrics("functional.image").peak_signal_noise_ratio(
-        _checked(images), _checked(reference), data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
+    x, y = _checked_pair(images, reference)
+    return (-10 * (x - y).square().flatten(1).mean(1).log10()).to(images.dtype)
+
+
+def _checked_pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64."""
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"shapes differ: {tuple(images.shape)} and, of the reference, {tuple(reference.shape)}"
+        )
+    return _checked(images).double(), _checked(reference).double()
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    var_x = (_blurred(x * x) - mean_x.square()).clamp(min=0)
+    var_y = (_blurred(y * y) - mean_y.square()).clamp(min=0)
+    shared = _blurred(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
+    structure = (2 * shared + C2) / (var_x + var_y + C2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """Every pixel's mean under the Gaussian window, the pictures mirrored at their borders."""
+    radius = WINDOW // 2
+    heights = [math.exp(-((i - radius) ** 2) / (2 * SIGMA**2)) for i in range(WINDOW)]
+    blurred = torch.nn.functional.pad(images, [radius] * 4, mode="reflect")
+    # Sums of shifted pictures, as PyTorch's convolutions in float64 are slow.
+    for dim in (2, 3):
+        shifted = [blurred.narrow(dim, i, images.shape[dim]) for i in range(WINDOW)]
+        total = torch.zeros_like(shifted[0])
+        for height, part in zip(heights, shifted, strict=True):
+            total.add_(part, alpha=height / sum(heights))
+        blurred = total
+    return blurred
 
 
 PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,10 +11,13 @@ pictures than dimensions.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import math
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +25,17 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from pilotage.eval.metrics.extractors import fidelity_modules, torchmetrics
+from pilotage.eval.metrics.extractors import fidelity_modules
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.options import Json, report
+
+
+@functools.cache
+def torchmetrics(name: str) -> types.ModuleType:
+    """A module of torchmetrics, which imports parts of torch-fidelity where that is installed."""
+    installed = importlib.util.find_spec("torch_fidelity") is not None
+    with fidelity_modules() if installed else nullcontext():
+        return importlib.import_module(f"torchmetrics.{name}")
 
 
 class _Pass(nn.Module):

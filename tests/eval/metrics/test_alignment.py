@@ -1,8 +1,6 @@
 """Extractors and alignment: tiny CLIP and DINOv2 models from folders, the sentence encoder."""
 
 import json
-import os
-import subprocess
 import sys
 import types
 
@@ -130,7 +128,7 @@ def test_clip_score(clip):
 def test_model_that_is_not_there(monkeypatch, kind):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder here.*name the folder"):
+    with pytest.raises(FileNotFoundError, match="no folder here.*name its folder"):
         load_extractor(f"{kind}:nobody/nothing")
 
 
@@ -192,33 +190,6 @@ def test_inception_weights(fidelity):
         load_extractor(f"inception:{path}")
     with pytest.raises(FileNotFoundError, match="no Inception weights at"):
         load_extractor("inception:missing.pth")
-
-
-def test_similarity_beside_it(fidelity):
-    """torchmetrics imports torch-fidelity where it is installed."""
-    site = fidelity / "site"
-    (site / "torch_fidelity" / "helpers.py").write_text("vassert = None")
-    name = "interpolate_bilinear_2d_like_tensorflow1x"
-    (site / "torch_fidelity" / "interpolate_compat_tensorflow.py").write_text(f"{name} = None")
-    (site / "torch_fidelity-0.4.0.dist-info").mkdir()
-    metadata = "Metadata-Version: 2.1\nName: torch-fidelity\nVersion: 0.4.0\n"
-    (site / "torch_fidelity-0.4.0.dist-info" / "METADATA").write_text(metadata)
-    code = """
-import torch
-from pilotage.eval.metrics.images import psnr, ssim
-images = torch.rand(2, 3, 16, 16)
-assert ssim(images, images).min() > 0.999 and psnr(images, images).isinf().all()
-from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
-assert _TORCH_FIDELITY_AVAILABLE
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
 
 
 def test_inception_offline(fidelity, monkeypatch):

@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 from pilotage.eval.metrics.images import colourfulness, contrast, psnr, saturation, ssim, to_tensor
 
@@ -41,13 +46,68 @@ def test_contrast_weighs_channels_as_rec_601():
     torch.testing.assert_close(contrast(images), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_ssim_is_one_for_equal_pictures_and_less_otherwise():
+def ssim_of_scipy(x, y):
+    """Wang et al. 2004, formula (13), in float64; scipy's mirror does not repeat the edge pixel."""
+
+    def mean(image):
+        return gaussian_filter(image, 1.5, mode="mirror", radius=5, axes=(1, 2))
+
+    x, y = x.double().numpy(), y.double().numpy()
+    c1, c2, mx, my = 0.01**2, 0.03**2, mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    above = (2 * mx * my + c1) * (2 * cov + c2)
+    return (above / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean()
+
+
+def pairs(size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, *size, generator=generator, dtype=torch.float64)
+    smooth = torch.nn.functional.avg_pool2d(images, 5, 1, 2)
+    return images, torch.stack([smooth[0], images[1] * 0.5, 1 - images[2]])
+
+
+@pytest.mark.parametrize("size", [(11, 11), (12, 31), (40, 24)])
+def test_ssim_is_the_papers_formula(size):
+    images, others = pairs(size)
+    expected = torch.tensor(
+        [ssim_of_scipy(x, y) for x, y in zip(images, others, strict=True)], dtype=torch.float64
+    )
+    torch.testing.assert_close(ssim(images, others), expected, rtol=1e-12, atol=1e-13)
+    single = ssim(images.float(), others.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ssim_and_psnr_are_those_of_torchmetrics():
+    """Of the tested version: stored figures were made with it."""
+    images, others = pairs((40, 24))
+    expected = structural_similarity_index_measure(images, others, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(images, others), expected, rtol=1e-10, atol=1e-10)
+    expected = peak_signal_noise_ratio(
+        images, others, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    # Its logarithm of 10 is in float32.
+    torch.testing.assert_close(psnr(images, others), expected, rtol=1e-6, atol=0)
+
+
+def test_ssim_is_one_for_equal_pictures():
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ssim(images, images), torch.ones(3))
-    darker = images.clone()
-    darker[1] *= 0.5
-    values = ssim(darker, images)
-    assert values[0] == pytest.approx(1) and values[1] < 0.95
+    torch.testing.assert_close(ssim(images, images), torch.ones(3), rtol=0, atol=1e-7)
+    flat_pair = flat((0.99, 0.99, 0.99)), flat((0.99, 0.99, 0.99)) - 1e-4
+    assert ssim(*flat_pair).item() > 0.9999
+
+
+@pytest.mark.parametrize("size", [(10, 40), (40, 10), (1, 1)])
+def test_pictures_smaller_than_the_window(size):
+    images = torch.zeros(1, 3, *size)
+    with pytest.raises(ValueError, match=f"11x11 pixels or more, got {size[1]}x{size[0]}"):
+        ssim(images, images)
+
+
+@pytest.mark.parametrize("metric", [ssim, psnr])
+def test_pairs_of_different_shapes(metric):
+    with pytest.raises(ValueError, match="shapes differ"):
+        metric(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17))
 
 
 def test_bad_pictures():
