@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from .pictures import Pictures
+
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
 
 
@@ -100,25 +102,41 @@ def check_target(path: Path, suffix: str | None = None) -> None:
     Raises:
         ValueError: another suffix, a folder, or nothing can be created where it would lie.
     """
+    from ..guidance.files import is_written_to
+
     if suffix is not None and path.suffix.lower() != suffix:
         raise ValueError(f"the file to write must end in {suffix}, got {path}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if is_written_to(path):
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written to")
+        return
+    place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{path} cannot be written: {place} is not a folder to write to")
 
 
-def report(values: dict[str, Any], json_file: Path | None) -> None:
+def report(values: dict[str, Any], json_file: Path | None, *folders: Pictures | None) -> None:
     """Print a command's values, one a line, and write them as JSON if asked.
+
+    What was changed in pictures on reading is told on the standard error.
 
     Args:
         values: Names and values, ready for JSON.
         json_file: A file to write, with command, machine and versions; ``-``: print JSON, and
             nothing else; None: no JSON.
+        folders: What was read: counts and names for the JSON. None stands for a file of features.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not know.
     """
+    read = [folder for folder in dict.fromkeys(folders) if folder is not None]
+    for line in (line for folder in read for line in folder.changes()):
+        typer.echo(line, err=True)
+    full = values | ({"pictures": [folder.summary() for folder in read]} if read else {})
     if json_file == Path("-"):
-        typer.echo(json.dumps(values))
+        typer.echo(json.dumps(full, allow_nan=False))
         return
     for name, value in values.items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
@@ -126,7 +144,22 @@ def report(values: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
         from .record import write_figures
 
-        write_figures(json_file, values)
+        write_figures(json_file, full)
+
+
+def _resize(form: str | None) -> str | None:
+    if form is not None:
+        from .pictures import Reading
+
+        Reading(resize=form)
+    return form
+
+
+def _background(colour: str) -> str:
+    from .pictures import Reading
+
+    Reading(background=colour)
+    return colour
 
 
 def _target(path: Path | None) -> Path | None:
@@ -185,7 +218,26 @@ Extractor = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Resize = Annotated[
-    int | None, typer.Option(min=1, help="Resize pictures to this side, in pixels, first.")
+    str | None,
+    typer.Option(
+        help="SIDE in pixels: the shorter side is brought to it, the middle square cut out. "
+        "clean:SIDE: as clean-fid does, which squashes pictures that are not square.",
+        metavar="SIDE",
+        callback=_resize,
+    ),
+]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", help="Read pictures in subfolders too, at any depth.")
+]
+Background = Annotated[
+    str, typer.Option(help="Colour behind transparent pictures.", callback=_background)
+]
+MadeBy = Annotated[
+    str | None,
+    typer.Option(
+        help="What made a .npz of another tool, which holds mu and sigma only: pytorch-fid, "
+        "clean-fid, or the name of an extractor.",
+    ),
 ]
 Json = Annotated[
     Path | None,

@@ -9,10 +9,14 @@ import typer
 
 from ..options import (
     DEFAULT_EXTRACTOR,
+    Background,
     BatchSize,
     Device,
+    MadeBy,
     Model,
     Negative,
+    Recursive,
+    Resize,
     Token,
     add_tokens,
     check_target,
@@ -44,8 +48,13 @@ def compare(
         "outputs/compare"
     ),
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of real pictures, for distribution metrics.")
+        Path | None,
+        typer.Option(help="Folder or .npz of real pictures, for distribution metrics."),
     ] = None,
+    resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
+    made_by: MadeBy = None,
     extractor: Annotated[str, typer.Option(help="Features for the reference.")] = DEFAULT_EXTRACTOR,
     clip: Annotated[
         str | None, typer.Option(help="CLIP folder or hub name, for the alignment.")
@@ -75,14 +84,16 @@ def compare(
     for name in guidance:
         check_guidance(name, model)  # an unknown name fails before anything is loaded
     check_tokens(token)
+    if reference is None and (resize or recursive or made_by):
+        raise ValueError("--resize, --recursive and --made-by need --reference")
 
     from ...pipelines.processes import processes
     from ..metrics.alignment import load_scorer
-    from ..metrics.extractors import load_extractor
-    from ..pictures import load_pictures
+    from ..pictures import Pictures, Reading
     from .comparison import compare as run
     from .comparison import grid
     from .plan import Plan
+    from .reference import open_reference
 
     check_target(output / "cells.json")
     plan = Plan(
@@ -93,17 +104,24 @@ def compare(
         {"negative_prompt": negative or None},
     )
     alignment = load_scorer(clip, ridge).to(device) if clip or ridge else None
+    main = processes().is_main_process
+    network, real, reading = None, None, Reading(recursive, resize, background)
+    if reference is not None:
+        real, network = open_reference(reference, extractor, device, reading, made_by)
     pipe = load_on(device, model)
     add_tokens(pipe, token)
     run(
         pipe,
         plan,
         output,
-        reference=None if reference is None else load_pictures(reference),
-        extractor=None if reference is None else load_extractor(extractor, device=device),
+        reference=real,
+        extractor=network,
         alignment=alignment,
+        reading=reading,
         equal_nfe=equal_nfe,
         report=report,
     )
-    if processes().is_main_process:
+    if main:
+        for line in real.changes() if isinstance(real, Pictures) else ():
+            typer.echo(line, err=True)
         typer.echo(str(output / ("report.html" if report else "cells.json")))

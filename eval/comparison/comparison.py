@@ -17,18 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ...guidance.files import atomic, write_json, write_text
 from ...pipelines.processes import processes
 from ..metrics.alignment import Alignment
 from ..metrics.extractors import EfficientNetLite0, Extractor
-from ..metrics.images import PER_PICTURE
+from ..pictures import Pictures, Reading
 from ..record import figures_context
 from .cost import steps_for_nfe
 from .evaluation import evaluate, independent, paired_differences, rounded
 from .plan import Plan, Samples, Setting
+from .reference import Reference, check_reference, measure_reference
 from .report import render
 from .sampling import generate
 
@@ -61,9 +61,10 @@ def compare(
     pipe: Any,
     plan: Plan,
     output: Path | str,
-    reference: Tensor | None = None,
+    reference: Reference | None = None,
     extractor: Extractor | None = None,
     alignment: Alignment | None = None,
+    reading: Reading | None = None,
     equal_nfe: bool = True,
     report: bool = True,
     progress: bool = True,
@@ -76,10 +77,11 @@ def compare(
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
             (``pictures/``); an interrupted comparison goes on where it stopped, and one of other
             settings shares its pictures.
-        reference: Real pictures, with shape (N, 3, H, W), in [0, 1]; without them the metrics that
-            compare distributions are left out.
+        reference: Real pictures, with shape (N, 3, H, W), in [0, 1], those of a folder, or a file
+            of their features; without them the metrics that compare distributions are left out.
         extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
         alignment: What scores pictures by their prompts; None leaves it out.
+        reading: How the pictures made are read to be measured, resized like those of a folder.
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
         progress: Show bars.
@@ -92,11 +94,8 @@ def compare(
         ValueError: the plan makes no sense on this pipeline, or `output` holds another one.
     """
     output = Path(output)
-    if reference is not None and (reference.ndim != 4 or len(reference) < 2):
-        raise ValueError(
-            "reference must be two pictures or more, (N, 3, H, W), got shape "
-            f"{tuple(reference.shape)}"
-        )
+    if reference is not None:
+        check_reference(reference)
     asked = plan.settings
     have = {(s.scale, s.steps) for s in asked if s.method == BASELINE}
     wanted = dict.fromkeys((s.scale, s.steps) for s in asked)
@@ -115,9 +114,8 @@ def compare(
     gallery, real = None, None
     if reference is not None:
         extractor = extractor or EfficientNetLite0().to(pipe.device)
-        gallery = extractor(reference).cpu()
-        real = {name: rounded(metric(reference).mean()) for name, metric in PER_PICTURE.items()}
-        real["n"] = len(reference)
+        gallery, means = measure_reference(reference, extractor, progress)
+        real = {name: mean if name == "n" else rounded(mean) for name, mean in means.items()}
     rows, resampled = [], {}
     everything = [*made, *fewer]
     for i, samples in enumerate(tqdm(everything, "metrics", unit="setting", disable=not progress)):
@@ -134,6 +132,7 @@ def compare(
             extractor,
             gallery,
             alignment,
+            reading,
         )
         rows.append(row)
     texts = made[0].prompts
@@ -144,6 +143,7 @@ def compare(
         "prompts": list(plan.prompts),
         "seeds": list(plan.seeds),
         "real": real,
+        "reference": reference.summary() if isinstance(reference, Pictures) else None,
         "extractor": getattr(extractor, "name", None) if reference is not None else None,
         "alignment": getattr(alignment, "name", None),
         "pipeline": type(pipe).__name__,

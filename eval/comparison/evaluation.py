@@ -14,12 +14,14 @@ from torch import Tensor
 from ..metrics.alignment import Alignment
 from ..metrics.bootstrap import Resamples, moved_interval
 from ..metrics.extractors import Extractor
+from ..metrics.feature_files import Features
 from ..metrics.frechet import frechet_distance, frechet_resamples
 from ..metrics.images import TO_BASELINE
 from ..metrics.kid import kernel_distance
 from ..metrics.per_picture import mean_and_interval, measure
 from ..metrics.precision_recall import density_coverage, precision_recall
 from ..metrics.resampled import kernel_resamples, neighbour_resamples
+from ..pictures import Pictures, Reading
 from .paired import differences
 from .plan import Samples
 
@@ -44,8 +46,9 @@ def evaluate(
     matches: Sequence[str] = (),
     guidance: str = "",
     extractor: Extractor | None = None,
-    gallery: Tensor | None = None,
+    gallery: Tensor | Features | None = None,
     alignment: Alignment | None = None,
+    reading: Reading | None = None,
 ) -> tuple[dict[str, Any], dict[str, Resampled]]:
     """All figures of a setting, ready for JSON, and what `paired_differences` needs of it.
 
@@ -59,12 +62,15 @@ def evaluate(
         matches: For ``equal nfe``, the labels of the settings whose cost it has.
         guidance: The settings its name stands for, written out.
         extractor: Pictures to features, None without a reference.
-        gallery: Features of the reference, with shape (N, D), on the CPU, or None.
+        gallery: Features of the reference, with shape (N, D), on the CPU, or their mean and
+            covariance, or None.
         alignment: What scores pictures by their prompts, or None.
+        reading: How pictures are read.
     """
+    reading = reading or Reading()
     values = measure(
-        samples.paths,
-        None if baseline is None else baseline.paths,
+        Pictures(samples.paths, reading),
+        None if baseline is None else Pictures(baseline.paths, reading),
         samples.prompts,
         alignment,
         None if gallery is None else extractor,
@@ -163,34 +169,34 @@ def independent(prompts: Sequence[str]) -> list[Hashable]:
     return list(prompts) if len(set(prompts)) > 1 else list(range(len(prompts)))
 
 
-def distribution_metrics(real: Tensor, fake: Tensor, drawn: Resamples) -> dict[str, Resampled]:
+def distribution_metrics(
+    real: Tensor | Features, fake: Tensor, drawn: Resamples
+) -> dict[str, Resampled]:
     """Fréchet distance, KID, precision, recall, density and coverage, and their resamples.
 
     The first two need two pictures, the others more than their k (3, 3, 5, 5); what has too few is
-    left out.
+    left out. Of mean and covariance alone there is the Fréchet distance.
 
     Args:
-        real: Features of the reference, with shape (N, D).
+        real: Features of the reference, with shape (N, D), or their mean and covariance.
         fake: Features of the generated pictures, with shape (M, D).
         drawn: Resamples of the generated pictures.
     """
-    least = min(len(real), len(fake))
     values: dict[str, float] = {}
     draws: dict[str, Tensor] = {}
+    if len(fake) > 1:
+        values["fd"] = frechet_distance(real, fake)
+        draws["fd"] = frechet_resamples(real, fake, drawn)
+    rows = real if isinstance(real, Tensor) else fake[:0]  # none: nothing below is measured
+    least = min(len(rows), len(fake))
     if least > 1:
-        values = {
-            "fd": frechet_distance(real, fake),
-            "kid": kernel_distance(real, fake).value,
-        }
-        draws = {
-            "fd": frechet_resamples(real, fake, drawn),
-            "kid": kernel_resamples(real, fake, drawn),
-        }
+        values["kid"] = kernel_distance(rows, fake).value
+        draws["kid"] = kernel_resamples(rows, fake, drawn)
     if least > NEIGHBOUR:
-        values |= precision_recall(real, fake, NEIGHBOUR)._asdict()
-        draws |= neighbour_resamples(real, fake, drawn, NEIGHBOUR, DENSITY_NEIGHBOUR)
+        values |= precision_recall(rows, fake, NEIGHBOUR)._asdict()
+        draws |= neighbour_resamples(rows, fake, drawn, NEIGHBOUR, DENSITY_NEIGHBOUR)
     if least > DENSITY_NEIGHBOUR:
-        values |= density_coverage(real, fake, DENSITY_NEIGHBOUR)._asdict()
+        values |= density_coverage(rows, fake, DENSITY_NEIGHBOUR)._asdict()
     return {name: Resampled(value, draws[name]) for name, value in values.items()}
 
 

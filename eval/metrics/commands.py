@@ -13,13 +13,16 @@ import typer
 
 from ..options import (
     DEFAULT_EXTRACTOR,
+    Background,
     BatchSize,
     Device,
     Extractor,
     Fake,
     Folder,
     Json,
+    MadeBy,
     Real,
+    Recursive,
     Resize,
     check_target,
     report,
@@ -27,14 +30,26 @@ from ..options import (
 from ..prompts import read_prompts
 
 if TYPE_CHECKING:
+    from ..pictures import Pictures, Reading
     from .features import Features
 
 CMMD_EXTRACTOR = "clip:openai/clip-vit-large-patch14-336"
 
 
 def _sources(real: Features, fake: Features) -> dict[str, Any]:
-    counts = {"n_real": real.statistics.count, "n_fake": fake.statistics.count}
-    return {"extractor": real.extractor, **counts}
+    found: dict[str, Any] = {"extractor": real.extractor}
+    if real.preprocessing != fake.preprocessing:  # a file of another tool
+        found["preprocessing"] = [real.preprocessing, fake.preprocessing]
+    return found | {"n_real": real.count, "n_fake": fake.count}
+
+
+def _read(folder: Path, reading: Reading) -> Pictures:
+    """The pictures of a folder, checked; what is there is told on the standard error."""
+    from ..pictures import Pictures
+
+    pictures = Pictures.of(folder, reading)
+    typer.echo(pictures.found(), err=True)
+    return pictures.check()
 
 
 def fid(
@@ -46,25 +61,29 @@ def fid(
     ] = 0,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
+    made_by: MadeBy = None,
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
     """Fréchet distance between two sets of pictures (FID with --extractor inception)."""
+    from ..pictures import Reading
     from .bootstrap import check_resampling
     from .features import load_pair
     from .frechet import frechet_distance, frechet_interval
 
     if resamples:
         check_resampling(resamples)
-    settings = real, fake, extractor, device, batch_size, resize
-    pair = load_pair(*settings, rows=(False, resamples > 0), least=(2, 2))
+    settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
+    pair = load_pair(*settings, rows=(False, resamples > 0), made_by=made_by)
     # Kept features spare small sets the eigenvectors of a D x D matrix.
-    one, two = (x.statistics if x.values is None else x.values for x in pair)
+    one, two = (x if x.values is None else x.values for x in pair)
     name = "fid" if extractor.partition(":")[0] == "inception" else "fd"
     values = {name: frechet_distance(one, two), **_sources(*pair)}
     if resamples:
         values["interval"] = list(frechet_interval(one, pair[1].rows(), resamples=resamples))
-    report(values, json)
+    report(values, json, *(features.pictures for features in pair))
 
 
 def kid(
@@ -77,19 +96,24 @@ def kid(
     subset_size: Annotated[int, typer.Option(min=2, help="Pictures in a subset.")] = 1000,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
     """Kernel distance between two sets of pictures (KID with --extractor inception)."""
+    from ..pictures import Reading
     from .features import load_pair
     from .kid import kernel_distance
 
     count = subset_size if subsets else 2
     least = (count, count)
-    one, two = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
+    settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
+    one, two = load_pair(*settings, least=least)
     found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
     std = {} if found.std is None else {"std": found.std}
-    report({"kid": found.value, **std, **_sources(one, two)}, json)
+    values = {"kid": found.value, **std, **_sources(one, two)}
+    report(values, json, one.pictures, two.pictures)
 
 
 def cmmd(
@@ -98,15 +122,20 @@ def cmmd(
     extractor: Extractor = CMMD_EXTRACTOR,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
     """CMMD between two sets of pictures, on CLIP embeddings."""
+    from ..pictures import Reading
     from .cmmd import cmmd as distance
     from .features import load_pair
 
-    one, two = load_pair(real, fake, extractor, device, batch_size, resize)
-    report({"cmmd": distance(one.rows(), two.rows()), **_sources(one, two)}, json)
+    settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
+    one, two = load_pair(*settings)
+    values = {"cmmd": distance(one.rows(), two.rows()), **_sources(one, two)}
+    report(values, json, one.pictures, two.pictures)
 
 
 def precision_recall(
@@ -119,45 +148,59 @@ def precision_recall(
     ] = 5,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
     """Precision, recall, density and coverage of generated pictures."""
+    from ..pictures import Reading
     from .features import load_pair
     from .precision_recall import density_coverage, precision_recall
 
     least = (max(k, k_coverage) + 1, k + 1)
-    pair = load_pair(real, fake, extractor, device, batch_size, resize, least=least)
+    settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
+    pair = load_pair(*settings, least=least)
     rows = pair[0].rows(), pair[1].rows()
     values = precision_recall(*rows, k)._asdict() | density_coverage(*rows, k_coverage)._asdict()
-    report(values | _sources(*pair), json)
+    report(values | _sources(*pair), json, *(features.pictures for features in pair))
 
 
 def saturation(
-    folder: Folder, batch_size: BatchSize = 32, resize: Resize = None, json: Json = None
+    folder: Folder,
+    batch_size: BatchSize = 32,
+    resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
+    json: Json = None,
 ) -> None:
     """Saturation, contrast and colourfulness of pictures, with 95 % intervals.
 
     High guidance scales raise all three; the same pictures without guidance, or real ones, say how
     much is right.
     """
-    from ..pictures import picture_files
+    from ..pictures import Reading
     from .per_picture import PER_PICTURE, means, measure
 
-    values = measure(picture_files(folder), batch_size=batch_size, resize=resize)
-    report(means(values, PER_PICTURE), json)
+    pictures = _read(folder, Reading(recursive, resize, background))
+    report(means(measure(pictures, batch_size=batch_size), PER_PICTURE), json, pictures)
 
 
 def similarity(
     folder: Folder,
     baseline: Annotated[Path, typer.Argument(help="Folder of pictures with the same names.")],
     batch_size: BatchSize = 32,
+    resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     json: Json = None,
 ) -> None:
     """SSIM and PSNR of pictures to those of the same name in another folder."""
-    from .per_picture import folder_similarity
+    from ..pictures import Reading
+    from .per_picture import similarity as compared
 
-    report(folder_similarity(folder, baseline, batch_size), json)
+    pair = [_read(each, Reading(recursive, resize, background)) for each in (folder, baseline)]
+    report(compared(pair[0], pair[1], batch_size), json, *pair)
 
 
 def alignment(
@@ -173,6 +216,8 @@ def alignment(
     fit: Annotated[Path | None, typer.Option(help="Fit a map and write it here.")] = None,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
@@ -182,23 +227,28 @@ def alignment(
     if fit is not None:
         check_target(fit)
 
-    from ..pictures import load_pictures, picture_files, prompt_of
+    from ..pictures import Reading, prompt_of
     from .alignment import load_scorer
+    from .extractors import load_extractor
     from .per_picture import mean_and_interval, measure
     from .ridge import RidgeAlignment
 
-    files = picture_files(folder)
+    pictures = _read(folder, Reading(recursive, resize, background))
+    files = pictures.files
     texts = read_prompts(prompts) if prompts is not None else [prompt_of(file) for file in files]
     if len(texts) != len(files):
         raise ValueError(f"{prompts} has {len(texts)} prompts for {len(files)} pictures")
     if fit is not None:
-        RidgeAlignment.fit(load_pictures(folder, resize), texts).save(fit)
-        typer.echo(f"{fit}: fitted on {len(files)} pictures")
+        network = load_extractor(DEFAULT_EXTRACTOR, device)
+        found = measure(pictures, extractor=network, batch_size=batch_size)
+        RidgeAlignment.fit(found["features"], texts, extractor=network).save(fit)
+        report({"fitted": str(fit), "n": len(files)}, json, pictures)
         return
     scorer = load_scorer(clip, ridge).to(device)
-    found = measure(files, None, texts, scorer, None, batch_size, resize)["alignment"]
-    mean, ends = mean_and_interval(found)
-    report({"alignment": mean, "by": scorer.name, "n": len(found), "interval": ends}, json)
+    scores = measure(pictures, None, texts, scorer, None, batch_size)["alignment"]
+    mean, ends = mean_and_interval(scores)
+    values = {"alignment": mean, "by": scorer.name, "n": len(scores), "interval": ends}
+    report(values, json, pictures)
 
 
 def statistics(
@@ -208,17 +258,21 @@ def statistics(
     features: Annotated[bool, typer.Option(help="Keep the features too.")] = False,
     batch_size: BatchSize = 32,
     resize: Resize = None,
+    recursive: Recursive = False,
+    background: Background = "white",
     device: Device = "cpu",
+    json: Json = None,
 ) -> None:
     """Keep mean and covariance of a folder's features in a file, for later comparisons."""
     check_target(output, ".npz")
 
-    from ..pictures import picture_files
+    from ..pictures import Reading
     from .extractors import load_extractor
     from .features import folder_features
 
-    picture_files(folder)
+    pictures = _read(folder, Reading(recursive, resize, background))
     network = load_extractor(extractor, device=device)
-    found = folder_features(folder, network, batch_size, resize, features)
+    found = folder_features(pictures, network, batch_size, features)
     found.save(output)
-    typer.echo(f"{output}: {found.statistics.count} pictures, {found.extractor}")
+    values = {"statistics": str(output), "extractor": found.extractor, "n": found.count}
+    report(values, json, pictures)

@@ -1,29 +1,19 @@
-"""Features of pictures, their mean and covariance, and the files that keep them.
-
-A file is a ``.npz`` without pickled objects. Its tags say what made it: extractor, preprocessing,
-number of pictures and a hash of their names and contents. Features of different extractors or
-preprocessings are never compared.
-"""
+"""Features of pictures, their mean and covariance."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...guidance.files import atomic
-from ..pictures import batches, picture_files
+from ..pictures import Pictures, Reading
 from .extractors import Extractor, load_extractor
-
-FORMAT = 1
+from .feature_files import Features, preprocessing
 
 
 def checked_features(features: Tensor, least: int = 1) -> Tensor:
@@ -86,141 +76,33 @@ class FeatureStatistics:
         return self.scatter / (self.count - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Statistics of pictures' features, what made them, and the features where they are kept.
-
-    Args:
-        extractor: Name of the network.
-        preprocessing: What is done to pictures before it.
-        data: SHA-256 of the pictures' names and contents.
-        statistics: Count, mean and scatter of the features.
-        values: Features, with shape (N, D); None if they were not kept.
-    """
-
-    extractor: str
-    preprocessing: str
-    data: str
-    statistics: FeatureStatistics
-    values: Tensor | None = None
-
-    def require(self, extractor: str, preprocessing: str) -> None:
-        """Refuse features of another extractor or preprocessing.
-
-        Raises:
-            ValueError: names what differs first, and both values.
-        """
-        wanted = {"extractor": extractor, "preprocessing": preprocessing}
-        for name, value in wanted.items():
-            if (own := getattr(self, name)) != value:
-                raise ValueError(
-                    f"not comparable: {name} is {own!r} in one and {value!r} in the other"
-                )
-
-    def rows(self) -> Tensor:
-        """The features.
-
-        Raises:
-            ValueError: they were not kept.
-        """
-        if self.values is None:
-            raise ValueError(
-                "this file keeps statistics only; this metric needs the features themselves: "
-                "make it again with --features"
-            )
-        return self.values
-
-    def save(self, path: str | Path) -> None:
-        """Write a ``.npz``, whole or not at all."""
-        tags = {"format": FORMAT, "n": self.statistics.count}
-        tags |= {name: getattr(self, name) for name in ("extractor", "preprocessing", "data")}
-        arrays: dict[str, Any] = {
-            "tags": np.array(json.dumps(tags)),
-            "mean": self.statistics.mean.cpu().numpy(),
-            "scatter": self.statistics.scatter.cpu().numpy(),
-        }
-        if self.values is not None:
-            arrays["features"] = self.values.cpu().numpy()
-        with atomic(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(
-        cls, path: str | Path, extractor: Extractor | None = None, resize: int | None = None
-    ) -> Features:
-        """Read what `save` wrote.
-
-        Args:
-            path: The file.
-            extractor: What it must have been made with; None: anything.
-            resize: Side to which pictures must have been brought before the extractor.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: damaged, of another kind, its parts disagree, or made with another extractor
-                or preprocessing (names the field).
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            tags = json.loads(str(arrays.pop("tags")))
-            parts = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            mean, scatter, kept = parts["mean"], parts["scatter"], parts.get("features")
-            statistics = FeatureStatistics(int(tags["n"]), mean, scatter)
-            made_by = tags["extractor"], tags["preprocessing"], tags["data"]
-        except KeyError as error:
-            raise ValueError(f"{path} is not a statistics file: it has no {error}") from error
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} is damaged or not a statistics file ({error}): make it again"
-            ) from error
-        if tags.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {tags.get('format')!r}, expected {FORMAT}")
-        shapes = scatter.shape == (*mean.shape, *mean.shape) and mean.ndim == 1
-        if not shapes or (kept is not None and kept.shape != (statistics.count, *mean.shape)):
-            raise ValueError(f"{path}: the shapes of its parts disagree")
-        if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
-            raise ValueError(f"{path}: NaN or infinity in its {' and '.join(bad)}")
-        found = cls(*made_by, statistics, kept)
-        if extractor is not None:
-            try:
-                found.require(extractor.name, _preprocessing(extractor, resize))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        return found
-
-
 def folder_features(
-    folder: str | Path,
+    pictures: Pictures,
     extractor: Extractor,
     batch_size: int = 32,
-    resize: int | None = None,
     keep: bool = True,
     progress: bool = True,
 ) -> Features:
-    """Features of a folder's pictures.
+    """Features of pictures.
 
     Args:
-        folder: Where the pictures lie.
+        pictures: Two or more.
         extractor: See `extractors.Extractor`.
         batch_size: Pictures at once.
-        resize: Bring pictures to this side first; needed for pictures of mixed sizes.
         keep: Keep the features beside their statistics.
         progress: Show a bar.
 
     Raises:
-        FileNotFoundError, ValueError: see `pictures`; or features with NaN (names the file).
+        ValueError: as for `Pictures.batches`; features with NaN (names the file); one picture.
     """
-    files, digest = picture_files(folder), hashlib.sha256()
+    digest, files = hashlib.sha256(), pictures.files
     statistics: FeatureStatistics | None = None
     kept: list[Tensor] = []
     done = 0
-    with tqdm(total=len(files), unit="picture", desc=str(folder), disable=not progress) as bar:
-        for pictures in batches(files, batch_size, resize, digest.update):
-            part = extractor(pictures).detach().float().cpu()
+    title = str(pictures.folder)
+    with tqdm(total=len(files), unit="picture", desc=title, disable=not progress) as bar:
+        for batch in pictures.batches(batch_size, digest.update):
+            part = extractor(batch).detach().float().cpu()
             if len(bad := (~part.isfinite().all(1)).nonzero()):
                 raise ValueError(
                     f"the features of {files[done + int(bad[0])]} contain NaN or infinity"
@@ -231,20 +113,18 @@ def folder_features(
             statistics = new if statistics is None else statistics.merged(new)
             done += len(part)
             bar.update(len(part))
-    assert statistics is not None  # `picture_files` gives at least one
+    if statistics is None:
+        raise ValueError("no pictures")
     return Features(
         extractor.name,
-        _preprocessing(extractor, resize),
+        preprocessing(extractor, pictures.reading),
+        statistics.mean,
+        statistics.covariance,
+        statistics.count,
         digest.hexdigest(),
-        statistics,
         torch.cat(kept) if keep else None,
+        pictures,
     )
-
-
-def _preprocessing(extractor: Extractor, resize: int | None) -> str:
-    # With `resize` the pictures were changed before the extractor; that is preprocessing too.
-    first = "" if resize is None else f"bicubic to {resize}x{resize}, then "
-    return first + extractor.preprocessing
 
 
 def load_pair(
@@ -253,20 +133,25 @@ def load_pair(
     extractor: str,
     device: str = "cpu",
     batch_size: int = 32,
-    resize: int | None = None,
+    reading: Reading | None = None,
     *,
     rows: tuple[bool, bool] = (True, True),
-    least: tuple[int, int] = (1, 1),
+    least: tuple[int, int] = (2, 2),
+    made_by: str | None = None,
 ) -> tuple[Features, Features]:
     """Features of two folders or ``.npz`` files; what can be refused early is.
+
+    What of the folders is read is told on the standard error, as is the progress.
 
     Args:
         real, fake: Folders or files.
         extractor: Its name, see `load_extractor`.
         device: Where it computes.
-        batch_size, resize: See `folder_features`.
+        batch_size: Pictures at once.
+        reading: How pictures are read.
         rows: Whether of `real` and of `fake` the features themselves are needed.
-        least: Pictures needed of `real` and of `fake`.
+        least: Pictures needed of `real` and of `fake`, at least 2.
+        made_by: See `Features.load`.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -274,21 +159,22 @@ def load_pair(
             `Features.load`.
     """
     sources = (real, fake)
-    counts: dict[Path, int] = {}
+    folders: dict[Path, Pictures] = {}
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"no folder or file {source}")
-        if source.suffix != ".npz":
-            counts[source] = len(picture_files(source))
+        if source.suffix != ".npz" and source not in folders:
+            folders[source] = Pictures.of(source, reading)
+            print(folders[source].found(), file=sys.stderr)
+            folders[source].check()
     network = load_extractor(extractor, device=device)
-    found = {s: Features.load(s, network, resize) for s in sources if s not in counts}
-    counts |= {source: features.statistics.count for source, features in found.items()}
+    found = {s: Features.load(s, network, reading, made_by) for s in sources if s not in folders}
     for source, needed, itself in zip(sources, least, rows, strict=True):
-        if (count := counts[source]) < needed:
+        count = len(folders[source]) if source in folders else found[source].count
+        if count is not None and count < needed:
             raise ValueError(f"at least {needed} pictures are needed, {source} has {count}")
         if itself and source in found:
             found[source].rows()
-    for source in sources:
-        if source not in found:
-            found[source] = folder_features(source, network, batch_size, resize, any(rows))
+    for source, pictures in folders.items():
+        found[source] = folder_features(pictures, network, batch_size, any(rows))
     return found[real], found[fake]

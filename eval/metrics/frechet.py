@@ -12,6 +12,7 @@ pictures. The distance is biased upwards for small N: compare equal N only.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,19 @@ from .bootstrap import Resamples, moved_interval
 from .features import FeatureStatistics, checked_features
 
 
-def factor(source: FeatureStatistics | Tensor) -> tuple[Tensor, Tensor]:
+class Gaussian(Protocol):
+    """Mean (D,) and covariance (D, D) of features, such as `FeatureStatistics` or `Features`."""
+
+    @property
+    def mean(self) -> Tensor:
+        """With shape (D,), float64."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """With shape (D, D), float64."""
+
+
+def factor(source: Gaussian | Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and a factor L, with shape (D, r), of the covariance: Sigma = L L^T.
 
     Fewer features than dimensions are their own factor, so that a singular covariance is exact.
@@ -37,7 +50,7 @@ def factor(source: FeatureStatistics | Tensor) -> tuple[Tensor, Tensor]:
     return source.mean, vectors[:, kept] * values[kept].sqrt()
 
 
-def frechet_distance(real: FeatureStatistics | Tensor, fake: FeatureStatistics | Tensor) -> float:
+def frechet_distance(real: Gaussian | Tensor, fake: Gaussian | Tensor) -> float:
     """Fréchet distance (squared, as everywhere in the literature), in float64.
 
     With covariances L1 L1^T and L2 L2^T, the eigenvalues of their product are the squared singular
@@ -61,7 +74,7 @@ def frechet_distance(real: FeatureStatistics | Tensor, fake: FeatureStatistics |
 
 
 def frechet_interval(
-    real: FeatureStatistics | Tensor,
+    real: Gaussian | Tensor,
     fake: Tensor,
     resamples: int = 100,
     seed: int = 0,
@@ -91,9 +104,7 @@ def frechet_interval(
     return max(low, 0.0), high
 
 
-def frechet_resamples(
-    real: FeatureStatistics | Tensor, fake: Tensor, resamples: Resamples
-) -> Tensor:
+def frechet_resamples(real: Gaussian | Tensor, fake: Tensor, resamples: Resamples) -> Tensor:
     """Fréchet distance of every resample of the generated pictures, with shape (R,), on the CPU.
 
     Cost: every resample takes the eigenvalues of a symmetric matrix whose side is the rank of the

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import compress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pictures import batches, picture_files
+from ..pictures import Pictures
 from .alignment import Alignment
 from .bootstrap import interval
 from .extractors import Extractor
@@ -18,47 +17,45 @@ from .images import PER_PICTURE, TO_BASELINE
 
 
 def measure(
-    files: Sequence[Path],
-    baseline: Sequence[Path] | None = None,
+    pictures: Pictures,
+    baseline: Pictures | None = None,
     prompts: Sequence[str] | None = None,
     alignment: Alignment | None = None,
     extractor: Extractor | None = None,
     batch_size: int = 64,
-    resize: int | None = None,
 ) -> dict[str, Tensor]:
     """Saturation, contrast and colourfulness of pictures, and what else they can be compared with.
 
     Args:
-        files: N pictures of one size.
+        pictures: N pictures.
         baseline: N others, for SSIM and PSNR.
         prompts, alignment: N texts and what scores pictures by them, for the alignment.
         extractor: For the features.
         batch_size: Pictures at once.
-        resize: Bring pictures to this side first.
 
     Returns:
         Name -> values on the CPU, with shape (N,); ``features`` with shape (N, D).
 
     Raises:
-        ValueError: as for `batches`, or pictures and baseline have different sizes.
+        ValueError: as for `Pictures.batches`, or pictures and baseline have different sizes.
     """
     values: dict[str, list[Tensor]] = {}
-    others = None if baseline is None else batches(baseline, batch_size, resize)
-    for number, pictures in enumerate(batches(files, batch_size, resize)):
-        found = {name: metric(pictures) for name, metric in PER_PICTURE.items()}
-        part = slice(number * batch_size, number * batch_size + len(pictures))
+    others = None if baseline is None else baseline.batches(batch_size)
+    for number, batch in enumerate(pictures.batches(batch_size)):
+        found = {name: metric(batch) for name, metric in PER_PICTURE.items()}
+        part = slice(number * batch_size, number * batch_size + len(batch))
         if others is not None:
             other = next(others)
-            if other.shape != pictures.shape:
+            if other.shape != batch.shape:
                 raise ValueError(
-                    f"{files[part][0]} and its baseline have different sizes (height, width): "
-                    f"{tuple(pictures.shape[2:])} and {tuple(other.shape[2:])}"
+                    f"{pictures.files[part][0]} and its baseline have different sizes (height, "
+                    f"width): {tuple(batch.shape[2:])} and {tuple(other.shape[2:])}"
                 )
-            found |= {name: metric(pictures, other) for name, metric in TO_BASELINE.items()}
+            found |= {name: metric(batch, other) for name, metric in TO_BASELINE.items()}
         if alignment is not None and prompts is not None:
-            found["alignment"] = alignment.score(pictures, prompts[part])
+            found["alignment"] = alignment.score(batch, prompts[part])
         if extractor is not None:
-            found["features"] = extractor(pictures)
+            found["features"] = extractor(batch)
         for name, value in found.items():
             values.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(parts) for name, parts in values.items()}
@@ -94,10 +91,8 @@ def means(values: dict[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def folder_similarity(
-    folder: str | Path, baseline: str | Path, batch_size: int = 32
-) -> dict[str, Any]:
-    """Mean SSIM and PSNR to the pictures of the same file names, their intervals, N.
+def similarity(pictures: Pictures, baseline: Pictures, batch_size: int = 32) -> dict[str, Any]:
+    """Mean SSIM and PSNR to the pictures of the same names below their folders, intervals, N.
 
     Meant for the same seeds and prompts under two settings: how much does a setting change? Equal
     pictures have no finite PSNR; ``n_equal`` counts them, and the mean of the PSNR leaves them out
@@ -106,15 +101,12 @@ def folder_similarity(
     Raises:
         ValueError: the folders' file names or picture sizes differ.
     """
-    pair = picture_files(folder), picture_files(baseline)
-    names = [{f.name for f in files} for files in pair]
-    for place, other, missing in (
-        (folder, baseline, names[1] - names[0]),
-        (baseline, folder, names[0] - names[1]),
-    ):
-        if missing:
+    for one, other in ((pictures, baseline), (baseline, pictures)):
+        names = {one.name(file) for file in one.files}
+        if missing := {other.name(file) for file in other.files} - names:
             raise ValueError(
-                f"{place} has no {min(missing)}, which {other} has ({len(missing)} such files)"
+                f"{one.folder} has no {min(missing)}, which {other.folder} has ({len(missing)} "
+                "such files)"
             )
-    values = measure(*pair, batch_size=batch_size)
+    values = measure(pictures, baseline, batch_size=batch_size)
     return means(values, TO_BASELINE) | {"n_equal": int(values["psnr"].isinf().sum())}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import GREY, SUFFIXES, image_files, on_white, read_head, read_image, to_tensor
+from ..images import GREY, SUFFIXES, flattened, listing, read_head, read_image, to_tensor
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 Block = tuple[Tensor, Tensor | None]
@@ -42,7 +42,7 @@ def _folder_items(
     colour = any(head[2] for head in _heads(files))
     for file, top in zip(files, tops, strict=True):
         try:
-            image = to_tensor(on_white(read_image(file), colour, size))
+            image = to_tensor(flattened(read_image(file), colour, size))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         yield image, names.index(top) if names else None
@@ -57,7 +57,7 @@ def _heads(files: list[Path]) -> Iterator[tuple[int, int, bool]]:
 
 
 def _files(folder: str | Path) -> list[Path]:
-    files = image_files(folder, nested=True)
+    files = listing(folder, nested=True).files
     if not files:
         raise ValueError(f"no pictures in {folder} (looked for {', '.join(SUFFIXES)})")
     return files
@@ -110,7 +110,7 @@ def _items(source: Iterable[Any], size: int | None) -> Iterator[tuple[Tensor, An
             item, label = item[0], item[1] if len(item) > 1 else None
         if isinstance(item, Image.Image):
             item = read_image(item)
-            image = to_tensor(on_white(item, item.mode not in GREY, size))
+            image = to_tensor(flattened(item, item.mode not in GREY, size))
         elif size is not None:
             raise ValueError(f"size={size} is for files and PIL images: resize tensors before")
         else:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...guidance.images import SUFFIXES, image_files, on_white, read_image, to_tensor
+from ...guidance.images import SUFFIXES, flattened, listing, read_image, to_tensor
 from ...guidance.zeroth_order import generator
 from .files import check_name, check_spelling, load_token, token_names
 from .loss import DiffusionTokenLoss, TokenBatch
@@ -46,7 +46,7 @@ def list_images(images: Images) -> list[str | Path | Image.Image]:
         source = str(images)
         if not Path(images).is_dir():
             raise FileNotFoundError(f"{images} is not a folder of images")
-        images = image_files(images)
+        images = listing(images).files
     elif isinstance(images, Image.Image):
         images = [images]
     if not (listed := list(images)):
@@ -106,7 +106,7 @@ def captions(
 def _pixels(image: str | Path | Image.Image, index: int, size: int) -> Tensor:
     name = f"image {index}" if isinstance(image, Image.Image) else str(image)
     try:
-        square = on_white(read_image(image), size=size)
+        square = flattened(read_image(image), size=size)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
     return to_tensor(square).float() / 255

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pilotage.eval.cli import main
-from pilotage.eval.comparison import evaluation
+from pilotage.eval.comparison import evaluation, reference
 from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.evaluation import evaluate
 from pilotage.eval.comparison.plan import Plan, Setting
@@ -22,6 +23,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
 from pilotage.eval.prompts import read_prompts
 
+from ..test_cli import run as pilotage
 from .comparisons import made_up
 
 PROMPTS = ["noto style fox", "twemoji style red apple"]
@@ -148,12 +150,84 @@ def test_a_comparison_can_be_extended(tmp_path):
 
 
 def test_one_picture_and_a_reference(tmp_path):
-    reference = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    real = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     plan = Plan(PROMPTS[:1], grid(["cfg", "apg"], [6.0], [2]))
-    options = {"reference": reference, "progress": False}
+    options = {"reference": real, "progress": False}
     rows = compare(load_embedded(), plan, tmp_path, **options)
     assert not {"fd", "kid", "precision"} & set(rows[0]) and rows[1]["ssim"] is not None
     assert (tmp_path / "report.html").is_file()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve pictures of mixed sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):
+        pixels = torch.rand(3, 70 + i % 3, 66, generator=generator).mul(255).byte()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_the_reference_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, photos, capsys):
+    options = ["-p", "a", "--model", tmp_path / "none", "-o", tmp_path / "out"]
+    torn, one = tmp_path / "torn.npz", tmp_path / "one"
+    torn.write_bytes(b"PK")
+    one.mkdir()
+    shutil.copy(photos / "00.png", one)
+    for given, message in (
+        (photos, "01.png is 66x71, but 00.png is 66x70"),
+        (torn, "torn.npz is damaged"),
+        (one, "needs two pictures or more"),
+        (tmp_path / "none.npz", "no folder or file"),
+    ):
+        assert run(monkeypatch, *options, "--reference", given) == 2
+        assert message in capsys.readouterr().err
+    assert run(monkeypatch, *options, "--recursive") == 2
+    assert "need --reference" in capsys.readouterr().err
+
+
+def test_a_file_of_features_says_what_its_pictures_say(monkeypatch, tmp_path, photos, capsys):
+    """The folder, its features, and their mean and covariance alone as another tool writes them."""
+    kept, plain = tmp_path / "kept.npz", tmp_path / "plain.npz"
+    options = ["statistics", photos, "--resize", 64, "--features", "-o", kept]
+    assert pilotage(monkeypatch, *options) == 0
+    with np.load(kept) as file:
+        np.savez(plain, mu=file["mu"], sigma=file["sigma"])
+    prompts = [word for i in range(6) for word in ("-p", f"noto style fox {i}")]
+    options = [*prompts, "-g", "cfg", "-w", 3, "--steps", 1, "--resize", 64]
+    cells = []
+    for given in (photos, kept, plain):
+        by = ["--made-by", "efficientnet-lite0"] if given == plain else []
+        output = tmp_path / "out"
+        assert run(monkeypatch, *options, "--reference", given, *by, "-o", output) == 0
+        written = json.loads((output / "cells.json").read_text())
+        cells.append(written["cells"][0])
+        assert (output / "report.html").is_file()
+        assert written["real"]["n"] == (None if by else 12)
+        read = written["reference"]
+        assert (read is None) == (given != photos) and (read is None or read["read"] == 12)
+        assert ("saturation" in written["real"]) == (given == photos)
+    for name in ("fd", "kid", "precision", "coverage"):
+        assert cells[1][name] == pytest.approx(cells[0][name], rel=1e-5)
+    assert cells[2]["fd"] == pytest.approx(cells[0]["fd"], rel=1e-4)
+    assert not {"kid", "precision", "coverage"} & set(cells[2])
+    assert f"{photos}: 12 pictures" in capsys.readouterr().err
+
+
+def test_a_reference_is_measured_in_batches(monkeypatch):
+    monkeypatch.setattr(reference, "BATCH", 4)
+    sizes = []
+
+    def extractor(images):
+        sizes.append(len(images))
+        return images.mean((2, 3))
+
+    images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    features, means = reference.measure_reference(images, extractor)
+    assert sizes == [4, 4, 2] and torch.equal(features, images.mean((2, 3)))
+    assert means["saturation"] == pytest.approx(float(saturation(images).mean()))
 
 
 def evaluated(tmp_path, prompts):

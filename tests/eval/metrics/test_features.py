@@ -1,4 +1,4 @@
-"""Pictures from files, features, their statistics and the files that keep them."""
+"""Features, their statistics and the files that keep them."""
 
 import json
 
@@ -8,12 +8,9 @@ import torch
 from PIL import Image
 
 from pilotage.eval.metrics.extractors import load_extractor
-from pilotage.eval.metrics.features import (
-    Features,
-    FeatureStatistics,
-    folder_features,
-)
-from pilotage.eval.pictures import batches, load_pictures, picture_files, prompt_of
+from pilotage.eval.metrics.feature_files import Features
+from pilotage.eval.metrics.features import FeatureStatistics, folder_features
+from pilotage.eval.pictures import Pictures, Reading, prompt_of
 
 
 class Means:
@@ -34,46 +31,21 @@ def write(folder, count=5, size=(8, 8), suffix=".png", seed=0):
     return arrays
 
 
-def test_pictures_in_order_and_batches(tmp_path):
-    arrays = write(tmp_path)
-    (tmp_path / "notes.txt").write_text("not a picture")
-    expected = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
-    assert torch.equal(load_pictures(tmp_path), expected)
-    parts = list(batches(picture_files(tmp_path), 2))
-    assert [len(part) for part in parts] == [2, 2, 1] and torch.equal(torch.cat(parts), expected)
+def features_of(folder, extractor=None, reading=None, **options):
+    pictures = Pictures.of(folder, reading)
+    return folder_features(pictures, extractor or Means(), progress=False, **options)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".PNG"])
-def test_kinds_of_files(tmp_path, suffix):
-    write(tmp_path, 2, suffix=suffix)
-    assert load_pictures(tmp_path).shape == (2, 3, 8, 8)
-
-
-def test_no_pictures(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no pictures"):
-        picture_files(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        picture_files(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-@pytest.mark.parametrize("keep", [0, 20, 0.6])
-def test_damaged_file_is_named(tmp_path, suffix, keep):
-    write(tmp_path, 3, size=(32, 32), suffix=suffix)
-    path = tmp_path / f"01{suffix}"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match=f"01{suffix} is damaged"):
-        folder_features(tmp_path, Means(), progress=False)
-
-
-def test_mixed_sizes(tmp_path):
+def test_preprocessing_says_how_pictures_were_read(tmp_path):
     write(tmp_path, 3)
     Image.new("RGB", (8, 9)).save(tmp_path / "03.png")
     with pytest.raises(ValueError, match=r"03.png is 8x9, but 00.png is 8x8"):
-        folder_features(tmp_path, Means(), batch_size=2, progress=False)
-    found = folder_features(tmp_path, Means(), resize=8, progress=False)
-    assert found.statistics.count == 4 and "bicubic to 8x8" in found.preprocessing
+        features_of(tmp_path, batch_size=2)
+    found = features_of(tmp_path, reading=Reading(resize="8"))
+    assert found.count == 4
+    assert found.preprocessing == "shorter side to 8 (bicubic), middle 8x8, then none"
+    found = features_of(tmp_path, reading=Reading(resize="clean:8", background="black"))
+    assert found.preprocessing == "transparency on black, clean-fid's bicubic to 8x8, then none"
 
 
 def test_nan_features_name_the_file(tmp_path):
@@ -85,17 +57,15 @@ def test_nan_features_name_the_file(tmp_path):
             return features.where(features[:, :1] != features[1 % len(features), 0], torch.nan)
 
     with pytest.raises(ValueError, match=r"the features of .*01.png contain NaN"):
-        folder_features(tmp_path, Broken(), batch_size=3, progress=False)
+        features_of(tmp_path, Broken(), batch_size=3)
 
 
 def test_statistics_are_numpys_and_merge_to_the_whole(tmp_path):
     write(tmp_path, 11)
-    found = folder_features(tmp_path, Means(), batch_size=4, progress=False)
+    found = features_of(tmp_path, batch_size=4)
     rows = found.rows().double().numpy()
-    np.testing.assert_allclose(found.statistics.mean, rows.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(
-        found.statistics.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-15
-    )
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-15)
 
 
 def test_merging_far_from_zero():
@@ -114,11 +84,9 @@ def test_merging_far_from_zero():
 
 def test_batch_size_does_not_matter(tmp_path):
     write(tmp_path / "a", 7)
-    one, all_ = (folder_features(tmp_path / "a", Means(), b, progress=False) for b in (1, 7))
+    one, all_ = (features_of(tmp_path / "a", batch_size=b) for b in (1, 7))
     assert one.data == all_.data and torch.equal(one.rows(), all_.rows())
-    torch.testing.assert_close(
-        one.statistics.covariance, all_.statistics.covariance, rtol=1e-10, atol=1e-15
-    )
+    torch.testing.assert_close(one.covariance, all_.covariance, rtol=1e-10, atol=1e-15)
 
 
 def test_data_identity(tmp_path):
@@ -126,22 +94,22 @@ def test_data_identity(tmp_path):
     for name in "abc":
         write(tmp_path / name)
     write(tmp_path / "c", 1, seed=1)  # another first picture
-    a, b, c = (folder_features(tmp_path / n, Means(), progress=False).data for n in "abc")
+    a, b, c = (features_of(tmp_path / n).data for n in "abc")
     assert a == b != c
     (tmp_path / "b" / "04.png").rename(tmp_path / "b" / "05.png")
-    assert folder_features(tmp_path / "b", Means(), progress=False).data != a
+    assert features_of(tmp_path / "b").data != a
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_files(tmp_path, keep):
     write(tmp_path / "a")
-    made = folder_features(tmp_path / "a", Means(), keep=keep, progress=False)
+    made = features_of(tmp_path / "a", keep=keep)
     path = tmp_path / "new" / "stats.npz"
     made.save(path)
     read = Features.load(path, Means())
-    assert read.data == made.data and read.statistics.count == 5
-    assert torch.equal(read.statistics.mean, made.statistics.mean)
-    assert torch.equal(read.statistics.covariance, made.statistics.covariance)
+    assert read.data == made.data and read.count == 5
+    assert torch.equal(read.mean, made.mean)
+    assert torch.equal(read.covariance, made.covariance)
     assert [p.name for p in path.parent.iterdir()] == ["stats.npz"]
     if keep:
         assert torch.equal(read.rows(), made.rows())
@@ -156,7 +124,7 @@ def test_files(tmp_path, keep):
 def made(tmp_path):
     write(tmp_path / "a")
     path = tmp_path / "stats.npz"
-    folder_features(tmp_path / "a", Means(), progress=False).save(path)
+    features_of(tmp_path / "a").save(path)
     return path
 
 
@@ -172,20 +140,84 @@ def test_other_files(tmp_path):
     path = made(tmp_path)
     with np.load(path) as file:
         arrays = dict(file)
-    np.savez(path, **{k: v for k, v in arrays.items() if k != "tags"})
-    with pytest.raises(ValueError, match="no 'tags'"):
-        Features.load(path)
-    np.savez(path, **arrays | {"mean": arrays["mean"][:2]})
-    with pytest.raises(ValueError, match="disagree"):
-        Features.load(path)
-    np.savez(path, **arrays | {"mean": arrays["mean"] * np.nan})
-    with pytest.raises(ValueError, match="NaN"):
-        Features.load(path)
-    np.savez(path, **arrays | {"tags": np.array({"pickled": 1}, dtype=object)})
-    with pytest.raises(ValueError, match="damaged or not a statistics file"):
-        Features.load(path)
+    tags = json.loads(str(arrays["tags"]))
+
+    def refused(message, **changes):
+        np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
+        with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
+            Features.load(path)
+
+    refused("no mu and no sigma", mu=None, sigma=None)
+    refused(r"shapes \(2,\) and \(6, 6\)", mu=arrays["mu"][:2])
+    refused("parts disagree", features=arrays["features"][:2])
+    refused("NaN or infinity in its features", features=arrays["features"] * np.nan)
+    refused("format 1, expected 2", tags=np.array(json.dumps(tags | {"format": 1})))
+    refused("damaged: its tags have no data and no extractor", tags=np.array("{}"))
+    refused("damaged or not a statistics file", tags=np.array({"pickled": 1}, dtype=object))
     with pytest.raises(FileNotFoundError):
         Features.load(tmp_path / "none.npz")
+
+
+SPREAD = np.random.default_rng(0).normal(size=(6, 6))
+MOMENTS = {"mu": np.arange(6.0), "sigma": SPREAD @ SPREAD.T}
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_mean_and_covariance_of_other_tools(tmp_path, write, dtype):
+    """As pytorch-fid and clean-fid write them; what made them has to be said."""
+    path = tmp_path / "theirs.npz"
+    write(path, **{name: part.astype(dtype) for name, part in MOMENTS.items()})
+    with pytest.raises(ValueError, match="theirs.npz.*do not say what made them.*--made-by"):
+        Features.load(path, Means())
+    with pytest.raises(ValueError, match="mu has 6 entries, those of pytorch-fid .* have 2048"):
+        Features.load(path, Means(), made_by="pytorch-fid")
+    with pytest.raises(ValueError, match="extractor is 'other' in one and 'means'"):
+        Features.load(path, Means(), made_by="other")
+    found = Features.load(path, Means(), made_by="means")
+    assert found.count is None and found.preprocessing == "that of means"
+    np.testing.assert_array_equal(found.mean, MOMENTS["mu"])
+    np.testing.assert_allclose(found.covariance, MOMENTS["sigma"], rtol=1e-6)
+    with pytest.raises(ValueError, match="statistics only"):
+        found.rows()
+
+
+def test_tools_with_inception_are_no_other_network(tmp_path):
+    path = tmp_path / "theirs.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="extractor is 'inception' in one and 'means'"):
+        Features.load(path, Means(), made_by="clean-fid")
+
+
+def test_other_tools_read_ours(tmp_path):
+    """pytorch-fid 0.3 and clean-fid 0.1.35 take ``mu`` and ``sigma`` out of a file like this."""
+    with np.load(made(tmp_path)) as file:
+        mean, covariance = file["mu"][:], file["sigma"][:]
+    rows = features_of(tmp_path / "a").rows().double().numpy()
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigma": None}, "it has no sigma"),
+        ({"mu": MOMENTS["mu"] + 0j}, "mu is complex"),
+        ({"sigma": MOMENTS["sigma"] + 1e-3j}, "sigma is complex"),
+        ({"sigma": np.eye(6, dtype=int)}, "sigma is of type int64"),
+        ({"mu": np.full(6, np.nan)}, "NaN or infinity in mu"),
+        ({"sigma": np.where(np.eye(6), np.inf, 0)}, "NaN or infinity in sigma"),
+        ({"sigma": MOMENTS["sigma"] + np.eye(6, k=1)}, "sigma is not symmetric"),
+        ({"sigma": np.diag([1, 1, 1, 1, 1, -0.01])}, "negative eigenvalue -0.01"),
+        ({"sigma": np.eye(5)}, "shapes"),
+        ({"mu": np.zeros((1, 6))}, "shapes"),
+    ],
+)
+def test_what_is_no_mean_and_covariance(tmp_path, changes, message):
+    path = tmp_path / "theirs.npz"
+    np.savez(path, **{k: v for k, v in (MOMENTS | changes).items() if v is not None})
+    with pytest.raises(ValueError, match=f"theirs.npz.*{message}"):
+        Features.load(path, made_by="means")
 
 
 @pytest.mark.parametrize("field", ["extractor", "preprocessing"])
@@ -195,8 +227,8 @@ def test_other_tags_are_refused(tmp_path, field):
     setattr(other, {"extractor": "name"}.get(field, field), "other")
     with pytest.raises(ValueError, match=f"stats.npz.*{field} is .*'other'"):
         Features.load(path, other)
-    with pytest.raises(ValueError, match="preprocessing is 'none' in one and 'bicubic"):
-        Features.load(path, Means(), resize=4)
+    with pytest.raises(ValueError, match="preprocessing is 'none' in one and 'shorter side to 4"):
+        Features.load(path, Means(), Reading(resize="4"))
     own = {"extractor": "means", "preprocessing": "none"}
     with pytest.raises(ValueError, match=field):
         Features.load(path).require(**own | {field: "x"})

@@ -1,8 +1,11 @@
 """The metric commands on folders of pictures."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.images import psnr, saturation, ssim
 from pilotage.eval.metrics.kid import kernel_distance
 from pilotage.eval.metrics.precision_recall import precision_recall
-from pilotage.eval.pictures import load_pictures
+from pilotage.eval.options import report
+from pilotage.eval.pictures import Pictures, load_pictures
 
 from ..test_cli import run
 
@@ -99,9 +103,96 @@ def test_cmmd(monkeypatch, tmp_path, sources, features):
     assert found["cmmd"] == pytest.approx(cmmd(*features), rel=1e-6)
 
 
-def test_values_are_printed_as_json(monkeypatch, folders, capsys):
-    assert run(monkeypatch, "saturation", folders[0], "--json", "-") == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 8
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fid", "{real}", "{fake}"],
+        ["kid", "{real}", "{fake}"],
+        ["cmmd", "{real}", "{fake}", "-e", Coarse.name],
+        ["precision-recall", "{real}", "{fake}"],
+        ["saturation", "{real}"],
+        ["similarity", "{real}", "{fake}"],
+        ["alignment", "{real}", "--prompts", "{tmp}/prompts.txt", "--fit", "{tmp}/map"],
+        ["statistics", "{real}", "-o", "{tmp}/real.npz"],
+    ],
+)
+def test_nothing_but_json_is_printed(monkeypatch, tmp_path, folders, capsys, arguments):
+    """And the JSON says what was read of each folder."""
+    places = {"real": folders[0], "fake": folders[1], "tmp": tmp_path}
+    (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
+    (folders[0] / "notes.txt").touch()
+    given = [a.format(**places) for a in arguments]
+    assert run(monkeypatch, *given, "--json", "-") == 0
+    out, err = capsys.readouterr()
+    read = json.loads(out)["pictures"]
+    assert [entry["folder"] for entry in read] == [a for a in given if a in map(str, folders)]
+    assert read[0]["read"] == 8 and read[0]["others"] == {"count": 1, "first": ["notes.txt"]}
+    assert f"{folders[0]}: 8 pictures; not read: other files: 1 (notes.txt)" in err
+
+
+def test_what_a_folder_holds_is_told(monkeypatch, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    for name in ("a", "b", "c", "more/d"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    Image.new("RGBA", (8, 8), (0, 255, 0, 0)).save(tmp_path / "c.png")
+    Image.new("L", (8, 8)).save(
+        tmp_path / "g.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
+    )
+    for name in ("notes.txt", "._a.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    path = tmp_path.parent / "out.json"
+    assert run(monkeypatch, "saturation", tmp_path, "--json", path) == 0
+    out, err = capsys.readouterr()
+    assert "saturation: 0.5" in out and "pictures" not in out
+    assert err.splitlines() == [
+        f"{tmp_path}: 4 pictures; not read: hidden: 1 (._a.png); other files: 1 (notes.txt); "
+        "subfolders (--recursive): 1 (more)",
+        f"{tmp_path}: transparent, on white: 1 (c.png)",
+        f"{tmp_path}: several pictures, the first is read: 1 (g.gif)",
+    ]
+
+    def one(name):
+        return {"count": 1, "first": [name]}
+
+    assert json.loads(path.read_text())["pictures"] == [
+        {
+            "folder": str(tmp_path),
+            "read": 4,
+            "hidden": one("._a.png"),
+            "others": one("notes.txt"),
+            "folders": one("more"),
+            "transparent": one("c.png"),
+            "first_only": one("g.gif"),
+        }
+    ]
+    assert run(monkeypatch, "saturation", tmp_path, "--recursive", "--background", "red") == 0
+    out, err = capsys.readouterr()
+    assert "n: 5" in out and "saturation: 0.8" in out and "5 pictures; not read: hidden" in err
+
+
+def test_json_goes_into_a_pipe(monkeypatch, tmp_path, folders):
+    path, read = tmp_path / "pipe.json", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    reader.start()
+    assert run(monkeypatch, "saturation", folders[0], "--json", path) == 0
+    reader.join()
+    assert json.loads(read[0])["n"] == 8 and path.is_fifo()
+
+
+def test_what_json_does_not_know_is_no_json():
+    with pytest.raises(ValueError, match="JSON"):
+        report({"value": float("nan")}, Path("-"))
+
+
+def test_mean_and_covariance_of_another_tool(monkeypatch, tmp_path, folders, features):
+    real, fake = folders
+    rows = features[0].double().numpy()
+    np.savez(tmp_path / "theirs.npz", mu=rows.mean(0), sigma=np.cov(rows, rowvar=False))
+    options = [tmp_path / "theirs.npz", fake, "--made-by", Coarse.name]
+    found = values(monkeypatch, tmp_path, "fid", *options)
+    assert found["fd"] == pytest.approx(frechet_distance(*features), rel=1e-6)
+    assert found["n_real"] is None and found["preprocessing"] == [f"that of {Coarse.name}", "none"]
 
 
 def test_similarity_and_saturation(monkeypatch, tmp_path, folders):
@@ -137,9 +228,12 @@ def test_alignment(monkeypatch, tmp_path, folders):
         (["fid", "{real}", "{tmp}"], "holds no pictures"),
         (["fid", "{real}", "{fake}", "-e", "resnet"], "unknown extractor 'resnet'"),
         (["fid", "{real}", "{tmp}/bad.npz"], "bad.npz is damaged"),
-        (["saturation", "{tmp}/deep"], "a.png: mode 'I;16': convert it to 8 bits a channel first"),
-        (["kid", "{real}", "{tmp}/torn"], "b.png is damaged"),
+        (["saturation", "{tmp}/deep"], "a.png cannot be read: mode 'I;16': convert"),
+        (["kid", "{real}", "{tmp}/torn"], "b.png cannot be read: damaged"),
         (["saturation", "{tmp}/mixed"], "b.png is 4x5, but a.png is 4x4"),
+        (["similarity", "{tmp}/one", "{tmp}/one"], "SSIM needs pictures of 11x11 pixels or more"),
+        (["fid", "{real}", "{fake}", "--resize", "12x12"], "a side in pixels or clean:SIDE"),
+        (["fid", "{real}", "{fake}", "--background", "whitish"], "unknown color specifier"),
         (["similarity", "{real}", "{tmp}/one"], "has no 1.png"),
         (["statistics", "{real}", "-o", "x.txt"], "must end in .npz"),
         (["alignment", "{real}"], "name one of --clip, --ridge and --fit"),
@@ -176,6 +270,9 @@ def test_errors_are_one_line(monkeypatch, tmp_path, folders, capsys, arguments, 
         (["precision-recall", "{real}", "{fake}", "--k", "8"], "at least 9 pictures are needed"),
         (["fid", "{real}", "{fake}", "--json", "{tmp}/bad.npz/x.json"], "bad.npz is not a folder"),
         (["fid", "{real}", "{fake}", "--json", "{tmp}"], "{tmp} is a folder"),
+        (["fid", "{real}", "{tmp}/mixed"], "b.png is 4x5, but a.png is 4x4"),
+        (["fid", "{real}", "{tmp}/theirs.npz"], "theirs.npz: its mu and sigma do not say"),
+        (["fid", "{real}", "{fake}", "--json", "{tmp}/bad.npz/x/y.json"], "is not a folder"),
         (["fid", "{real}", "{fake}", "--device", "nothing"], "device 'nothing' cannot be used"),
         (["statistics", "{real}", "-o", "{tmp}/bad.npz/x.npz"], "bad.npz is not a folder"),
         (["saturation", "{real}", "--json", "{tmp}/bad.npz/x.json"], "bad.npz is not a folder"),
@@ -187,8 +284,13 @@ def test_mistakes_are_found_before_the_work(
     real, fake = folders
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
+    (tmp_path / "mixed").mkdir()
+    for name, size in (("a", (4, 4)), ("b", (4, 5))):
+        Image.new("RGB", size).save(tmp_path / "mixed" / f"{name}.png")
     (tmp_path / "bad.npz").write_bytes(b"PK")
-    folder_features(fake, network, keep=False, progress=False).save(tmp_path / "plain.npz")
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(48), sigma=np.eye(48))
+    pictures = Pictures.of(fake)
+    folder_features(pictures, network, keep=False, progress=False).save(tmp_path / "plain.npz")
     places = {"real": real, "fake": fake, "tmp": tmp_path}
     assert run(monkeypatch, *(a.format(**places) for a in arguments)) == 2
     error = capsys.readouterr().err
