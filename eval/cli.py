@@ -214,7 +214,7 @@ def _write(
     each: Sequence[dict[str, Any]],
 ) -> None:
     """Write PNGs, several numbered, and name them. `each`: what to keep of one beside `made`."""
-    from .pictures import save_picture
+    from .metadata import save_picture
 
     paths = [output]
     if len(images) > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageColor
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..guidance.files import atomic
 from ..guidance.images import (
     SUFFIXES,
     flattened,
@@ -28,7 +25,6 @@ from ..guidance.images import (
     read_image,
 )
 
-TAG = "pilotage"  # the name of the text in a PNG that holds its settings
 SHOWN = 5  # names in a message
 
 
@@ -256,24 +252,3 @@ def _some(names: Sequence[str]) -> str:
 def load_pictures(folder: str | Path, reading: Reading | None = None) -> Tensor:
     """All pictures of a folder as float32 (N, 3, H, W) in [0, 1]; see `Pictures`."""
     return torch.cat(list(Pictures.of(folder, reading).batches()))
-
-
-def save_picture(path: Path, image: Image.Image, made: dict[str, Any]) -> None:
-    """Write a PNG, whole or not at all, with how it was made (ready for JSON) in its metadata."""
-    info = PngInfo()
-    info.add_text(TAG, json.dumps(made))
-    with atomic(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
-
-
-def prompt_of(path: Path) -> str:
-    """The prompt that `save_picture` kept in a PNG.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        with Image.open(path) as image:
-            return json.loads(image.info[TAG])["prompt"]
-    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} does not carry its prompt: name a file of prompts") from error

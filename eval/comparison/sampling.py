@@ -32,7 +32,7 @@ from ...pipelines.fitting.identity import pipeline_identity
 from ...pipelines.guided import scale_argument, scale_option
 from ...pipelines.processes import processes
 from ...pipelines.seam.noise_levels import check_scheduler, knows_levels
-from ..pictures import save_picture
+from ..metadata import save_picture
 from .cost import update_norms
 from .plan import Plan, Samples, Setting, sample_seed
 

@@ -227,7 +227,8 @@ def alignment(
     if fit is not None:
         check_target(fit)
 
-    from ..pictures import Reading, prompt_of
+    from ..metadata import prompt_of
+    from ..pictures import Reading
     from .alignment import load_scorer
     from .extractors import load_extractor
     from .per_picture import mean_and_interval, measure

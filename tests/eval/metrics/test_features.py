@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pilotage.eval.metadata import prompt_of
 from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.feature_files import Features
 from pilotage.eval.metrics.features import FeatureStatistics, folder_features
-from pilotage.eval.pictures import Pictures, Reading, prompt_of
+from pilotage.eval.pictures import Pictures, Reading
 
 
 class Means:
