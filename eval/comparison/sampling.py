@@ -172,7 +172,8 @@ def _make(
     trace = pipe.guidance_trace
     for (seed, i), image, nfe in zip(chunk, images, trace.nfe, strict=True):
         made = {"prompt": plan.prompts[i], "seed": seed, "guidance": str(guidance)}
-        made |= scale | {"steps": setting.steps, "nfe": nfe}
+        made |= scale | {"steps": setting.steps, "nfe": nfe, "negative_prompt": negative}
+        made["scheduler"] = type(pipe.scheduler).__name__
         save_picture(_picture_path(folder, setting, seed, i), image, made)
     return {
         "samples": [list(sample) for sample in chunk],

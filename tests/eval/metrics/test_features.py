@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotage.eval.metadata import prompt_of
 from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.feature_files import Features
 from pilotage.eval.metrics.features import FeatureStatistics, folder_features
@@ -240,9 +239,3 @@ def test_other_tags_are_refused(tmp_path, field):
 def test_unknown_extractor(name):
     with pytest.raises(ValueError, match="there are: efficientnet-lite0, inception"):
         load_extractor(name)
-
-
-def test_no_prompt(tmp_path):
-    write(tmp_path, 1)
-    with pytest.raises(ValueError, match="00.png does not carry its prompt"):
-        prompt_of(tmp_path / "00.png")
