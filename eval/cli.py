@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that ``pilotage --help`` stays
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,15 +37,16 @@ from .options import (
     report,
 )
 from .personalize import personalize
+from .terminal import finish, note, with_quiet
 from .tuning.commands import calibrate, fit, search
 
 if TYPE_CHECKING:
     from PIL import Image
 
 OUT = Path("out.png")
+Force = Annotated[bool, typer.Option("--force", help="Write over pictures that exist.")]
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -74,6 +76,7 @@ def generate(
     steps: Steps = 20,
     seed: Seed = 0,
     count: Count = 1,
+    force: Force = False,
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
@@ -84,7 +87,7 @@ def generate(
     from .embedded import check_guidance, load_on
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
-    check_target(output, ".png")
+    paths = _targets(output, count, force)
     check_tokens(token)
     check_backend(backend, graphs)
 
@@ -118,7 +121,7 @@ def generate(
         "model": str(model or "embedded"),
     } | ({"tokens": words} if words else {})
     each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(pipe.guidance_trace.nfe)]
-    _write(output, result.images, made, each)
+    _write(paths, result.images, made, each)
 
 
 def denoise(
@@ -156,30 +159,31 @@ def denoise(
         str, typer.Option("--guidance", "-g", help="How to guide; needs --scale above 1.")
     ] = "",
     scale: Scale = 1.0,
+    force: Force = False,
 ) -> None:
     """Sample from a folder of pictures, without a network (analytic denoisers)."""
     from ..guidance import resolve
+    from ..pipelines.analytic.model import denoiser_class
 
+    kind = denoiser_class(method)
     if guidance:
         resolve(guidance)
     if tau is not None and method not in ("local", "soft"):
         raise ValueError(f"--tau belongs to the local denoisers, not to {method!r}")
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}")
-    check_target(output, ".png")
+    paths = _targets(output, count, force)
 
     import torch
 
     from ..guidance.analytic import size_for
     from ..pipelines import guided
-    from ..pipelines.analytic.model import denoiser_class
     from ..pipelines.analytic.pipeline import AnalyticDenoisingPipeline
 
     if size is None:
-        kind = denoiser_class(method)
         size, why = size_for(images, kind.accept, kind.side)
         if why:
-            typer.echo(f"{why} (--size)", err=True)
+            note(f"{why} (--size)")
     options = {} if tau is None else {"tau": tau}
     pipe: Any = guided(
         AnalyticDenoisingPipeline(images=images, size=size, method=method, options=options)
@@ -204,21 +208,36 @@ def denoise(
         "guidance": guidance,
         "guidance_scale": scale,
     }
-    _write(output, result.images, made, [{"seed": seed + i} for i in range(count)])
+    _write(paths, result.images, made, [{"seed": seed + i} for i in range(count)])
+
+
+def _targets(output: Path, count: int, force: bool) -> list[Path]:
+    """The pictures to write, several numbered.
+
+    Raises:
+        ValueError: they cannot be written, or one is there already and shall not be lost.
+    """
+    check_target(output, ".png")
+    paths = [output]
+    if count > 1:
+        paths = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    if not force and (there := [str(path) for path in paths if path.exists()]):
+        raise ValueError(
+            f"{', '.join(there)} exists already: name another file with --output, or write over "
+            "it with --force"
+        )
+    return paths
 
 
 def _write(
-    output: Path,
+    paths: Sequence[Path],
     images: Sequence[Image.Image],
     made: dict[str, Any],
     each: Sequence[dict[str, Any]],
 ) -> None:
-    """Write PNGs, several numbered, and name them. `each`: what to keep of one beside `made`."""
+    """Write PNGs and name them. `each`: what to keep of one beside `made`."""
     from .metadata import save_picture
 
-    paths = [output]
-    if len(images) > 1:
-        paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(images))]
     for path, image, own in zip(paths, images, each, strict=True):
         save_picture(path, image, made | own)
         typer.echo(f"{path}  ({own['nfe']} network evaluations)" if "nfe" in own else str(path))
@@ -269,18 +288,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "statistics": metrics.statistics,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(with_quiet(_command))
 
 
 def main() -> None:
     """Entry point of ``pilotage``."""
-    run(app)
-
-
-def run(command: Callable[[], Any]) -> None:
-    """Run a command: errors of the user's making end in one line and status 2."""
-    try:
-        command()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    finish(functools.partial(app, prog_name="pilotage"))

@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from .options import Model
+from .terminal import note
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def _precision(name: str) -> str:
     if name not in PRECISIONS:
-        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {name!r}")
+        from ..guidance.names import unknown
+
+        raise unknown("precision", name, PRECISIONS)
     return name
 
 
@@ -68,7 +71,7 @@ def export(
         with tempfile.TemporaryDirectory(prefix=".", dir=output.parent) as scratch:
             pipe = load("fp32")
             export_onnx(pipe, scratch)
-            typer.echo(f"calibrating on {images}")
+            note(f"calibrating on {images}")
             with recorded(on_runtime(pipe, scratch)) as inputs:
                 calibrate(Personalizer(pipe), images, rows, seed)
             quantize_onnx(scratch, output, inputs)

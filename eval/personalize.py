@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Backend, Device, Dtype, Graphs, Model, check_backend, check_target
+from .terminal import Yes, go_on, is_quiet
 
 
 def personalize(
@@ -70,6 +71,7 @@ def personalize(
         int, typer.Option(min=0, help="Fix the calls, for bit-equal runs on several processes.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -115,31 +117,35 @@ def personalize(
 
         to_integers(pipe, quantize)
     pipe.set_progress_bar_config(disable=True)
-    try:
-        result = Personalizer(pipe, max_rows=max_rows).fit(
-            images,
-            token,
-            initializer,
-            preset=preset,
-            steps=steps,
-            minutes=minutes,
-            vectors=vectors,
-            templates=template or TEMPLATES,
-            held_out=held_out,
-            patience=patience,
-            evaluate_every=evaluate_every,
-            preview_every=preview_every,
-            preview_prompt=preview_prompt,
-            checkpoint_every=checkpoint_every,
-            resume=not fresh,
-            output=output,
-            points_per_call=points_per_call,
-            seed=seed,
-        )
-    except FloatingPointError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
-    if not processes().is_main_process:
+    state = processes()
+
+    def ask(seconds: float) -> None:
+        if state.is_main_process:
+            go_on(seconds, yes or state.num_processes > 1)
+
+    result = Personalizer(pipe, max_rows=max_rows).fit(
+        images,
+        token,
+        initializer,
+        preset=preset,
+        steps=steps,
+        minutes=minutes,
+        vectors=vectors,
+        templates=template or TEMPLATES,
+        held_out=held_out,
+        patience=patience,
+        evaluate_every=evaluate_every,
+        preview_every=preview_every,
+        preview_prompt=preview_prompt,
+        checkpoint_every=checkpoint_every,
+        resume=not fresh,
+        output=output,
+        points_per_call=points_per_call,
+        seed=seed,
+        before=None if minutes is not None else ask,
+        progress=not is_quiet(),
+    )
+    if not state.is_main_process:
         return
     first, best = result.evaluations[0][2], min(e[2] for e in result.evaluations)
     cost = f"{result.forwards} forwards, {result.seconds:.0f} s"

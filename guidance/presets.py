@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from .base import Always, Guidance, Policy, Rule
+from .names import unknown
 from .policies.adaptive import AdaptiveGuidance
 from .policies.interval import Interval
 from .registry import NAMES, load_installed, register
@@ -80,9 +81,8 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     for name in guidance.lower().split("+"):
         part = _part(name, family)
         if part is None:
-            raise ValueError(
-                f"unknown guidance {guidance!r}: known are {', '.join(available())}, "
-                "and a rule with a policy, such as 'apg+ag'"
+            raise unknown(
+                "guidance", name, available(), ", and a rule with a policy, such as 'apg+ag'"
             )
         if isinstance(part, Rule) and rule is None:
             rule = part

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from .base import Fill, Guidance, Policy, Rule
 from .files import write_json
+from .names import unknown
 from .policies.adaptive import AdaptiveGuidance
 from .policies.schedule import Pattern, extrapolate, forecast, hold, linear_ag
 from .registry import TYPES, load_installed, part_name
@@ -118,7 +119,7 @@ def _part(kind: str, config: Mapping[str, Any]) -> Any:
     if name not in known:
         load_installed()
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(known)}")
+        raise unknown(kind, name, known)
     return known[name](**{key: _value(value) for key, value in config["settings"].items()})
 
 

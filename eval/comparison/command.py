@@ -23,6 +23,8 @@ from ..options import (
     check_tokens,
 )
 from ..prompts import read_prompts
+from ..terminal import Yes, is_quiet
+from .config import Config
 
 NONE: list[str] = []
 GUIDANCES = ["cfg", "apg"]
@@ -68,6 +70,8 @@ def compare(
         bool, typer.Option(help="Add CFG with fewer steps at the cost of cheaper settings.")
     ] = True,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    config: Config = None,
+    yes: Yes = False,
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
@@ -87,13 +91,16 @@ def compare(
     if reference is None and (resize or recursive or made_by):
         raise ValueError("--resize, --recursive and --made-by need --reference")
 
+    from ...pipelines.fitting.runs import Runs
     from ...pipelines.processes import processes
+    from ..estimate import ask
     from ..metrics.alignment import load_scorer
     from ..pictures import Pictures, Reading
     from .comparison import compare as run
-    from .comparison import grid
+    from .comparison import grid, with_baselines
     from .plan import Plan
     from .reference import open_reference
+    from .sampling import missing
 
     check_target(output / "cells.json")
     plan = Plan(
@@ -110,6 +117,11 @@ def compare(
         real, network = open_reference(reference, extractor, device, reading, made_by)
     pipe = load_on(device, model)
     add_tokens(pipe, token)
+    todo = missing(pipe, with_baselines(plan), output / "pictures")
+    runs = Runs(pipe, texts, max(*scale, 2.0), batch_size=batch_size)
+    pictures = sum(len(plan.chunks[number]) for number, _ in todo)
+    steps = sum(len(plan.chunks[number]) * setting.steps for number, setting in todo)
+    ask(runs, pictures, steps, yes)
     run(
         pipe,
         plan,
@@ -120,6 +132,7 @@ def compare(
         reading=reading,
         equal_nfe=equal_nfe,
         report=report,
+        progress=not is_quiet(),
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():

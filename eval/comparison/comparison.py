@@ -97,10 +97,7 @@ def compare(
     if reference is not None:
         check_reference(reference)
     asked = plan.settings
-    have = {(s.scale, s.steps) for s in asked if s.method == BASELINE}
-    wanted = dict.fromkeys((s.scale, s.steps) for s in asked)
-    added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
-    plan = replace(plan, settings=[*asked, *added])
+    plan = with_baselines(plan)
     made = generate(pipe, plan, output / "pictures", progress)
     plain = [samples for samples in made if samples.setting.method == BASELINE]
     baselines = {(one.setting.scale, one.setting.steps): one for one in plain}
@@ -155,6 +152,14 @@ def compare(
     if report:
         write_text(output / "report.html", render(rows, facts, everything))
     return rows
+
+
+def with_baselines(plan: Plan) -> Plan:
+    """The plan with classifier-free guidance at every scale and number of steps it has."""
+    have = {(s.scale, s.steps) for s in plan.settings if s.method == BASELINE}
+    wanted = dict.fromkeys((s.scale, s.steps) for s in plan.settings)
+    added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
+    return replace(plan, settings=[*plan.settings, *added])
 
 
 def _equal_cost(

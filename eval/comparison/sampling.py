@@ -91,6 +91,21 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
     return [_samples(plan, setting, folder) for setting in plan.settings]
 
 
+def missing(pipe: Any, plan: Plan, folder: Path) -> list[tuple[int, Setting]]:
+    """The chunks of a plan that are not finished in a folder: number and setting of each.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    _prepared(pipe, plan, folder)
+    return [
+        (number, setting)
+        for number in range(len(plan.chunks))
+        for setting in plan.settings
+        if not _finished(folder, plan, setting, number)
+    ]
+
+
 def _prepared(pipe: Any, plan: Plan, folder: Path) -> tuple[Plan, list[Guidance], dict[str, Any]]:
     """The plan, its options saying what is unconditional; guidances; content of ``plan.json``."""
     parameters = inspect.signature(type(pipe).__call__).parameters

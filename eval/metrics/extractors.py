@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...guidance.names import unknown
 from ..hub import located
 
 
@@ -278,4 +279,4 @@ def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
         return Inception(model or None).to(device)
     if kind in ("clip", "dinov2") and model:
         return HubFeatures(kind, model).to(device)
-    raise ValueError(f"unknown extractor {name!r}; there are: {', '.join(EXTRACTORS)}")
+    raise unknown("extractor", name, EXTRACTORS)

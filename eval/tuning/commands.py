@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
 from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps, check_target
 from ..prompts import read_prompts
+from ..terminal import Yes, is_quiet
+
+if TYPE_CHECKING:
+    from ...pipelines.fitting.runs import Runs
 
 Known = TypeVar("Known", bound=str)
 
@@ -44,6 +48,7 @@ def fit(
     negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
@@ -69,13 +74,15 @@ def fit(
         raise ValueError("--on-policy fits one guidance scale")
     texts, pipe = load(prompts, output, model, device)
     own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
-    runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size)
+    runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size, not is_quiet())
+    folder = output.with_name(f"{output.name}.batches")
+    kept = 0 if on_policy else batch_size * len(list(folder.glob("batch-*.json")))
+    ask_for(runs, 2 * len(texts) if on_policy else max(len(texts) - kept, 0), yes)
     if on_policy:
         fitter = ScheduleFitter(runs, **own)
         found, _ = fitter.fit(hold(then=second).choices_for(fitter.total))
         shown = {"distance": "distance", "distance_held_out": "held out"}
     else:
-        folder = output.with_name(f"{output.name}.batches")
         found = fit(runs, scales=scale, checkpoint=folder, **own)
         shown = {"r2_held_out": "R² held out", "r2_difference": "of the difference"}
     if processes().is_main_process:
@@ -104,13 +111,14 @@ def calibrate(
     negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
     """Find Adaptive Guidance's threshold for a wanted cost (--nfe) or quality (--ssim)."""
     from ...guidance import Always, resolve
     from ...guidance.policies.adaptive import Then
-    from .calibration import calibrate, check_targets
+    from .calibration import ROUNDS, calibrate, check_targets
     from .trials import Trials
 
     check_targets(nfe, ssim)
@@ -119,7 +127,9 @@ def calibrate(
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
     texts, pipe = load(prompts, output, model, device)
     own = pipe.resolve_guidance(rule).rule
-    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, rule=own)
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, not is_quiet(), own)
+    # One run that records, the reference, and those of one or two spaces, of bisection if need be.
+    ask_for(trials, (2 + 2 * (1 if ssim is None else 1 + ROUNDS)) * len(texts), yes)
     found = calibrate(trials, target_nfe=nfe, target_ssim=ssim, then=follows)
     found.save(output)
     for space, (threshold, cost, quality) in found.proofs.items():
@@ -152,6 +162,7 @@ def search(
     negative: Negative = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
@@ -171,7 +182,11 @@ def search(
         raise ValueError("--between is for --fitted")
     other: Between = one_of("--between", between or "forecast", get_args(Between))
     texts, pipe = load(prompts, output, model, device)
-    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size)
+    trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, not is_quiet())
+    # See `policy_search.search`; a step with gradients costs four without.
+    tried = rounds + (2 if fitted else 6) * steps
+    relaxing = 4 * rounds * min(batch_size, len(texts)) + steps * len(texts)
+    ask_for(trials, relaxing if relaxed else tried * len(texts), yes)
     if relaxed:
         found = relaxed_search(trials, quality_floor=floor, iterations=max(rounds, 1))
     else:
@@ -189,6 +204,13 @@ def search(
         mark = "*" if candidate is found.best else " "
         typer.echo(f"{mark}{candidate.nfe:4g}  {candidate.quality:.4f}  {candidate.schedule}")
     typer.echo(name_it(output, pipe))
+
+
+def ask_for(runs: Runs, pictures: int, yes: bool) -> None:
+    """Say how long so many pictures will take at most, and ask; see `estimate.ask`."""
+    from ..estimate import ask
+
+    ask(runs, pictures, pictures * runs.num_inference_steps, yes)
 
 
 def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[list[str], Any]:
@@ -214,10 +236,12 @@ def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:
     Raises:
         ValueError: it is none of those known.
     """
+    from ...guidance.names import unknown
+
     for word in known:
         if word == value:
             return word
-    raise ValueError(f"{option} is {' or '.join(map(repr, known))}, got {value!r}")
+    raise unknown(option, value, known)
 
 
 def name_it(path: Path, pipe: Any) -> str:

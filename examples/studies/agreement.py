@@ -133,6 +133,6 @@ def command(
 
 
 if __name__ == "__main__":
-    from pilotage.eval.cli import run
+    from pilotage.eval.terminal import finish
 
-    run(app)
+    finish(app)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...guidance import NoiseLevel
 from ...guidance.analytic import DENOISERS, DatasetStatistics, Denoiser
 from ...guidance.analytic.accumulate import hash_of_images
+from ...guidance.names import unknown
 from ..seam.noise_levels import (
     BY_FLOW_SIGMA,
     BY_STEP,
@@ -266,5 +267,5 @@ def denoiser_class(method: str) -> type[Denoiser]:
         ValueError: there is none.
     """
     if method not in DENOISERS:
-        raise ValueError(f"unknown method {method!r}: expected one of {sorted(DENOISERS)}")
+        raise unknown("method", method, sorted(DENOISERS))
     return DENOISERS[method]

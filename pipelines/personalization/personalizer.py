@@ -107,6 +107,7 @@ class Personalizer:
         preview_options: dict[str, Any] | None = None,
         points_per_call: int = 0,
         callback: Callable[[TokenTrainer], None] | None = None,
+        before: Callable[[float], object] | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> LearnedToken:
@@ -146,6 +147,8 @@ class Personalizer:
             preview_options: More arguments of the pipeline's call; 20 sampling steps by default.
             points_per_call: See `TokenTrainer`.
             callback: Called with the trainer after each step.
+            before: Called with the seconds that the run will take, once a step has been measured;
+                what it raises ends the run.
             progress: Show how long it will take (by a step's forward passes more), a line for
                 each held-out loss, and a bar.
             **settings: Fields of `Recipe` that differ from the preset.
@@ -241,8 +244,10 @@ class Personalizer:
             preview_every or None,
         )
         text = ""
-        if minutes is not None or (progress and trainer.step < plan.steps):
-            plan, text = self._timed(trainer, data, plan, schedule, minutes)
+        if minutes is not None or ((progress or before) and trainer.step < plan.steps):
+            plan, text, seconds = self._timed(trainer, data, plan, schedule, minutes)
+            if before is not None:
+                before(seconds)
         evaluates = schedule.evaluation_interval(plan.steps)
         pictures_every = schedule.preview_interval(plan.steps)
         view = Progress(trainer, plan.steps, writes, shown)
@@ -378,8 +383,8 @@ class Personalizer:
         plan: Recipe,
         schedule: Schedule,
         minutes: float | None,
-    ) -> tuple[Recipe, str]:
-        """The plan, with the steps that fit into the time if one is given, and what to say."""
+    ) -> tuple[Recipe, str, float]:
+        """The plan, with the steps that fit into the time, if one is given; text; seconds."""
         second = seconds_a_pass(trainer, trainer.search.ask(), data.batch(trainer.step))
         speed = f"{schedule.rows} forward passes of {second:.2g} s each"
         if minutes is not None:
@@ -401,7 +406,7 @@ class Personalizer:
                 f"; minutes={offered} (--minutes {offered}) would be "
                 f"{schedule.steps_within(60 * offered, second)} steps"
             )
-        return plan, text
+        return plan, text, total
 
     @contextlib.contextmanager
     def speaking(self, placeholder: str, vectors: Tensor) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...guidance.names import unknown
 from ...guidance.zeroth_order import Descent, GradientSearch, WordSearch, candidate_words
 
 
@@ -107,13 +108,13 @@ def recipe(preset: str | Recipe, **changes: Any) -> Recipe:
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: known are {', '.join(PRESETS)}")
+            raise unknown("preset", preset, PRESETS)
         preset = PRESETS[preset]
     changes = {name: value for name, value in changes.items() if value is not None}
     known = [field.name for field in dataclasses.fields(Recipe)]
-    unknown = [name for name in changes if name not in known]
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}: known are {', '.join(known)}")
+    for name in changes:
+        if name not in known:
+            raise unknown("setting", name, known)
     result = dataclasses.replace(preset, **changes)
     if "subspace_nu" in changes and not result.subspace_tau:
         raise ValueError("subspace_nu has no effect with subspace_tau=0")

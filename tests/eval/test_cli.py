@@ -2,17 +2,24 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import pilotage
-from pilotage.eval.cli import app, main
+from pilotage.eval.cli import COMMANDS, app, main
 from pilotage.eval.embedded import embedded_folder, load_embedded
+from pilotage.eval.metrics.extractors import load_extractor
+from pilotage.eval.terminal import finish
 from pilotage.pipelines import guided
+from pilotage.pipelines.seam.layouts import LayoutError
 
 from ..families import FAMILIES
 
@@ -141,3 +148,125 @@ def test_options_of_the_program(monkeypatch, capsys, option):
 def test_every_command_explains_itself():
     for command in app.registered_commands:
         assert command.callback.__doc__
+
+
+def test_every_command_has_one_name_and_the_common_options():
+    names = [command.name for command in app.registered_commands]
+    assert len(set(names)) == len(names) == len(set(COMMANDS.values()))
+    for command in typer.main.get_command(app).commands.values():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--quiet", "-q"} <= options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generat"], "No such command 'generat'. Did you mean 'generate'?"),
+        (["generate", "fox", "--scal", 3], "--scale"),
+        (["generate"], "('pilotage generate --help' tells more)"),
+        (["generate", "fox", "--steps", "x"], "Invalid value for '--steps'"),
+        (["generate", "fox", "-g", "apg+agg"], "unknown guidance 'agg' (did you mean 'ag'"),
+        (["denoise", ".", "-m", "wienre"], "unknown method 'wienre' (did you mean 'wiener'?)"),
+        (["export", "x", "--precision", "fp61"], "unknown precision 'fp61' (did you mean 'fp16'"),
+        (["calibrate", "p", "--nfe", 3, "--then", "forcast"], "(did you mean 'forecast'?)"),
+        (["personalize", ".", "--token", "x", "--initializer", "x", "--preset", "zodip"], "zoodip"),
+    ],
+)
+def test_usage_errors_are_one_line_and_say_what_was_meant(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("one\n  two"), 2, "error: one two"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "error: x.txt: No such"),
+        (LayoutError("not to be guided"), 2, "error: not to be guided"),
+        (OSError(28, "No space left on device", "x.png"), 1, "error: x.png: No space left"),
+        (ModuleNotFoundError("needs scipy"), 1, "error: needs scipy"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(capsys, error, code, line):
+    def fail():
+        raise error
+
+    failing = typer.Typer()
+    failing.command()(fail)
+    failing.callback()(lambda: None)
+    with pytest.raises(SystemExit) as end:
+        finish(lambda **options: failing(["fail"], **options))
+    out, err = capsys.readouterr()
+    assert end.value.code == code and err.startswith(line) and err.count("\n") == 1 and not out
+
+
+def test_an_extractor_that_may_have_been_meant():
+    with pytest.raises(ValueError, match=r"'inceptoin' \(did you mean 'inception'"):
+        load_extractor("inceptoin")
+
+
+def test_a_bug_shows_where_it_is():
+    def fail(**_):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        finish(fail)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_are_not_lost(monkeypatch, tmp_path, capsys, count):
+    path, there = tmp_path / "a.png", tmp_path / ("a.png" if count == 1 else "a-1.png")
+    there.write_bytes(b"mine")
+    options = ["-n", count, "--steps", 1, "-o", path]
+    refused = [*options, "--model", tmp_path / "none"]  # found before a model is loaded
+    assert run(monkeypatch, "generate", "noto style cat face", *refused) == 2
+    assert f"{there} exists already" in capsys.readouterr().err
+    assert run(monkeypatch, "denoise", tmp_path, *options) == 2
+    assert f"{there} exists already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [there] and there.read_bytes() == b"mine"
+    assert run(monkeypatch, "generate", "noto style cat face", *options, "--force") == 0
+    assert Image.open(there).size == (64, 64)
+
+
+def test_quiet_shows_results_only(monkeypatch, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("noto style cat face\n")
+    compare = ["compare", tmp_path / "p.txt", "-w", 3, "--steps", 1, "--no-report"]
+    for number, options in enumerate(([], ["-q"])):
+        shown = []
+        for command in (
+            ["generate", "noto style cat face", "--steps", 2, "-o", tmp_path / f"{number}.png"],
+            [*compare, "-o", tmp_path / f"compared{number}"],
+        ):
+            assert run(monkeypatch, *command, *options) == 0
+            out, err = capsys.readouterr()
+            assert str(number) in out
+            shown.append(err)
+        assert all(err == "" for err in shown) if options else all("%|" in err for err in shown)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell):
+    main = "from pilotage.eval.cli import main; main()"
+    command = [sys.executable, "-c", main]
+    script = subprocess.run([*command, "--show-completion", shell], **SHELL | SHELLS[shell][0])
+    assert "_PILOTAGE_COMPLETE" in script.stdout and "complete" in script.stdout
+    # What the script calls when "pilotage per<TAB>" is typed.
+    asked = subprocess.run(command, **SHELL | SHELLS[shell][1])
+    assert "personalize" in asked.stdout and "generate" not in asked.stdout
+    assert not asked.stderr
+
+
+TYPED = {"COMP_WORDS": "pilotage per", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "pilotage per"}
+TYPED["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+SHELL = {"capture_output": True, "text": True}
+SHELLS = {
+    shell: (
+        {"env": os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}},
+        {"env": os.environ | TYPED | {"_PILOTAGE_COMPLETE": f"complete_{shell}"}},
+    )
+    for shell in ("bash", "zsh", "fish")
+}
