@@ -28,8 +28,12 @@ EXIF, USER_COMMENT = 0x8769, 0x9286  # where A1111 keeps its text in JPEG and We
 
 # Inputs of ComfyUI's nodes that hold a text, or lead to the node that does.
 TEXTS = ("text", "text_g", "text_l", "clip_g", "clip_l", "t5xxl", "prompt", "value", "string")
-LEADS = (*TEXTS, "positive", "conditioning", "conditioning_1", "conditioning_2")
-LEADS += ("conditioning_to", "conditioning_from", "")  # the last: of nodes that only pass on
+LEADS = (
+    *TEXTS,
+    *("positive", "conditioning", "conditioning_1", "conditioning_2"),
+    *("conditioning_to", "conditioning_from"),
+    "",  # of nodes that only pass on
+)
 
 
 def save_picture(path: Path, image: Image.Image, made: dict[str, Any]) -> None:

@@ -121,16 +121,18 @@ def test_a_long_run_is_asked_about(monkeypatch, tmp_path, capsys, command):
 
 
 def test_yes_and_no_terminal_ask_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(estimate, "measured", lambda runs: Speed(step=10, picture=30))
-    # 90 steps of 10 s and a picture: 930 s.
-    assert run(monkeypatch, *LONG, "-o", tmp_path) == 0  # the tests' input is no terminal
+    monkeypatch.setattr(estimate, "measured", lambda runs: Speed(step=200, picture=40))
+    monkeypatch.setattr(estimate, "SHARE", 1)
+    command = [8 if word == 90 else word for word in LONG]
+    # 8 steps of 200 s and a picture: 1640 s.
+    assert run(monkeypatch, *command, "-o", tmp_path) == 0  # the tests' input is no terminal
     error = capsys.readouterr().err
-    assert "at most about 16 min: 1 pictures, 90 steps" in error and "Go on?" not in error
-    assert run(monkeypatch, *LONG, "-o", tmp_path) == 0  # everything is there already
+    assert "at most about 27 min: 1 pictures, 8 steps" in error and "Go on?" not in error
+    assert run(monkeypatch, *command, "-o", tmp_path) == 0  # everything is there already
     assert "at most about" not in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert run(monkeypatch, *LONG, "-o", tmp_path / "new", "--yes") == 0
+    assert run(monkeypatch, *command, "-o", tmp_path / "new", "--yes") == 0
     assert "Go on?" not in capsys.readouterr().err
 
 
