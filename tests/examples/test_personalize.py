@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from examples.emoji import data as emoji
 from examples.studies.personalize import figures, subjects
@@ -48,14 +49,25 @@ def test_a_run_that_ends_above_the_known_word_has_not_improved():
     assert not figures.improved({"evaluations": [(0, 0, 0.3), (10, 30, 0.2), (20, 60, 0.3)]})
 
 
-def test_interval_is_the_bootstrap_of_the_mean():
+def test_one_comparison_has_the_paired_t_interval_and_more_have_wider_ones():
     values = [0.3, -0.1, 0.4, 0.2, 0.05, 0.6, -0.2, 0.15]
-    found = figures.interval(values)
-    draws = np.random.default_rng(1).choice(values, (100_000, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    found = figures.told({"a": values})["a"]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-4)
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.01)
-    assert figures.interval([0.5] * 3) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=0.01)
+    assert found["needed"] is not None
+    wider = figures.told(
+        {"a": values, "b": values[::-1], "c": [-v for v in values[3:] + values[:3]]}
+    )
+    assert wider["a"]["low"] < found["low"] - 0.02
+    assert figures.told({"a": [0.1, 0.11, 0.12]})["a"]["needed"] is None
+
+
+def test_stored_intervals_are_those_of_the_subjects():
+    content = json.loads(STORED.read_text())
+    again = figures.recounted(content)
+    assert again["subjects_in_reach"] == content["subjects_in_reach"]
+    assert again["unseen_compared"] == content["unseen_compared"]
 
 
 def test_gains_are_paired_picture_by_picture():
@@ -65,7 +77,8 @@ def test_gains_are_paired_picture_by_picture():
         "b": {"initial": known, "ours": {"similarity": [0.4, 0.9]}},
     }
     assert figures.gain(records["a"]["ours"], known, "similarity") == pytest.approx(-0.05)
-    assert figures.gains(records, "ours", "similarity")["mean"] == pytest.approx(0.05)
+    gained = figures.gains(records, ["ours"], "similarity")["ours"]
+    assert gained == pytest.approx({"a": -0.05, "b": 0.15})
     with pytest.raises(ValueError):
         figures.gain({"similarity": [0.2]}, known, "similarity")
 
@@ -81,8 +94,9 @@ def test_kept_is_compared_with_kept_and_last_with_last():
             "other": {"unseen": {"kept": 2.0, "last": 1.0}},
         },
     }
-    found = figures.compared(records, "ours", "other")
-    assert found["kept"] == {"mean": 0, "low": -10, "high": 10, "lower_on": 1}
+    found = figures.compared(records, "ours", ["other"])["other"]
+    assert found["kept"]["mean"] == 0 and found["kept"]["lower_on"] == 1
+    assert found["kept"]["low"] == -found["kept"]["high"]
     assert found["last"]["mean"] == 50 and found["last"]["lower_on"] == 0
 
 

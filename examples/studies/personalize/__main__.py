@@ -15,7 +15,8 @@ pictures:
 * ``initial``: the known word; ``name`` (subjects in reach): the nearest name of the model.
 
 What is learned is judged on the network in full precision. Each result is kept in
-``cache/personalization``, so that an interrupted run continues.
+``cache/personalization``, so that an interrupted run continues. ``--recount`` counts the intervals
+of the file again, from what it has of each subject.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.alignment import RidgeAlignment
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
-from pilotage.eval.record import write_figures, write_json
+from pilotage.eval.record import figures_context, write_figures, write_json
 from pilotage.pipelines.personalization.personalizer import Personalizer
 from pilotage.pipelines.personalization.recipes import recipe
 from pilotage.pipelines.quantization.quantize import quantize
@@ -269,14 +270,13 @@ def figures(study: Study, swept: dict[str, Any]) -> dict[str, Any]:
         "similarity_is": "cosine of EfficientNet-Lite0 features of a picture and of the subject's "
         "drawing in the style of the same prompt",
         "seconds_are": "processor seconds of the steps alone, from one step's median, in turn",
-        "intervals_are": "95 %, bootstrap over subjects; differences of losses in percent",
+        "intervals_are": counting.INTERVALS_ARE,
         "rate_sweep": swept,
         **counting.held_out(held_out, steps, cost),
         "subjects_in_reach": counting.in_reach(reach, families, LEARNING),
-        "unseen_compared_on_all_subjects": {
-            other: counting.compared(held_out | reach, "ours", other)
-            for other in ("zoodip", "zoodip_swept", "backprop")
-        },
+        "unseen_compared_on_all_subjects": counting.compared(
+            held_out | reach, "ours", counting.OTHERS
+        ),
         **agrees,
     }
 
@@ -289,7 +289,14 @@ def main() -> None:
         "-o", "--output", type=Path, default=Path("eval/results/personalization.json")
     )
     parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/personalization.png"))
+    parser.add_argument(
+        "--recount", action="store_true", help="only count the file's intervals again"
+    )
     args = parser.parse_args()
+    if args.recount:
+        found = counting.recounted(json.loads(args.output.read_text()))
+        write_json(args.output, found | {"recounted": figures_context()})
+        return
     torch.set_num_threads(1)
     study = Study(args.folder)
     swept = study.sweep()

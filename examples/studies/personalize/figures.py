@@ -14,18 +14,39 @@ from typing import Any
 
 import torch
 
+from pilotage.eval.comparison.paired import differences
+from pilotage.eval.metrics.bootstrap import Resamples
+
 Records = Mapping[str, Mapping[str, dict[str, Any]]]  # subject -> method -> record
 RESAMPLES = 10_000
+OTHERS = ("zoodip", "zoodip_swept", "backprop")  # what ours is compared with
+INTERVALS_ARE = (
+    "95 % for all methods of a table together, of differences paired by subject, in percent for "
+    "losses"
+)
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean of one value a subject, and its 95 % bootstrap interval over subjects."""
-    row = torch.tensor(values, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(0)
-    index = torch.randint(len(row), (RESAMPLES, len(row)), generator=draw)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = row[index].mean(1).quantile(ends).tolist()
-    return {"mean": _round(row.mean().item()), "low": _round(low), "high": _round(high)}
+def told(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Means of one value a subject, which is 0 where there is no difference, and what they tell.
+
+    The intervals are 95 % for all names together; see `pilotage.eval.comparison.paired`. "needed"
+    is about how many subjects would tell, null if these do.
+    """
+    rows = [torch.tensor(row, dtype=torch.float64) for row in values.values()]
+    rows.append(torch.zeros_like(rows[0]))
+    count = len(rows[0])
+    drawn = Resamples.of(range(count), RESAMPLES)
+    found = differences(
+        [row.mean().item() for row in rows],
+        [drawn.means(row) for row in rows],
+        [(i, len(values)) for i in range(len(values))],
+        count,
+    )
+    result = {}
+    for name, one in zip(values, found, strict=True):
+        low, high = (None, None) if one.interval is None else map(_round, one.interval)
+        result[name] = {"mean": _round(one.value), "low": low, "high": high, "needed": one.needed}
+    return result
 
 
 def _round(value: float) -> float:
@@ -38,9 +59,15 @@ def gain(record: Mapping[str, Any], known: Mapping[str, Any], name: str) -> floa
     return fmean(mine - other for mine, other in pairs)
 
 
-def gains(records: Records, method: str, name: str) -> dict[str, float]:
-    """`gain` with its interval over subjects."""
-    return interval([gain(of[method], of["initial"], name) for of in records.values()])
+def gains(records: Records, methods: Iterable[str], name: str) -> dict[str, dict[str, float]]:
+    """`gain` of each method on each subject."""
+    return {
+        method: {
+            subject: _round(gain(of[method], of["initial"], name))
+            for subject, of in records.items()
+        }
+        for method in methods
+    }
 
 
 def unseen(records: Records, methods: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -54,16 +81,24 @@ def unseen(records: Records, methods: Iterable[str]) -> dict[str, dict[str, floa
     }
 
 
-def compared(records: Records, mine: str, other: str) -> dict[str, dict[str, float]]:
+def compared(
+    records: Records, mine: str, others: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Relative difference of unseen losses in percent, paired by subject; negative: mine is lower.
 
     Kept tokens are compared with kept ones, and last with last.
     """
-    result = {}
+    result: dict[str, dict[str, dict[str, Any]]] = {other: {} for other in others}
     for which in ("kept", "last"):
-        pairs = [(of[mine]["unseen"][which], of[other]["unseen"][which]) for of in records.values()]
-        percent = [100 * (a / b - 1) for a, b in pairs]
-        result[which] = interval(percent) | {"lower_on": sum(p < 0 for p in percent)}
+        percent = {
+            other: [
+                100 * (of[mine]["unseen"][which] / of[other]["unseen"][which] - 1)
+                for of in records.values()
+            ]
+            for other in others
+        }
+        for other, one in told(percent).items():
+            result[other][which] = one | {"lower_on": sum(p < 0 for p in percent[other])}
     return result
 
 
@@ -132,10 +167,7 @@ def held_out(
         "subjects": subjects,
         "methods": table,
         "unseen": unseen(records, methods),
-        "unseen_compared": {
-            other: compared(records, "ours", other)
-            for other in ("zoodip", "zoodip_swept", "backprop")
-        },
+        "unseen_compared": compared(records, "ours", OTHERS),
         "unseen_by_subject": {
             subject: {
                 name: {which: _round(value) for which, value in of[name]["unseen"].items()}
@@ -174,24 +206,43 @@ def in_reach(
         "unseen": unseen(records, ["initial", *methods]),
     }
     for name in (*methods, "name"):
-        of_family = {
-            word: {subject: of for subject, of in records.items() if families[subject] == word}
-            for word in dict.fromkeys(families[subject] for subject in records)
-        }
-        result[name] = {
-            "similarity": _round(fmean(fmean(of[name]["similarity"]) for of in records.values())),
-            "similarity_gain": gains(records, name, "similarity"),
-            "alignment_gain": gains(records, name, "alignment"),
-            "similarity_gain_by_family": {
-                word: gains(own, name, "similarity")["mean"] for word, own in of_family.items()
-            },
-            "similarity_gain_by_subject": {
-                subject: _round(gain(of[name], of["initial"], "similarity"))
-                for subject, of in records.items()
-            },
-        }
+        mean = fmean(fmean(of[name]["similarity"]) for of in records.values())
+        result[name] = {"similarity": _round(mean)}
+    for of_what in ("similarity", "alignment"):
+        gained = gains(records, [*methods, "name"], of_what)
+        whole = told({name: list(by.values()) for name, by in gained.items()})
+        for name, by in gained.items():
+            families_of = {
+                word: [value for subject, value in by.items() if families[subject] == word]
+                for word in dict.fromkeys(families[subject] for subject in by)
+            }
+            result[name] |= {
+                f"{of_what}_gain": whole[name],
+                f"{of_what}_gain_by_family": {w: _round(fmean(v)) for w, v in families_of.items()},
+                f"{of_what}_gain_by_subject": by,
+            }
     ceiling = result["backprop"]["similarity_gain"]["mean"]
     result["share_of_backprop"] = {
         name: _round(result[name]["similarity_gain"]["mean"] / ceiling) for name in methods
     }
     return result
+
+
+def recounted(content: dict[str, Any]) -> dict[str, Any]:
+    """Figures with the intervals counted again from what the file has of each subject."""
+    reach = content["subjects_in_reach"]
+    by = {
+        name: list(found["similarity_gain_by_subject"].values())
+        for name, found in reach.items()
+        if isinstance(found, dict) and "similarity_gain_by_subject" in found
+    }
+    gained = {name: reach[name] | {"similarity_gain": one} for name, one in told(by).items()}
+    records = {
+        subject: {name: {"unseen": losses} for name, losses in of.items()}
+        for subject, of in content["unseen_by_subject"].items()
+    }
+    return content | {
+        "intervals_are": f"{INTERVALS_ARE}; of alignments and on all subjects: of each alone",
+        "subjects_in_reach": reach | gained,
+        "unseen_compared": compared(records, "ours", OTHERS),
+    }
