@@ -14,8 +14,10 @@ pictures lie in ``cache/evaluate``: an interrupted run goes on where it stopped,
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,6 +68,22 @@ def share(prompts: list[str], samples: int) -> tuple[list[str], range]:
     return prompts, range(round(samples / len(prompts)))
 
 
+def claims(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paired differences that docs/results speak of, of those between all settings.
+
+    Their intervals hold for all pairs of settings of a metric together.
+    """
+    pairs = [(f"apg w={w:g}, {STEPS} steps", f"cfg w={w:g}, {STEPS} steps") for w in SCALES]
+    ag = f"ag w={POLICY_SCALE:g}, {STEPS} steps"
+    pairs += [
+        (f"apg w={POLICY_SCALE:g}, {STEPS} steps", f"cfg w=3, {STEPS} steps"),
+        (ag, f"cfg w={POLICY_SCALE:g}, {STEPS} steps"),
+        (ag, f"cfg w={POLICY_SCALE:g}, 15 steps"),
+    ]
+    wanted = set(map(frozenset, pairs))
+    return [one for one in comparisons if frozenset((one["setting"], one["other"])) in wanted]
+
+
 def fit_alignment(archive: Path, drawings: list[emoji.Drawing], extractor) -> RidgeAlignment:
     """The ridge map, fitted on the training split."""
     train = [d for d in drawings if d.split == "train"]
@@ -91,10 +109,11 @@ def main() -> None:
     pipe = load_embedded().to(state.device)
     columns = settings(pipe)
     extractor = EfficientNetLite0().to(state.device)
+    folder = args.work / f"{len(prompts)}x{len(seeds)}"
     rows = compare(
         pipe,
         Plan(prompts, columns, seeds, args.batch_size),
-        args.work / f"{len(prompts)}x{len(seeds)}",
+        folder,
         reference=to_tensor(emoji.pictures(args.archive, held)),
         extractor=extractor,
         alignment=fit_alignment(args.archive, everyday, extractor),
@@ -113,10 +132,13 @@ def main() -> None:
         "extractor": extractor.name,
         "threads": torch.get_num_threads(),
         "cells": rows,
+        "claims": claims(json.loads((folder / "cells.json").read_text())["comparisons"]),
         "agreement": agreed,
     }
     write_figures(args.output, figures)
     print(args.output.read_text())
+    for claim in figures["claims"]:
+        print("{metric}: {setting} minus {other}: {difference} {interval}".format(**claim))
 
 
 if __name__ == "__main__":

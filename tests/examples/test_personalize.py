@@ -56,9 +56,8 @@ def test_one_comparison_has_the_paired_t_interval_and_more_have_wider_ones():
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-4)
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=0.01)
     assert found["needed"] is not None
-    wider = figures.told(
-        {"a": values, "b": values[::-1], "c": [-v for v in values[3:] + values[:3]]}
-    )
+    others = {"b": values[::-1], "c": [-value for value in values[3:] + values[:3]]}
+    wider = figures.told({"a": values} | others)
     assert wider["a"]["low"] < found["low"] - 0.02
     assert figures.told({"a": [0.1, 0.11, 0.12]})["a"]["needed"] is None
 
