@@ -223,8 +223,8 @@ def _targets(output: Path, count: int, force: bool) -> list[Path]:
         paths = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     if not force and (there := [str(path) for path in paths if path.exists()]):
         raise ValueError(
-            f"{', '.join(there)} exists already: name another file with --output, or write over "
-            "it with --force"
+            f"there is already {', '.join(there)}: name another file with --output, or write over "
+            "what is there with --force"
         )
     return paths
 

@@ -119,7 +119,7 @@ def finish(app: Callable[..., Any]) -> NoReturn:
     """Run the commands of an app, to the end of the program; see the module for the exit codes."""
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the latter: at a question
         code = 130
     except Exception as error:
         code = exit_code(error)
@@ -138,8 +138,7 @@ def exit_code(error: Exception) -> int | None:
     missing = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
     if isinstance(error, (ValueError, TypeError, *missing)):
         return 2
-    failures = (OSError, ModuleNotFoundError, MemoryError, FloatingPointError, typer.Abort)
-    if isinstance(error, failures):
+    if isinstance(error, (OSError, ModuleNotFoundError, MemoryError, FloatingPointError)):
         return 1
     if isinstance(error, RuntimeError):
         import torch

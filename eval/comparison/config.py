@@ -1,10 +1,4 @@
-"""Options of a command in a TOML file.
-
-prompts = "prompts.txt"
-guidance = ["cfg", "apg"]
-scale = [3, 7.5, 15]
-equal-nfe = false
-"""
+"""Options of a command in a TOML file, by their long names: ``scale = [3, 7.5]``."""
 
 from __future__ import annotations
 
@@ -68,7 +62,7 @@ def _options(context: typer.Context, path: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file of options by their names here; those given here count more.",
+        help="TOML file of options, by their long names; the command line counts more.",
         callback=_options,
         is_eager=True,
     ),

@@ -208,7 +208,8 @@ def alignment(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, a line a picture in the order of names; default: from the PNGs."
+            help="Text file, a line a picture in the order of names; default: from the pictures of "
+            "Pilotage, A1111 or ComfyUI."
         ),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP folder or hub name.")] = None,

@@ -189,6 +189,7 @@ def test_usage_errors_are_one_line_and_say_what_was_meant(monkeypatch, capsys, a
         (ModuleNotFoundError("needs scipy"), 1, "error: needs scipy"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (typer.Abort(), 130, "interrupted"),
     ],
 )
 def test_exit_codes(capsys, error, code, line):
@@ -224,9 +225,9 @@ def test_pictures_are_not_lost(monkeypatch, tmp_path, capsys, count):
     options = ["-n", count, "--steps", 1, "-o", path]
     refused = [*options, "--model", tmp_path / "none"]  # found before a model is loaded
     assert run(monkeypatch, "generate", "noto style cat face", *refused) == 2
-    assert f"{there} exists already" in capsys.readouterr().err
+    assert f"there is already {there}: name another" in capsys.readouterr().err
     assert run(monkeypatch, "denoise", tmp_path, *options) == 2
-    assert f"{there} exists already" in capsys.readouterr().err
+    assert f"there is already {there}: name another" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [there] and there.read_bytes() == b"mine"
     assert run(monkeypatch, "generate", "noto style cat face", *options, "--force") == 0
     assert Image.open(there).size == (64, 64)
