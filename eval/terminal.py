@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,18 +21,6 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 import typer
 
 LONG = 300.0  # seconds that a run may take without a question
-# A silent library does as told when it is loaded.
-SILENT = {
-    "DIFFUSERS_VERBOSITY": "error",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print results and errors only, no progress.")
-]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a long run.")]
-
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -47,13 +35,56 @@ def note(text: str) -> None:
         typer.echo(text, err=True)
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars, whoever shows them, no notes, no warnings, no log."""
+    from tqdm.std import tqdm
+
+    name = "__init__"
+    shown = getattr(tqdm, name)
+
+    # Most bars, also those of libraries, are shown whatever the environment says.
+    def hidden(bar: Any, *args: Any, **options: Any) -> None:
+        shown(bar, *args, **options | {"disable": True})
+
+    was, level = _quiet.set(True), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    setattr(tqdm, name, hidden)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        setattr(tqdm, name, shown)
+        logging.disable(level)
+        _quiet.reset(was)
+
+
+def _hush(context: typer.Context, quiet: bool) -> bool:
+    if quiet:
+        context.with_resource(quietly())  # from here to the end of the command
+    return quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print results and errors only, no progress.",
+        callback=_hush,
+        is_eager=True,
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a long run.")]
+
+
 def with_quiet(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option --quiet."""
 
     @functools.wraps(command)
     def run(*, quiet: bool, **options: Any) -> None:
-        with quietly() if quiet else contextlib.nullcontext():
-            command(**options)
+        command(**options)  # what the option does has been done
 
     # Typer reads these.
     signature = inspect.signature(command, eval_str=True)
@@ -65,36 +96,6 @@ def with_quiet(command: Callable[..., None]) -> Callable[..., None]:
     )
     run.__annotations__ = get_type_hints(command, include_extras=True) | {"quiet": Quiet}
     return run
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bars, whoever shows them, no notes and no warnings."""
-    from tqdm.std import tqdm
-
-    name = "__init__"
-    shown = getattr(tqdm, name)
-
-    # Most bars, also those of libraries, are shown whatever the environment says.
-    def hidden(bar: Any, *args: Any, **options: Any) -> None:
-        shown(bar, *args, **options | {"disable": True})
-
-    said = {key: os.environ.get(key) for key in SILENT}
-    was = _quiet.set(True)
-    os.environ.update(SILENT)
-    setattr(tqdm, name, hidden)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        setattr(tqdm, name, shown)
-        for key, value in said.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
-        _quiet.reset(was)
 
 
 def go_on(seconds: float, yes: bool) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -105,6 +106,22 @@ def test_a_run_that_learned_nothing_says_so(monkeypatch, tmp_path, pictures, cap
     error = capsys.readouterr().err
     assert "error: nothing was learned, held-out loss 1.0000" in error and "Traceback" not in error
     assert not (tmp_path / "out" / "learned_embeds.safetensors").exists()
+
+
+def test_a_long_run_is_asked_about_before_its_first_step(monkeypatch, tmp_path, pictures):
+    asked = []
+
+    def no(seconds, yes):
+        asked.append((seconds, yes))
+        raise typer.Exit(1)
+
+    monkeypatch.setattr("pilotage.eval.personalize.go_on", no)
+    output = tmp_path / "out"
+    for more in ([], ["--yes", "--quiet"]):
+        assert run(monkeypatch, pictures, *SHORT, *more, "-o", output) == 1
+    (seconds, yes), (_, sure) = asked
+    assert seconds > 0 and not yes and sure
+    assert not list(output.iterdir())
 
 
 def test_a_run_on_a_network_that_overflows_ends_in_one_line(
