@@ -119,9 +119,9 @@ def compare(
     add_tokens(pipe, token)
     todo = missing(pipe, with_baselines(plan), output / "pictures")
     runs = Runs(pipe, texts, max(*scale, 2.0), batch_size=batch_size)
-    pictures = sum(len(plan.chunks[number]) for number, _ in todo)
-    steps = sum(len(plan.chunks[number]) * setting.steps for number, setting in todo)
-    ask(runs, pictures, steps, yes)
+    sizes = [len(plan.chunks[number]) for number, _ in todo]
+    needed = sum(size * setting.steps for size, (_, setting) in zip(sizes, todo, strict=True))
+    ask(runs, sum(sizes), needed, yes)
     run(
         pipe,
         plan,

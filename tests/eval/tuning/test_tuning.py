@@ -283,12 +283,15 @@ def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
     ("command", "message"),
     [
         (["fit", "--then", "forecast"], "--then forecast is fitted with --on-policy"),
-        (["fit", "--then", "linear"], "--then is 'estimate' or 'cond' or 'forecast', got 'linear'"),
+        (["fit", "--then", "linear"], "unknown --then 'linear': known are estimate, cond"),
         (["fit", "--on-policy", "--scale", 3, "--scale", 5], "--on-policy fits one guidance scale"),
         (["search", "--between", "estimate"], "--between is for --fitted"),
-        (["search", "--fitted", "--between", "cond"], "--between is 'forecast' or 'estimate'"),
+        (["search", "--fitted", "--between", "cond"], "unknown --between 'cond': known are"),
         (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
-        (["calibrate", "--nfe", 6, "--then", "none"], "--then is 'cond' or 'forecast'"),
+        (
+            ["calibrate", "--nfe", 6, "--then", "none"],
+            "unknown --then 'none': known are cond, forecast",
+        ),
         (["calibrate"], "--nfe or --ssim"),
         (["calibrate", "--nfe", 6, "--rule", "apg+ag"], "--rule is a rule alone"),
     ],
