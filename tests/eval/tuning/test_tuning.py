@@ -290,7 +290,7 @@ def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
         (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
         (
             ["calibrate", "--nfe", 6, "--then", "none"],
-            "unknown --then 'none': known are cond, forecast",
+            "unknown --then 'none': known are cond",
         ),
         (["calibrate"], "--nfe or --ssim"),
         (["calibrate", "--nfe", 6, "--rule", "apg+ag"], "--rule is a rule alone"),
