@@ -67,5 +67,5 @@ def ask(runs: Runs, pictures: int, steps: int, yes: bool) -> None:
     seconds = measured(runs).seconds(pictures, steps) / state.num_processes
     if seconds >= WORTH_TELLING:
         work = f"{pictures:,} pictures, {steps:,} steps"
-        note(f"at most about {duration(seconds)}: {work}")
+        note(f"about {duration(seconds)}: {work}")
     go_on(seconds, yes or state.num_processes > 1)

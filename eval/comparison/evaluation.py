@@ -110,13 +110,16 @@ def evaluate(
     if drawn and gallery is not None and features is not None:
         found = distribution_metrics(gallery, features, drawn.first(DISTANCE_RESAMPLES))
         for name, one in found.items():
-            low, high = moved_interval(one.draws, one.value)
             row[name] = rounded(one.value)
+            if not one.draws.isfinite().all():  # KID: of so few, some draws are of one picture only
+                row[f"{name}_interval"] = None
+                continue
+            resampled[name] = one
+            low, high = moved_interval(one.draws, one.value)
             row[f"{name}_interval"] = [
                 rounded(low if name == "kid" else max(low, 0.0)),
                 rounded(min(high, 1.0) if name in SHARES else high),
             ]
-        resampled |= found
     return row, resampled
 
 

@@ -207,7 +207,7 @@ def search(
 
 
 def ask_for(runs: Runs, pictures: int, yes: bool) -> None:
-    """Say how long so many pictures will take at most, and ask; see `estimate.ask`."""
+    """Say how long so many pictures will take, and ask; see `estimate.ask`."""
     from ..estimate import ask
 
     ask(runs, pictures, pictures * runs.num_inference_steps, yes)

@@ -17,7 +17,7 @@ from PIL import Image
 from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation, reference
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.evaluation import evaluate
+from pilotage.eval.comparison.evaluation import evaluate, paired_differences
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.images import saturation, to_tensor
@@ -253,6 +253,20 @@ def test_intervals_are_over_prompts(tmp_path):
     ends = sorted([values[:2].mean().item(), values[2].item()])
     assert row["saturation_interval"] == pytest.approx(ends, rel=1e-5)
     assert evaluated(tmp_path, ["a"] * 3)["saturation_interval"][0] < ends[0]  # of this prompt
+
+
+def test_a_kernel_distance_of_so_few_that_a_draw_may_be_of_one_picture(tmp_path):
+    _, _, (plain, other, *_) = made_up(tmp_path)
+    gallery = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
+    cells = [
+        evaluate(one, None, tmp_path, extractor=lambda x: x.mean((2, 3)), gallery=gallery)
+        for one in (plain, other)
+    ]
+    for row, resampled in cells:
+        assert math.isfinite(row["kid"]) and row["kid_interval"] is None
+        assert "kid" not in resampled and row["fd_interval"] is not None
+    table = paired_differences({str(i): found for i, (_, found) in enumerate(cells)}, 3)
+    assert {one["metric"] for one in table} >= {"fd", "saturation"}
 
 
 @pytest.mark.parametrize(
