@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .terminal import note
+
 if TYPE_CHECKING:
     import torch
 
@@ -133,7 +135,7 @@ def report(values: dict[str, Any], json_file: Path | None, *folders: Pictures | 
     """
     read = [folder for folder in dict.fromkeys(folders) if folder is not None]
     for line in (line for folder in read for line in folder.changes()):
-        typer.echo(line, err=True)
+        note(line)
     full = values | ({"pictures": [folder.summary() for folder in read]} if read else {})
     if json_file == Path("-"):
         typer.echo(json.dumps(full, allow_nan=False))

@@ -23,7 +23,7 @@ from ..options import (
     check_tokens,
 )
 from ..prompts import read_prompts
-from ..terminal import Yes, is_quiet
+from ..terminal import Yes, is_quiet, note
 from .config import Config
 
 NONE: list[str] = []
@@ -136,5 +136,5 @@ def compare(
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():
-            typer.echo(line, err=True)
+            note(line)
         typer.echo(str(output / ("report.html" if report else "cells.json")))

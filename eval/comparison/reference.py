@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..metrics.extractors import Extractor, load_extractor
 from ..metrics.feature_files import Features
 from ..metrics.images import PER_PICTURE
 from ..pictures import Pictures, Reading
+from ..terminal import note
 
 Reference = Tensor | Pictures | Features
 BATCH = 32
@@ -47,7 +47,7 @@ def open_reference(
         return Features.load(path, network, reading, made_by), network
     pictures = Pictures.of(path, reading)
     if processes().is_main_process:
-        print(pictures.found(), file=sys.stderr)
+        note(pictures.found())
     check_reference(pictures.check())
     return pictures, load_extractor(extractor, device=device)
 

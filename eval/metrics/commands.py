@@ -28,6 +28,7 @@ from ..options import (
     report,
 )
 from ..prompts import read_prompts
+from ..terminal import note
 
 if TYPE_CHECKING:
     from ..pictures import Pictures, Reading
@@ -48,7 +49,7 @@ def _read(folder: Path, reading: Reading) -> Pictures:
     from ..pictures import Pictures
 
     pictures = Pictures.of(folder, reading)
-    typer.echo(pictures.found(), err=True)
+    note(pictures.found())
     return pictures.check()
 
 

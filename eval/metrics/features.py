@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..pictures import Pictures, Reading
+from ..terminal import note
 from .extractors import Extractor, load_extractor
 from .feature_files import Features, preprocessing
 
@@ -165,7 +165,7 @@ def load_pair(
             raise FileNotFoundError(f"no folder or file {source}")
         if source.suffix != ".npz" and source not in folders:
             folders[source] = Pictures.of(source, reading)
-            print(folders[source].found(), file=sys.stderr)
+            note(folders[source].found())
             folders[source].check()
     network = load_extractor(extractor, device=device)
     found = {s: Features.load(s, network, reading, made_by) for s in sources if s not in folders}

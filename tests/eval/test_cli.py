@@ -249,6 +249,16 @@ def test_quiet_shows_results_only(monkeypatch, tmp_path, capsys):
         assert all(err == "" for err in shown) if options else all("%|" in err for err in shown)
 
 
+def test_quiet_tells_nothing_of_the_folder_that_was_read(monkeypatch, tmp_path, capsys):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.txt").touch()
+    assert run(monkeypatch, "saturation", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "b.txt" in err
+    assert run(monkeypatch, "saturation", "--quiet", tmp_path) == 0
+    assert capsys.readouterr() == (out, "")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion(shell):
     main = "from pilotage.eval.cli import main; main()"
