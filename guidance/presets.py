@@ -24,7 +24,7 @@ register(Always)
 #     are norms over all elements of the latents at the model's native size; here per element.
 #   cfg-zero*: the first 2 of 50 steps, https://github.com/WeichenFan/CFG-Zero-star (text to video).
 #   fdg: Table 8a of https://arxiv.org/abs/2506.19713, w_low of w as (w_low - 1) / (w - 1).
-#   higs: Table 10 of https://arxiv.org/abs/2509.22300; SDXL's timestep 400 of 1000 as a noise level.
+#   higs: Table 10 of https://arxiv.org/abs/2509.22300; for SDXL, timestep 400 as a noise level.
 #   magnitude: sd35_sample.py of https://github.com/xiaomomy/MAMBO-G (with w = 18).
 #   tag: Table 16 of https://arxiv.org/abs/2510.04533 (unguided, 50 steps).
 PRESETS: dict[str, dict[str, Rule | Policy]] = {
@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Rule | Policy]] = {
     },
     "sd3": {"fdg": FDG(1 / 3), "tag": TAG(1.05)},  # 3 of 7
     "sd3.5": {"magnitude": MagnitudeAware(12.0)},
-    "wan": {"cfg-zero*": CFGZeroStar(zero_steps=2)},
+    "wan": dict.fromkeys(("cfg-zero*", "cfg-zero-star"), CFGZeroStar(zero_steps=2)),
 }
 
 # Adaptive Guidance as its paper sets it (https://arxiv.org/abs/2312.12487, DPM++ 2M, 20 steps,
