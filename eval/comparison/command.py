@@ -67,6 +67,12 @@ def compare(
     equal_nfe: Annotated[
         bool, typer.Option(help="Add CFG with fewer steps at the cost of cheaper settings.")
     ] = True,
+    matched: Annotated[
+        bool,
+        typer.Option(
+            "--matched", help="Add every setting at the scale at which it is as strong as CFG."
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
     token: Token = None,
     model: Model = None,
@@ -120,6 +126,7 @@ def compare(
         reading=reading,
         equal_nfe=equal_nfe,
         report=report,
+        matched=matched,
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():
