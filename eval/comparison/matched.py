@@ -17,19 +17,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.optimize import brentq
 from tqdm import tqdm
 
 from ...guidance.files import fingerprint, write_json
 from ...guidance.saved import to_dict
+from ...pipelines.fitting.fitted import negative_argument, unconditional_text
 from ...pipelines.fitting.identity import pipeline_identity
-from ...pipelines.fitting.runs import Runs
+from ...pipelines.guided import scale_option
 from ...pipelines.processes import processes
 from .cost import update_norms
-from .plan import BASELINE, Plan, Setting
+from .plan import BASELINE, Plan, Setting, sample_seed
 
 PROMPTS = 8  # of the plan, on which strengths are measured
-TOLERANCE = 0.01  # of w - 1, relative
+TOLERANCE = 0.005  # of the strength, relative
 WEAKEST, STRONGEST = 1e-2, 1e3  # values of w - 1 that are tried
 
 
@@ -48,21 +50,20 @@ def matched_scale(strength: Callable[[float], float], target: float, guess: floa
 
     def excess(x: float) -> float:
         if x not in known:
-            found = strength(1 + math.exp(x))
-            known[x] = math.log(max(found, 1e-12) / target)
+            found = math.log(max(strength(1 + math.exp(x)), 1e-12) / target)
+            known[x] = 0.0 if abs(found) < TOLERANCE else found
         return known[x]
 
     low, high = math.log(WEAKEST), math.log(STRONGEST)
     x = min(max(math.log(guess - 1), low), high)
     # The step that would do if the strength were proportional to w - 1, and more, to go past it.
-    side = excess(x)
-    while abs(side) > TOLERANCE / 10:
-        after = min(max(x - 1.5 * side, low), high)
+    while side := excess(x):
+        after = min(max(x - 1.2 * side, low), high)
         if after == x:
             return None
         if excess(after) * side <= 0:
-            return 1 + math.exp(brentq(excess, x, after, xtol=TOLERANCE / 2, rtol=1e-9))
-        x, side = after, excess(after)
+            return 1 + math.exp(brentq(excess, x, after, xtol=TOLERANCE / 10))
+        x = after
     return 1 + math.exp(x)
 
 
@@ -73,7 +74,8 @@ def matched_settings(pipe: Any, plan: Plan, path: Path, progress: bool = True) -
 
     Args:
         pipe: A guided pipeline, on its device.
-        plan: What is compared; the first prompts of it are measured, with the first seed.
+        plan: What is compared; the first prompts of it are measured, with the noise of their first
+            seed.
         path: JSON file of what was measured: a search that was interrupted goes on with it.
         progress: Show a bar.
 
@@ -85,8 +87,7 @@ def matched_settings(pipe: Any, plan: Plan, path: Path, progress: bool = True) -
     if state.is_main_process:
         meter = _Meter(pipe, plan, path)
         for setting in tqdm(wanted, "strength", unit="setting", disable=not progress):
-            plain = Setting(BASELINE, setting.scale, setting.steps)
-            meter.scale_of(setting, meter.strength(plain, setting.scale))
+            meter.match(setting)
     state.wait_for_everyone()
     found = json.loads(path.read_text())["scales"] if wanted else {}
     taken = {(s.method, s.scale, s.steps) for s in plan.settings}
@@ -106,19 +107,23 @@ class _Meter:
 
     def __init__(self, pipe: Any, plan: Plan, path: Path) -> None:
         self.pipe, self.plan, self.path = pipe, plan, path
-        self.prompts = list(plan.prompts[:PROMPTS])
+        self.prompts, self.seeds = list(plan.prompts[:PROMPTS]), plan.seeds[:1]
+        self.options = {k: v for k, v in plan.options.items() if k != "negative_prompt"}
+        self.negative = unconditional_text(pipe, plan.options.get("negative_prompt"))
+        pipe.set_progress_bar_config(disable=True)
         self.identity = json.loads(
             json.dumps(
                 {
                     **pipeline_identity(pipe),
                     "prompts": self.prompts,
-                    "seed": plan.seeds[0],
-                    "options": plan.options,
+                    "seeds": list(self.seeds),
+                    "options": self.options | {"negative_prompt": self.negative},
                 }
             )
         )
         self.measured: dict[str, float] = {}
         self.scales: dict[str, float | None] = {}
+        self.ratios: dict[tuple[str, int], float] = {}
         if path.is_file():
             kept = json.loads(path.read_text())
             if kept["identity"] != self.identity:
@@ -128,12 +133,18 @@ class _Meter:
                 )
             self.measured, self.scales = kept["strengths"], kept["scales"]
 
-    def scale_of(self, setting: Setting, target: float) -> None:
-        """Find the scale at which a setting is as strong as `target`."""
+    def match(self, setting: Setting) -> None:
+        """Find the scale at which a setting is as strong as plain guidance at its scale."""
+        own = setting.method, setting.steps
         if setting.label not in self.scales:
-            found = matched_scale(lambda w: self.strength(setting, w), target, setting.scale)
+            target = self.strength(Setting(BASELINE, setting.scale, setting.steps), setting.scale)
+            guess = 1 + self.ratios.get(own, 1.0) * (setting.scale - 1)
+            found = matched_scale(lambda w: self.strength(setting, w), target, guess)
             self.scales[setting.label] = None if found is None else float(f"{found:.5g}")
             self._write()
+        scale = self.scales[setting.label]
+        if scale is not None:  # the next search of this method begins at the same ratio
+            self.ratios[own] = (scale - 1) / (setting.scale - 1)
 
     def strength(self, setting: Setting, scale: float) -> float:
         """Mean norm of (guided - conditional) as denoised images of a setting at another scale."""
@@ -141,20 +152,19 @@ class _Meter:
         guidance = self.pipe.resolve_guidance(setting.guidance)
         key = f"{fingerprint(to_dict(guidance))[:16]} w={scale:g} s={setting.steps}"
         if key not in self.measured:
-            runs = Runs(
-                self.pipe,
-                self.prompts,
-                scale,
-                setting.steps,
-                self.plan.options.get("negative_prompt"),
-                self.plan.seeds[0],
-                self.plan.batch_size,
-            )
             norms: list[float] = []
-            for call in runs.calls():
-                more = {k: v for k, v in self.plan.options.items() if k != "negative_prompt"}
-                more |= {"guidance": guidance, "detailed_trace": True, "output_type": "latent"}
-                self.pipe(**call, **more)
+            for chunk in Plan(self.prompts, [setting], self.seeds, self.plan.batch_size).chunks:
+                self.pipe(
+                    prompt=[self.prompts[i] for _, i in chunk],
+                    guidance=guidance,
+                    detailed_trace=True,
+                    num_inference_steps=setting.steps,
+                    generator=[torch.Generator().manual_seed(sample_seed(*one)) for one in chunk],
+                    output_type="latent",
+                    **scale_option(self.pipe, scale),
+                    **self.options,
+                    **negative_argument(self.pipe, self.negative, len(chunk)),
+                )
                 found = update_norms(self.pipe.guidance_trace, guidance, self.pipe.scheduler)
                 if found is None:
                     raise ValueError(
