@@ -10,9 +10,9 @@ part along the image, which saturates, and without its low frequencies, which sh
     \mathrm{iDCT}\bigl(s(50 (R - R_c)) \, \mathrm{DCT}(\Delta^\perp_k
     + \eta \Delta^\parallel_k)\bigr) \qquad \text{for } t_0 < t \le t_1
 
-with D the guided denoised image where both branches are evaluated and the conditional one elsewhere
-(the rule also works on one branch), s the logistic function, and R the distance of a frequency from
-0, :math:`R^2 = (i / H)^2 + (j / W)^2`. The first step changes nothing.
+with D the guided denoised image, or that of a pipeline that evaluates one branch, s the logistic
+function, and R the distance of a frequency from 0, :math:`R^2 = (i / H)^2 + (j / W)^2`. The first
+step changes nothing. Steps that a policy leaves without guidance are left alone.
 
 References:
     Sadat, Salehi & Weber, "HiGS: History-Guided Sampling for Plug-and-Play Enhancement of Diffusion

@@ -7,8 +7,8 @@ step goes further from it, as guidance goes further from the unconditional predi
     \hat v_i = v_i + a \, (v_i - m_i), \qquad m_{i+1} = (1 - \beta) \, v_i + \beta \, m_i, \qquad
     m_0 = v_0
 
-The average is one of the velocities before they are pushed. They are the guided ones where both
-branches are evaluated, and the conditional ones elsewhere: the rule also works on one branch.
+The average is one of the velocities before they are pushed: the guided ones, or those of a pipeline
+that evaluates one branch. Steps that a policy leaves without guidance are left alone.
 
 References:
     Liao, Yu, Su, Zhang, Chen & Liu, "Momentum Guidance: Plug-and-Play Guidance for Flow Models",

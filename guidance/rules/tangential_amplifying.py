@@ -12,8 +12,8 @@ A step of Euler or DDIM is linear in the sample and the prediction, :math:`\delt
 
 .. math:: \hat p = p + (\eta - 1) \, P^\perp p
 
-(equation 16), whatever the network predicts. p is the guided prediction where both branches are
-evaluated and the conditional one elsewhere: the rule also works on one branch.
+(equation 16), whatever the network predicts. p is the guided prediction, or that of a pipeline that
+evaluates one branch. Steps that a policy leaves without guidance are left alone.
 
 References:
     Cho, Ahn, Hong, Kim, Kim & Jin, "TAG: Tangential Amplifying Guidance for Hallucination-Resistant

@@ -331,8 +331,8 @@ class Driver:
                 f"'{self.asked}' cannot leave rows out of this call of {name}, which evaluates its "
                 "network in a pass that takes no part in guidance (for a reference, for instance)"
             )
-        whole = guidance.policy_alone and guidance.keeps_combination
-        if pattern.main is None and (alone or not whole):
+        alone = alone or guidance.rule.one_branch  # of several it takes the conditional one, too
+        if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")
         if pattern.reason and guidance.combines(decisions):

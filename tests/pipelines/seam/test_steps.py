@@ -6,7 +6,15 @@ import diffusers
 import pytest
 import torch
 
-from pilotage.guidance import APG, TAG, HiGS, Momentum, SampleScales
+from pilotage.guidance import (
+    APG,
+    TAG,
+    CFGZeroStar,
+    HiGS,
+    MagnitudeAware,
+    Momentum,
+    SampleScales,
+)
 from pilotage.pipelines import LayoutError, guided
 
 from ... import components
@@ -128,6 +136,19 @@ def test_a_distilled_network_takes_rules_for_one_branch():
         assert len(set(pipe.guidance_trace.nfe)) == 1
     with pytest.raises(LayoutError, match="evaluates one branch"):
         latents(pipe, "sd", guidance="tcfg")
+
+
+def test_names_mean_the_settings_of_the_model():
+    for name, extra, rule in (
+        ("sd3", "tag", TAG(1.05)),
+        ("sdxl", "higs", HiGS(noise_low=0.538)),
+        ("wan", "cfg-zero-star", CFGZeroStar(zero_steps=2)),
+        ("sd", "tag", TAG()),
+    ):
+        assert guided(FAMILIES[name].build()).resolve_guidance(extra).rule == rule
+    pipe = FAMILIES["sd3"].build()
+    pipe.transformer.register_to_config(qk_norm="rms_norm")  # as Stable Diffusion 3.5's
+    assert guided(pipe).resolve_guidance("magnitude").rule == MagnitudeAware(12.0)
 
 
 @pytest.mark.parametrize("rule", ["cfg", APG()], ids=str)
