@@ -55,10 +55,11 @@ def matched_scale(strength: Callable[[float], float], target: float, guess: floa
         return known[x]
 
     low, high = math.log(WEAKEST), math.log(STRONGEST)
-    x = min(max(math.log(guess - 1), low), high)
-    # The step that would do if the strength were proportional to w - 1, and more, to go past it.
+    x, stride = min(max(math.log(guess - 1), low), high), 0.0
     while side := excess(x):
-        after = min(max(x - 1.2 * side, low), high)
+        # What would do if the strength were proportional to w - 1, and more, to go past it.
+        stride = max(1.2 * abs(side), 2 * stride)
+        after = min(max(x - math.copysign(stride, side), low), high)
         if after == x:
             return None
         if excess(after) * side <= 0:
@@ -70,7 +71,8 @@ def matched_scale(strength: Callable[[float], float], target: float, guess: floa
 def matched_settings(pipe: Any, plan: Plan, path: Path, progress: bool = True) -> list[Setting]:
     """Every setting of a plan once more, as strong as classifier-free guidance at its scale.
 
-    Those that are plain, and those that are as strong at no scale, are left out.
+    Plain ones, those that were fitted for one scale, and those that are as strong at no scale, are
+    left out.
 
     Args:
         pipe: A guided pipeline, on its device.
@@ -83,7 +85,13 @@ def matched_settings(pipe: Any, plan: Plan, path: Path, progress: bool = True) -
         ValueError: the scheduler's noise levels are not known, or the file is of something else.
     """
     state = processes()
-    wanted = [s for s in plan.settings if s.scale > 1 and s.method != BASELINE]
+    wanted = [
+        s
+        for s in plan.settings
+        if s.scale > 1
+        and s.method != BASELINE
+        and not pipe.resolve_guidance(s.guidance).policy.identities
+    ]
     if state.is_main_process:
         meter = _Meter(pipe, plan, path)
         for setting in tqdm(wanted, "strength", unit="setting", disable=not progress):

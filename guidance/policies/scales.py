@@ -45,6 +45,11 @@ class _Scaled(Policy):
 
     policy: Policy
 
+    @property
+    def some(self) -> tuple[float, ...]:
+        """Factors of the scale that occur."""
+        raise NotImplementedError
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs_gamma", self.policy.needs_gamma)
         if self.policy.identities:
@@ -65,8 +70,8 @@ class _Scaled(Policy):
 
     def decisions(self, total: int) -> Sequence[Decision] | None:
         """What the policy may decide, with another scale."""
-        inner = self.policy.decisions(total)
-        return None if inner is None else [_with(0.5, d) for d in inner]
+        inner, factor = self.policy.decisions(total), next((f for f in self.some if f != 1), 1.0)
+        return None if inner is None else [_with(factor, d) for d in inner]
 
 
 def _with(factor: float, decision: Decision) -> Decision:
@@ -134,6 +139,11 @@ class ScaleSchedule(_Scaled):
             raise ValueError("ScaleSchedule: a factor for every step goes over the steps")
 
     @property
+    def some(self) -> tuple[float, ...]:
+        """See `_Scaled`."""
+        return (0.5,) if isinstance(self.shape, str) else self.shape
+
+    @property
     def needs_noise(self) -> bool:
         """Whether the run is measured in noise, or the policy reads noise levels."""
         return self.over == "noise" or self.policy.needs_noise
@@ -197,6 +207,11 @@ class SampleScales(_Scaled):
         object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
         if not all(0 <= factor < math.inf for factor in self.factors):
             raise ValueError(f"SampleScales: factors are finite and >= 0, got {self.factors}")
+
+    @property
+    def some(self) -> tuple[float, ...]:
+        """See `_Scaled`."""
+        return self.factors
 
     def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
         """The policy's state, with the scale of every sample."""

@@ -55,6 +55,14 @@ def test_a_scale_has_the_wanted_strength(strength, target):
 def test_a_strength_that_is_reached_at_no_scale():
     assert matched_scale(lambda w: min(w - 1, 5.0), 6.0, 3.0) is None
     assert matched_scale(lambda w: 2 + 0.1 * (w - 1), 1.0, 3.0) is None
+    calls = []
+
+    def just_below(w):
+        calls.append(w)
+        return 0.99 * (1 - math.exp(1 - w))
+
+    assert matched_scale(just_below, 1.0, 3.0) is None
+    assert len(calls) <= 12
 
 
 def strength(pipe, guidance, scale):
@@ -75,7 +83,10 @@ def strength(pipe, guidance, scale):
 def test_settings_are_as_strong_as_plain_guidance(pipe, tmp_path, monkeypatch):
     plan = Plan(
         PROMPTS,
-        [Setting(name, scale, STEPS) for name in ("cfg", "apg", "higs") for scale in (3.0, 7.5)],
+        [
+            *(Setting(g, w, STEPS) for g in ("cfg", "apg", "higs") for w in (3.0, 7.5)),
+            Setting("searched", 7.5, 20),  # found for this scale
+        ],
     )
     path = tmp_path / "matching.json"
     found = matched_settings(pipe, plan, path, progress=False)
