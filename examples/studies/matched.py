@@ -68,15 +68,18 @@ def table(
             name = samples.setting.method
             found[name], resampled[name] = evaluate(samples, baseline, output, **judges)
         pairs = paired_differences(resampled, len(plain.prompts))
+        pairs = [one for one in pairs if one["setting"] == BASELINE]  # it comes first
         for name, row in found.items():
-            to_cfg = {
-                one["metric"]: {"difference": one["difference"], "interval": one["interval"]}
-                for one in pairs
-                if one["setting"] == BASELINE and one["other"] == name  # CFG comes first
-            }
             kept = {k: row[k] for k in KEPT if k in row}
-            rows.append({"rule": name, "as_cfg": scale, **kept, "cfg_minus_rule": to_cfg})
+            minus = {one["metric"]: reversed_(one) for one in pairs if one["other"] == name}
+            rows.append({"rule": name, "as_cfg": scale, **kept, "minus_cfg": minus})
     return rows
+
+
+def reversed_(one: dict[str, Any]) -> dict[str, Any]:
+    """The paired difference of CFG and a rule the other way round: the rule minus CFG."""
+    ends = one["interval"] and [-end for end in reversed(one["interval"])]
+    return {"difference": -one["difference"], "interval": ends}
 
 
 def main() -> None:
@@ -107,7 +110,9 @@ def main() -> None:
     }
     nominal = [one for one in made if one.setting.matched is None and one.setting.method in RULES]
     same = [one for one in made if one.setting.matched is not None]
-    strengths = {one.setting.method: {} for one in nominal}
+    strengths: dict[str, dict[str, float | None]] = {
+        name: dict.fromkeys(f"{scale:g}" for scale in SCALES) for name in RULES
+    }
     for one in same:
         strengths[one.setting.method][f"{one.setting.beside:g}"] = one.setting.scale
     figures = {
@@ -115,7 +120,7 @@ def main() -> None:
         "reference": len(held),
         "steps": STEPS,
         "strengths": list(SCALES),
-        "rules": strengths,  # the scale of each that is as strong as CFG
+        "rules": strengths,  # the scale of each that is as strong as CFG; None: there is none
         "equal_scale": table(nominal, baselines, folder, **judges),
         "equal_strength": table(same, baselines, folder, **judges),
         "minutes": round((time.perf_counter() - begin) / 60, 1),
