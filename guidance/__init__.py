@@ -21,6 +21,7 @@ from .fitting.regression import Gram, fit_coefficients, r_squared
 from .policies.adaptive import AdaptiveGuidance
 from .policies.fill import Coefficients, ExtrapolateDifference, HoldDifference
 from .policies.interval import Interval
+from .policies.scales import SampleScales, ScaleSchedule
 from .policies.schedule import Pattern, Schedule, extrapolate, forecast, gate, hold, linear_ag
 from .prediction import PREDICTION_TYPES, NoiseLevel, PredictionType, Space, cosine
 from .presets import PRESETS, available, resolve
@@ -30,8 +31,12 @@ from .rules.cfg import CFG, cfg
 from .rules.cfg_plus_plus import CFGPlusPlus, cfg_plus_plus_scale
 from .rules.cfg_zero_star import CFGZeroStar, cfg_zero_star
 from .rules.frequency_decoupled import FDG, fdg
+from .rules.history_guided import HiGS
 from .rules.magnitude_aware import MagnitudeAware, magnitude_aware
+from .rules.momentum import Momentum
 from .rules.rescale import CFGRescale, cfg_rescale
+from .rules.sliding_mode import SMC
+from .rules.tangential_amplifying import TAG
 from .rules.tcfg import TCFG, tangential_damping, tcfg
 from .run import NonFinitePredictionError, Run
 from .saved import load_guidance, save_guidance
@@ -43,6 +48,8 @@ __all__ = [
     "FDG",
     "PREDICTION_TYPES",
     "PRESETS",
+    "SMC",
+    "TAG",
     "TCFG",
     "AdaptiveGuidance",
     "Always",
@@ -55,9 +62,11 @@ __all__ = [
     "Fill",
     "Gram",
     "Guidance",
+    "HiGS",
     "HoldDifference",
     "Interval",
     "MagnitudeAware",
+    "Momentum",
     "NoiseLevel",
     "NonFinitePredictionError",
     "Pattern",
@@ -67,6 +76,8 @@ __all__ = [
     "Predictions",
     "Rule",
     "Run",
+    "SampleScales",
+    "ScaleSchedule",
     "Schedule",
     "Space",
     "Step",
@@ -107,6 +118,8 @@ def _first(make: Callable[..., Schedule], *order: str) -> Callable[..., Schedule
         for old, new in (("head", "first"), ("tail", "then")):
             if old in settings:
                 settings[new] = settings.pop(old)
+        if make is not forecast:
+            settings.setdefault("then", "cond")  # what version 0.1 did
         if settings.get("then") in ("hold", "extrapolate", "linear"):
             settings["then"] = "estimate"
         return make(**settings)

@@ -37,6 +37,16 @@ class Step:
     next_level: NoiseLevel | None = None
     x_t: Tensor | None = None
 
+    def known(self) -> tuple[NoiseLevel, Tensor]:
+        """Noise level and network's input, for rules on denoised images.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        if self.level is None or self.x_t is None:
+            raise ValueError("denoised images need the noise level of the scheduler and x_t")
+        return self.level, self.x_t
+
     def levels(self) -> tuple[NoiseLevel, NoiseLevel]:
         """Noise levels now and next, for rules with `Rule.needs_next_level`.
 
@@ -99,9 +109,7 @@ class Predictions:
     def _known(self) -> tuple[Tensor, Factor]:
         """What x_t says of every denoised image, and the factor of the prediction in it."""
         if self._affine is None:
-            level, x_t = self.step.level, self.step.x_t
-            if level is None or x_t is None:
-                raise ValueError("denoised images need the noise level of the scheduler and x_t")
+            level, x_t = self.step.known()
             a_x, a_p = level.coefficients()
             self._affine = a_x * accumulate(x_t), a_p
         return self._affine
@@ -120,12 +128,16 @@ class Rule:
         needs_next_level: Whether the rule reads `Step.levels`. It is then refused on solvers other
             than Euler and DDIM without added noise, whose steps lead from one level to the next.
         is_pipelines_own: Whether `combine` is what every pipeline does itself: `CFG` alone.
+        one_branch: Whether the rule changes the guided prediction, whatever made it, and so works
+            where a pipeline evaluates one branch, too: `combine` is then given that prediction as
+            both, at w = 1.
     """
 
     name: ClassVar[str]
     space: Space = "native"
     needs_next_level: ClassVar[bool] = False
     is_pipelines_own: ClassVar[bool] = False
+    one_branch: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -449,11 +461,13 @@ class Guidance:
 
     @property
     def policy_alone(self) -> bool:
-        """Whether there is something to do where a pipeline evaluates one branch: skipping steps.
+        """Whether there is something to do where a pipeline evaluates one branch.
 
-        Plain guidance included, which does nothing.
+        Skipping steps, and what rules for one branch do; plain guidance included, which does
+        nothing.
         """
-        return self.keeps_combination and not self.policy.needs_gamma
+        own = self.keeps_combination or self.rule.one_branch
+        return own and not self.policy.needs_gamma
 
     @property
     def needs_level(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 from .base import Always, Guidance, Policy, Rule
 from .names import unknown
@@ -11,11 +12,22 @@ from .policies.interval import Interval
 from .registry import NAMES, load_installed, register
 from .rules.apg import APG
 from .rules.cfg import CFG
+from .rules.cfg_zero_star import CFGZeroStar
+from .rules.frequency_decoupled import FDG
+from .rules.history_guided import HiGS
+from .rules.magnitude_aware import MagnitudeAware
+from .rules.tangential_amplifying import TAG
 
 register(Always)
 
-# APG: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds are
-# norms over all elements of the latents at the model's native size; here they are per element.
+# Settings that their authors used on a model, where they are not the defaults of the class:
+#   apg: Table 10 of https://arxiv.org/abs/2410.02416 (eta = 0 throughout). The paper's thresholds
+#     are norms over all elements of the latents at the model's native size; here per element.
+#   cfg-zero*: the first 2 of 50 steps, https://github.com/WeichenFan/CFG-Zero-star (text to video).
+#   fdg: Table 8a of https://arxiv.org/abs/2506.19713, w_low of w as (w_low - 1) / (w - 1).
+#   higs: Table 10 of https://arxiv.org/abs/2509.22300; for SDXL, timestep 400 as a noise level.
+#   magnitude: sd35_sample.py of https://github.com/xiaomomy/MAMBO-G (with w = 18).
+#   tag: Table 16 of https://arxiv.org/abs/2510.04533 (unguided, 50 steps).
 PRESETS: dict[str, dict[str, Rule | Policy]] = {
     # The embedded model (examples/emoji), chosen by examples/studies/tune.py: a threshold that
     # takes away over a third of the excess saturation of CFG at w = 15 (smaller ones take more,
@@ -24,24 +36,41 @@ PRESETS: dict[str, dict[str, Rule | Policy]] = {
         "apg": APG(norm_threshold=0.05, momentum=-0.5),
         "ag": AdaptiveGuidance(threshold=0.9975),
     },
-    "edm2-s": {"apg": APG(norm_threshold=2.5 / 128, momentum=-0.75)},
-    "dit": {"apg": APG(norm_threshold=5 / 64, momentum=-0.5)},
-    "sd2": {"apg": APG(norm_threshold=7.5 / 192, momentum=-0.75)},
+    "edm2-s": {"apg": APG(norm_threshold=2.5 / 128, momentum=-0.75), "fdg": FDG(0.0)},  # 1 of 3
+    "edm2-xl": {"fdg": FDG(0.0)},  # 1 of 2
+    "dit": {
+        "apg": APG(norm_threshold=5 / 64, momentum=-0.5),
+        "fdg": FDG(0.0),  # 1 of 2
+        "higs": HiGS(weight=2.0, noise_low=0.3),
+    },
+    "sd2": {
+        "apg": APG(norm_threshold=7.5 / 192, momentum=-0.75),
+        "fdg": FDG(1 / 3),  # 3 of 7
+    },
     "sdxl": {
         "apg": APG(norm_threshold=15 / 256, momentum=-0.5),
+        "fdg": FDG(4 / 9),  # 5 of 10
+        "higs": HiGS(noise_low=0.538),
         "interval": Interval(noise_low=0.28, noise_high=5.42),
+        "tag": TAG(1.2),
     },
+    "sd3": {"fdg": FDG(1 / 3), "tag": TAG(1.05)},  # 3 of 7
+    "sd3.5": {"magnitude": MagnitudeAware(12.0)},
+    "wan": dict.fromkeys(("cfg-zero*", "cfg-zero-star"), CFGZeroStar(zero_steps=2)),
 }
 
 # Adaptive Guidance as its paper sets it (https://arxiv.org/abs/2312.12487, DPM++ 2M, 20 steps,
-# w = 7.5): cosines of raw network outputs, on its own models. On networks that predict noise
-# finely (SDXL) they stop guidance at once: calibrate instead.
+# w = 7.5): cosines of raw network outputs, the first two for EMU-768, the others for LDM-512. On
+# networks that predict noise finely (SDXL) they stop guidance at once: calibrate instead.
 LITERATURE: dict[str, Policy] = {
-    f"ag-{threshold}": AdaptiveGuidance(threshold, space="native")
-    for threshold in (0.991, 0.994, 0.996)
+    f"ag-{threshold}": AdaptiveGuidance(float(threshold), space="native")
+    for threshold in ("0.991", "0.993", "0.9990", "0.9994", "0.9996")
 }
 for _name in LITERATURE:
     register(functools.partial(LITERATURE.__getitem__, _name), name=_name)
+
+# Names of version 0.1, to go with version 0.3, whose thresholds the paper does not have.
+MISREAD = {"ag-0.994": "ag-0.9994", "ag-0.996": "ag-0.9996"}
 
 
 def available() -> list[str]:
@@ -96,6 +125,15 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
 
 def _part(name: str, family: str | None) -> Rule | Policy | None:
     """What one name stands for; None: nothing."""
+    if name in MISREAD:
+        right = MISREAD[name]
+        warnings.warn(
+            f"{name!r} is a misreading of the paper, whose threshold for LDM-512 is "
+            f"{right.removeprefix('ag-')}: it now means {right!r}",
+            FutureWarning,
+            stacklevel=3,
+        )
+        name = right
     preset = PRESETS.get(family or "", {}).get(name)
     if preset is not None:
         return preset

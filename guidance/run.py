@@ -81,7 +81,8 @@ class Run:
         on_cpu: Whether the predictions live on the CPU (device values are then read at once).
         detailed: Record cosines and norms at every step.
         one_branch: The pipeline evaluates the conditional branch alone, guided by its own means or
-            not at all: all that a policy can do is to skip steps.
+            not at all: all that a policy can do is to skip steps, and rules work only if they are
+            for one branch.
 
     Each step is `plan`, which says what to evaluate, then `combine`. Skipped samples take part in
     `combine` with what `reused` gives for them; where all are skipped, it alone ends the step.
@@ -162,7 +163,13 @@ class Run:
                 f"{self.step.index}, got {decisions!r}"
             )
         self.guidance.check_decisions(decisions)
-        return Plan.of(decisions)
+        plan = Plan.of(decisions)
+        if self.guidance.rule.one_branch and 0 < len(plan.skipped) < self.batch and self.one_branch:
+            raise ValueError(
+                f"'{self.guidance}' skips step {self.step.index} of some samples; where one branch "
+                "is evaluated, a rule goes with policies that skip the steps of all"
+            )
+        return plan
 
     def begin(
         self,
@@ -297,18 +304,28 @@ class Run:
             self._forget()
         return guided
 
-    def unguided(self, prediction: Tensor, x_t: Tensor) -> None:
+    def unguided(self, prediction: Tensor, x_t: Tensor) -> Tensor:
         """End a step without guidance: whatever was planned, the unconditional branch never came.
 
         Args:
             prediction: Network output of the conditional branch, with shape (B, \\*); skipped
                 steps later take it for the guided one.
             x_t: Network input, with shape (B, \\*).
+
+        Returns:
+            The prediction, in a run of one branch what a rule for one branch made of it.
         """
         self.now = NOTHING
         self._record()
+        if self.one_branch and self.guidance.rule.one_branch:
+            self.step = step = replace(self.step, x_t=x_t)
+            same = Predictions({"cond": prediction, "uncond": prediction}, step)
+            result = guide_step(self.guidance.rule, same, step, 1.0, self.rule_state)
+            assert result.prediction is not None
+            prediction, self.rule_state = result.prediction, result.state
         self._end(prediction, x_t)
         self._forget()
+        return prediction
 
     def finish(self) -> None:
         """Raise what was still on its way from the device."""

@@ -131,6 +131,8 @@ def _from_first(config: Mapping[str, Any]) -> Guidance:
     for old, new in (("stand_in", "fill"), ("head", "first"), ("tail", "then")):
         if old in settings:
             settings[new] = settings.pop(old)
+    if name in ("hold", "extrapolate", "linear-ag"):
+        settings.setdefault("then", "cond")  # what version 0.1 did
     for key in ("fill", "coefficients"):
         if key in settings:
             settings[key] = _part("fill", _first_part("fill", settings[key]))

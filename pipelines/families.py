@@ -17,6 +17,10 @@ def model_family(pipe: Any) -> str | None:
         return "sdxl"
     if name == "DiTPipeline":
         return "dit"
+    if name == "WanPipeline":
+        return "wan"
+    if name.startswith("StableDiffusion3"):  # the networks of 3.5 normalize queries and keys
+        return "sd3.5" if pipe.transformer.config.get("qk_norm") else "sd3"
     if name.startswith("StableDiffusion") and getattr(pipe, "unet", None) is not None:
         config = pipe.unet.config
         if config.cross_attention_dim == 1024:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..guidance import Guidance, Policy, Rule, Trace, load_guidance
+from ..guidance import Guidance, Policy, Rule, SampleScales, Trace, load_guidance
 from .doors import check_reader, custom_class
 from .families import resolve_for
 from .fitting.fitted import check_identity
@@ -44,7 +45,8 @@ CALL_DOCUMENTATION = """
         guidance (`str`, rule, policy or `Guidance`, *optional*):
             How to guide: a name ("cfg", "apg", "ag", "apg+ag"), a configured object such as
             `APG(eta=0.5) | AdaptiveGuidance(0.999)`, or None for the stock pipeline. Afterwards
-            `guidance_trace` of the pipeline tells what was evaluated.
+            `guidance_trace` of the pipeline tells what was evaluated. With it, the guidance scale
+            may be a list or tensor with one scale for every sample.
         detailed_trace (`bool`, *optional*, defaults to `False`):
             Record cosines and norms of the predictions at every step in `guidance_trace`.
 """
@@ -142,6 +144,7 @@ class GuidedMixin(_Stock):
         """
         settings = self.resolve_guidance(guidance)
         asked = guidance if isinstance(guidance, str) else str(settings)
+        settings, kwargs = scales_of_samples(self, settings, kwargs)
         layout = layout_of(type(self))
         options = _options(self, args, kwargs)
         scales = guider_scales(self)
@@ -228,6 +231,35 @@ def scale_argument(pipeline_class: type) -> str:
             f"{', '.join(SCALE_ARGUMENTS)}"
         )
     return found[0]
+
+
+def scales_of_samples(
+    pipe: Any, guidance: Guidance, kwargs: dict[str, Any]
+) -> tuple[Guidance, dict[str, Any]]:
+    """The guidance and the arguments of a call that has a scale for every sample.
+
+    The pipeline is given the highest one, and the policy every sample's share of it.
+
+    Raises:
+        ValueError: a scale is below no guidance, or all of them are none.
+    """
+    known = layout_of(type(pipe)).scale
+    named = [name for name in ((known,) if known else SCALE_ARGUMENTS) if name in kwargs]
+    values = kwargs[named[0]] if named else None
+    if isinstance(values, torch.Tensor) and values.ndim:
+        values = values.flatten().tolist()
+    if not isinstance(values, (list, tuple)) or named[0] != scale_argument(type(pipe)):
+        return guidance, kwargs
+    name, offset = named[0], layout_of(type(pipe)).scale_offset
+    strengths = [finite_number(name, value) + offset - 1 for value in values]
+    if not strengths or min(strengths) < 0 or max(strengths) == 0:
+        raise ValueError(
+            f"{name} as a list has a scale >= {1 - offset:g} (no guidance) for every sample and at "
+            f"least one above; got {list(values)}"
+        )
+    highest = max(strengths)
+    policy = SampleScales(tuple(s / highest for s in strengths), guidance.policy)
+    return Guidance(guidance.rule, policy), kwargs | {name: highest + 1 - offset}
 
 
 def scale_option(pipe: DiffusionPipeline, guidance_scale: float) -> dict[str, float]:

@@ -69,6 +69,12 @@ def compare(
     equal_nfe: Annotated[
         bool, typer.Option(help="Add CFG with fewer steps at the cost of cheaper settings.")
     ] = True,
+    matched: Annotated[
+        bool,
+        typer.Option(
+            "--matched", help="Add every setting at the scale at which it is as strong as CFG."
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
     config: Config = None,
     yes: Yes = False,
@@ -121,7 +127,8 @@ def compare(
     runs = Runs(pipe, texts, max(*scale, 2.0), batch_size=batch_size)
     sizes = [len(plan.chunks[number]) for number, _ in todo]
     needed = sum(size * setting.steps for size, (_, setting) in zip(sizes, todo, strict=True))
-    ask(runs, sum(sizes), needed, yes)
+    times = 2 if matched else 1  # of each setting, another one as strong
+    ask(runs, times * sum(sizes), times * needed, yes)
     run(
         pipe,
         plan,
@@ -133,6 +140,7 @@ def compare(
         equal_nfe=equal_nfe,
         report=report,
         progress=not is_quiet(),
+        matched=matched,
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():

@@ -7,6 +7,7 @@ method that needs fewer network evaluations, so that both cost the same.
 Effective guidance. Methods change how much a nominal w does. The norm of (guided - conditional)
 as denoised images, mean over steps and samples, is measured; a setting that moves the prediction
 by a share q of what the baseline at the same w does has the effective guidance 1 + q (w - 1).
+With ``matched`` every setting is compared once more, at the scale at which that is w (`matched`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ from ..pictures import Pictures, Reading
 from ..record import figures_context
 from .cost import steps_for_nfe
 from .evaluation import evaluate, independent, paired_differences, rounded
-from .plan import Plan, Samples, Setting
+from .matched import at_equal_strength, matched_settings
+from .plan import BASELINE, Plan, Samples, Setting
 from .reference import Reference, check_reference, measure_reference
 from .report import render
 from .sampling import generate
-
-BASELINE = "cfg"
 
 
 def grid(
@@ -68,6 +68,7 @@ def compare(
     equal_nfe: bool = True,
     report: bool = True,
     progress: bool = True,
+    matched: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate, evaluate and report.
 
@@ -85,6 +86,8 @@ def compare(
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
         progress: Show bars.
+        matched: Add every setting at the scale at which it is as strong as CFG at the one asked
+            for; ``equal_strength.csv`` is the table of these.
 
     Returns:
         One dictionary a cell (the content of ``cells.json``); empty in all processes but the main
@@ -96,6 +99,9 @@ def compare(
     output = Path(output)
     if reference is not None:
         check_reference(reference)
+    if matched:
+        found = matched_settings(pipe, plan, output / "matching.json", progress)
+        plan = replace(plan, settings=[*plan.settings, *found])
     asked = plan.settings
     plan = with_baselines(plan)
     made = generate(pipe, plan, output / "pictures", progress)
@@ -118,12 +124,13 @@ def compare(
     for i, samples in enumerate(tqdm(everything, "metrics", unit="setting", disable=not progress)):
         same = matches.get(samples.setting, []) if i >= len(made) else []
         like = same[0] if same else samples.setting
-        baseline = baselines[like.scale, like.steps]
+        baseline = baselines[like.beside, like.steps]
+        kind = "baseline" if i >= len(asked) else "matched" if like.matched else "grid"
         row, resampled[samples.setting.label] = evaluate(
             samples,
             None if baseline is samples else baseline,
             output,
-            "equal nfe" if same else "grid" if i < len(asked) else "baseline",
+            "equal nfe" if same else kind,
             [setting.label for setting in same],
             str(pipe.resolve_guidance(samples.setting.guidance)),
             extractor,
@@ -149,6 +156,8 @@ def compare(
     }
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
+    if matched:
+        write_csv(output / "equal_strength.csv", at_equal_strength(rows))
     if report:
         write_text(output / "report.html", render(rows, facts, everything))
     return rows
@@ -157,7 +166,7 @@ def compare(
 def with_baselines(plan: Plan) -> Plan:
     """The plan with classifier-free guidance at every scale and number of steps it has."""
     have = {(s.scale, s.steps) for s in plan.settings if s.method == BASELINE}
-    wanted = dict.fromkeys((s.scale, s.steps) for s in plan.settings)
+    wanted = dict.fromkeys((s.beside, s.steps) for s in plan.settings)
     added = [Setting(BASELINE, *pair) for pair in wanted if pair not in have]
     return replace(plan, settings=[*plan.settings, *added])
 
@@ -169,10 +178,10 @@ def _equal_cost(
     matches: dict[Setting, list[Setting]] = {}
     for samples in made:
         setting = samples.setting
-        if samples.mean_nfe < baselines[setting.scale, setting.steps].mean_nfe:
+        if samples.mean_nfe < baselines[setting.beside, setting.steps].mean_nfe:
             steps = steps_for_nfe(scheduler, samples.mean_nfe, setting.steps)
-            if (setting.scale, steps) not in baselines:
-                fewer = Setting(BASELINE, setting.scale, steps)
+            if (setting.beside, steps) not in baselines:
+                fewer = Setting(BASELINE, setting.beside, steps)
                 matches.setdefault(fewer, []).append(setting)
     return matches
 

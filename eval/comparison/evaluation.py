@@ -85,6 +85,7 @@ def evaluate(
         "kind": kind,
         "matches": list(matches),
         "w": setting.scale,
+        "matched_to": setting.matched,
         "steps": setting.steps,
         "n": len(samples.paths),
         "nfe": rounded(samples.mean_nfe),
@@ -160,7 +161,7 @@ def effective_guidance(samples: Samples, baseline: Samples) -> float | None:
     """Effective guidance (see `comparison`); None where it could not be measured."""
     if samples.update is None or baseline.update is None or sum(baseline.update) == 0:
         return None
-    return 1 + (samples.setting.scale - 1) * sum(samples.update) / sum(baseline.update)
+    return 1 + (samples.setting.beside - 1) * sum(samples.update) / sum(baseline.update)
 
 
 def independent(prompts: Sequence[str]) -> list[Hashable]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ...pipelines.guided import GuidanceLike
 
+BASELINE = "cfg"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -23,12 +25,15 @@ class Setting:
         scale: w; 1 means no guidance.
         steps: Sampling steps.
         method: What to call the guidance; default: the name, or the settings written out.
+        matched: w of the classifier-free guidance that `scale` was chosen to be as strong as; None:
+            the scale was asked for.
     """
 
     guidance: GuidanceLike
     scale: float
     steps: int = 20
     method: str = ""
+    matched: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not math.isfinite(self.scale) or self.scale <= 0:
@@ -37,6 +42,11 @@ class Setting:
             raise ValueError(f"steps must be a whole number >= 1, got {self.steps}")
         if not self.method:
             object.__setattr__(self, "method", str(self.guidance))
+
+    @property
+    def beside(self) -> float:
+        """w of the classifier-free guidance that it is compared with."""
+        return self.scale if self.matched is None else self.matched
 
     @property
     def label(self) -> str:

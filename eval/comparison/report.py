@@ -19,6 +19,7 @@ LARGEST = 384  # pixels; larger pictures are embedded at this size
 # What the table tells, by its name in a row.
 COLUMNS = {
     "w": "w",
+    "matched_to": "As strong as CFG at",
     "steps": "Steps",
     "n": "N",
     "fd": "Fréchet distance",

@@ -153,10 +153,10 @@ def settings(pipe, prompts: list[str]) -> list[Setting]:
             rows.append((f"{name}, {label} tail", linear_ag(coefficients, then=then)))
     rows += [
         ("linear-ag-forecast", "linear-ag-forecast"),
-        ("hold, cond tail", hold()),
+        ("hold, cond tail", hold(then="cond")),
         ("hold, held tail", hold(then="estimate")),
-        ("hold, refreshed every 4th", hold(period=4, first=1.0)),
-        ("extrapolate, cond tail", extrapolate()),
+        ("hold, refreshed every 4th", hold(period=4, first=1.0, then="cond")),
+        ("extrapolate, cond tail", extrapolate(then="cond")),
         ("forecast", "forecast"),
         *((path.stem, path.stem) for path in sorted(folder.glob("searched*.json"))),
         ("relaxed", "relaxed"),

@@ -1,3 +1,3 @@
 """Policies: which branches are evaluated at a step, and what fills in for those left out."""
 
-from . import adaptive, interval, schedule  # noqa: F401
+from . import adaptive, interval, scales, schedule  # noqa: F401

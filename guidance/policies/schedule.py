@@ -14,9 +14,6 @@ these two: `hold`, `extrapolate`, `linear_ag`, `forecast`, `gate`.
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
     Models", AAAI 2025, https://arxiv.org/abs/2312.12487 (searched schedules, LinearAG)
-    Ye et al., "Training-Free Adaptive Diffusion with Bounded Difference Approximation Strategy",
-    NeurIPS 2024, https://arxiv.org/abs/2410.09873 (steps that reuse the last noise prediction;
-    there each sample decides which)
 """
 
 from __future__ import annotations
@@ -255,24 +252,24 @@ def _estimate(step: int, choices: Sequence[Choice], fill: Fill, both: Sequence[i
 
 
 def hold(
-    period: int = 2, first: float = 0.5, then: Choice = "cond", space: Space = "native"
+    period: int = 2, first: float = 0.5, then: Choice = "estimate", space: Space = "native"
 ) -> Schedule:
     """Guidance in turn with estimates that hold the last difference of the two predictions.
 
-    Others ship this as LinearAG; it is a baseline for it. The defaults are the paper's pattern: 25
-    network evaluations for 20 steps.
+    Others ship this as LinearAG; it is a baseline for it. The defaults are LinearAG's pattern in
+    its paper: ten alternating steps of 20, then ten estimated ones, 25 network evaluations.
 
     Args:
         period, first: See `Pattern`.
-        then: What follows the first part: "cond", "estimate", or "forecast" (skipped steps in turn
-            with guided ones, for the same cost).
+        then: What follows the first part: "estimate" (the paper), "cond" (the paper's "naive"
+            variant), or "forecast" (skipped steps in turn with guided ones). All cost the same.
         space: "native" holds the difference of network outputs, "x0" of denoised images.
     """
     return Schedule(_alternating(period, first, then), fill=HoldDifference(space))
 
 
 def extrapolate(
-    period: int = 2, first: float = 0.5, then: Choice = "cond", space: Space = "native"
+    period: int = 2, first: float = 0.5, then: Choice = "estimate", space: Space = "native"
 ) -> Schedule:
     """Like `hold`, but the last two differences are continued on a straight line."""
     return Schedule(_alternating(period, first, then), fill=ExtrapolateDifference(space))
@@ -282,7 +279,7 @@ def linear_ag(
     coefficients: Coefficients | None = None,
     period: int = 2,
     first: float = 0.5,
-    then: Choice = "cond",
+    then: Choice = "estimate",
 ) -> Schedule:
     """LinearAG: guidance in turn with estimates that are linear in past predictions.
 
@@ -307,7 +304,8 @@ def linear_ag(
 def forecast(first: float = 0.2, period: int = 2, space: Space = "x0") -> Schedule:
     """All steps at first, then one of `period`; the others are skipped.
 
-    A skipped step reuses the last guided prediction. The solver still makes all its steps, and the
+    Uniform step skipping after a full beginning: which steps are skipped is fixed beforehand, and
+    the guided denoised image is held over them. The solver still makes all its steps, and the
     first ones, which decide what the picture will be, are those of the full run; a run with fewer
     steps has others from the start. Nothing is fitted.
 

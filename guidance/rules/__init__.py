@@ -6,7 +6,11 @@ from . import (  # noqa: F401
     cfg_plus_plus,
     cfg_zero_star,
     frequency_decoupled,
+    history_guided,
     magnitude_aware,
+    momentum,
     rescale,
+    sliding_mode,
+    tangential_amplifying,
     tcfg,
 )

@@ -57,7 +57,8 @@ class MagnitudeAware(Rule):
     Args:
         alpha: How fast the scale falls; 0 is classifier-free guidance. The default is the one of
             the authors' diffusers guider and of their Qwen-Image example (w = 10); their example
-            for Stable Diffusion 3.5 uses 12 (w = 18). Not confirmed in the paper's own text.
+            for Stable Diffusion 3.5 uses 12 (w = 18), the preset there. Not confirmed in the
+            paper's own text.
         space: "native" (the network's output: the velocity of flow models in the paper) or "x0".
 
     Scales are meant to be higher than with classifier-free guidance.

@@ -331,6 +331,7 @@ class Driver:
                 f"'{self.asked}' cannot leave rows out of this call of {name}, which evaluates its "
                 "network in a pass that takes no part in guidance (for a reference, for instance)"
             )
+        alone = alone or guidance.rule.one_branch  # of several it takes the conditional one, too
         if pattern.main is None and (alone or not guidance.policy_alone):
             why = pattern.reason or "which of its branches is the conditional one cannot be told"
             raise LayoutError(f"'{self.asked}' cannot guide this call of {name}: {why}")
@@ -426,8 +427,7 @@ class Driver:
             cond = self.with_skipped(run, part, x_t)
             same = cond[row_index(run.rows, cond.device)] if run.rows else None  # as the branches
             return run.combine(cond, same, 1.0, x_t, own=cond)
-        run.unguided(part, x_t)
-        return part
+        return run.unguided(part, x_t)
 
     def with_skipped(self, run: Run, cond: Tensor, x_t: Tensor) -> Tensor:
         """Conditional predictions, with shape (B, \\*), and what skipped samples reuse."""
@@ -444,7 +444,8 @@ class Driver:
         decisions = self.guidance.policy.decisions(total)
         one_branch = pattern is not None and pattern.branches == 1
         skips = decisions is None or any(d.skips for d in decisions)
-        if one_branch and not (self.guidance.policy_alone and (skips or self.guidance.is_plain)):
+        acts = skips or self.guidance.is_plain or self.guidance.rule.one_branch
+        if one_branch and not (self.guidance.policy_alone and acts):
             if not getattr(self.pipe, "do_classifier_free_guidance", False):
                 raise LayoutError(self.nothing_to_act_on())
             one_branch = False
@@ -563,7 +564,8 @@ class Driver:
         return (
             f"{type(self.pipe).__name__} evaluates one branch, so that '{self.asked}' has nothing "
             "to act on: its guidance is off at this scale or without a negative prompt, or built "
-            "into the network (a distilled model). Policies that skip steps work ('forecast')"
+            "into the network (a distilled model). What works there: policies that skip steps "
+            "('forecast'), rules for one branch ('momentum', 'higs', 'tag')"
         )
 
     def finish(self) -> None:

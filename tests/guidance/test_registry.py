@@ -21,13 +21,17 @@ from pilotage.guidance import (
     Rule,
     Schedule,
     available,
+    extrapolate,
     forecast,
+    hold,
+    linear_ag,
     load_guidance,
     register,
     registry,
     resolve,
     save_guidance,
 )
+from pilotage.guidance.saved import from_dict
 
 COEFFICIENTS = Coefficients(
     ((1.0,), (1.0, -1.0)), ((), (1.0,)), identity={"networks": {"unet": "1"}}
@@ -220,6 +224,19 @@ FIRST = {
         Interval(noise_low=0.3),
     ),
 }
+
+
+def test_files_and_names_of_version_0_1_keep_what_followed_then():
+    """Its default was the conditional branch alone."""
+    import pilotage.guidance as guidance
+
+    for name, make in (("hold", hold), ("extrapolate", extrapolate)):
+        config = {"rule": {"name": "cfg"}, "policy": {"name": name, "period": 2}}
+        assert from_dict(config).policy == make(then="cond") != make()
+    with pytest.warns(FutureWarning, match="Extrapolate is called extrapolate now"):
+        assert guidance.Extrapolate() == extrapolate(then="cond")
+    with pytest.warns(FutureWarning, match="LinearAG"):
+        assert guidance.LinearAG(coefficients=COEFFICIENTS) == linear_ag(COEFFICIENTS, then="cond")
 
 
 @pytest.mark.parametrize("name", FIRST)

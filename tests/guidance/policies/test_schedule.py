@@ -81,6 +81,14 @@ def test_twenty_steps_cost_25_evaluations():
         assert drive(policy, cond, uncond)[1].trace.nfe == [25]
 
 
+def test_the_papers_pattern_is_the_default():
+    """Ten alternating steps, then ten estimated ones; for LinearAG and its baselines."""
+    cond, uncond = torch.randn(2, 20, 1, 3)
+    some = fit_coefficients(Gram.of(cond, uncond))
+    for policy in (linear_ag(some), hold(), extrapolate()):
+        assert policy.choices_for(20) == ("both", "estimate") * 5 + ("estimate",) * 10
+
+
 def test_estimates_are_fed_back():
     """Against a plain loop that keeps everything and puts estimates in the place of predictions."""
     cond, uncond = torch.randn(2, T, 3, 10, generator=torch.Generator().manual_seed(3)).double()
@@ -322,7 +330,7 @@ def test_fitted_settings_can_be_keys():
     ("policy", "space"),
     [
         (hold(space="x0"), "x0"),
-        (hold(period=1, space="x0"), None),  # guided at first, then not: nothing is filled in
+        (hold(period=1, then="cond", space="x0"), None),  # guided at first, then not
         (hold(period=1, then="estimate", space="x0"), "x0"),
         (extrapolate(), "native"),
         (forecast(), "x0"),
