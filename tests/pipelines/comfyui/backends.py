@@ -1,0 +1,177 @@
+"""The stand-in and the real ComfyUI behind one interface, so that one set of tests runs on both."""
+
+import importlib
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import standin
+
+CHECKOUT = "PILOTAGE_COMFYUI"
+
+
+class Backend:
+    """What the tests need of either."""
+
+    def prompts(self, width, batch=1, seed=5):
+        """Positive and negative prompts, ever louder, each with shape (batch, tokens, width)."""
+        generator = torch.Generator().manual_seed(seed)
+        loud = torch.arange(1, batch + 1).view(-1, 1, 1)
+        return [loud * torch.randn(batch, 3, width, generator=generator) for _ in range(2)]
+
+    def noise(self, batch, size=8, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, 4, size, size, generator=generator)
+
+    @contextmanager
+    def counting(self, model):
+        """The number of rows that every pass of the network has."""
+        rows, network = [], model.model.diffusion_model
+        hook = network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        try:
+            yield rows
+        finally:
+            hook.remove()
+
+
+class StandIn(Backend):
+    """The stand-in."""
+
+    width, samplers = standin.WIDTH, tuple(standin.SAMPLERS)
+    Guider, OwnGuider = standin.CFGGuider, standin.OwnGuider
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "comfy", standin)
+        monkeypatch.setitem(sys.modules, "comfy.samplers", standin)
+
+    def model(self, seed=0, kind="epsilon"):
+        return standin.ModelPatcher(standin.Model(seed, kind))
+
+    def sample(
+        self,
+        model,
+        sampler="euler",
+        steps=8,
+        cfg=5.0,
+        batch=1,
+        seed=0,
+        callback=None,
+        prompts=None,
+        guider=standin.CFGGuider,
+    ):
+        positive, negative = prompts or self.prompts(self.width)
+        conds = standin.condition(positive), standin.condition(negative)
+        noise = self.noise(batch, seed=seed)
+        sigmas = standin.schedule(model.model.model_sampling, steps)
+        run = guider(model, *conds, cfg)
+        function = standin.KSAMPLER(standin.SAMPLERS[sampler])
+        return run.sample(noise, torch.zeros_like(noise), function, sigmas, callback, seed)
+
+
+class ComfyUI(Backend):
+    """The real one, from the checkout that the environment variable names."""
+
+    width = 16
+
+    def __init__(self):
+        place = os.environ.get(CHECKOUT)
+        if not place or not Path(place, "comfy", "samplers.py").is_file():
+            raise FileNotFoundError(
+                f"{CHECKOUT} has to name a checkout of ComfyUI, it is {place!r}"
+            )
+        if place not in sys.path:
+            sys.path.append(place)
+        importlib.import_module("comfy.cli_args").args.cpu = not torch.cuda.is_available()
+        self.place = Path(place)
+        self.samplers_module = importlib.import_module("comfy.samplers")
+        self.samplers = tuple(self.samplers_module.SAMPLER_NAMES)
+        self.Guider, self.OwnGuider = self.samplers_module.CFGGuider, None
+
+    @property
+    def version(self):
+        return importlib.import_module("comfyui_version").__version__
+
+    def node(self, module, name):
+        """A node's function of ComfyUI's own, whichever form its definition has."""
+        cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        if hasattr(cls, "execute"):
+            return lambda *args, **kwargs: cls.execute(*args, **kwargs).result[0]
+        return lambda *args, **kwargs: getattr(cls(), cls.FUNCTION)(*args, **kwargs)[0]
+
+    def model(self, seed=0, kind="epsilon"):
+        """A tiny model of Stable Diffusion 1.5's form, with random weights.
+
+        What it is given is mostly noise, and part of its answer, as if it had been trained.
+        """
+        base = importlib.import_module("comfy.model_base")
+        known = importlib.import_module("comfy.supported_models")
+        config = known.SD15(
+            {
+                "image_size": 32,
+                "in_channels": 4,
+                "out_channels": 4,
+                "model_channels": 32,
+                "num_res_blocks": [1, 1],
+                "channel_mult": [1, 2],
+                "transformer_depth": [1, 1],
+                "transformer_depth_output": [1, 1, 1, 1],
+                "transformer_depth_middle": 1,
+                "context_dim": 16,
+                "use_linear_in_transformer": False,
+                "adm_in_channels": None,
+                "use_temporal_attention": False,
+                "use_spatial_transformer": True,
+                "num_heads": 2,
+                "num_head_channels": -1,
+                "legacy": False,
+                "use_checkpoint": False,
+                "dtype": torch.float32,
+            }
+        )
+        kinds = base.ModelType
+        which = {"epsilon": kinds.EPS, "v": kinds.V_PREDICTION, "flow": kinds.FLOW}[kind]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model = base.BaseModel(config, model_type=which, device="cpu")
+            for parameter in model.diffusion_model.parameters():
+                parameter.data = torch.randn(parameter.shape) / parameter[0].numel() ** 0.5
+        for module in model.diffusion_model.modules():
+            if "Norm" in type(module).__name__:
+                module.weight.data.fill_(1)
+                module.bias.data.zero_()
+        model.diffusion_model.register_forward_hook(lambda _, args, out: args[0] + 0.3 * out)
+        patcher = importlib.import_module("comfy.model_patcher").ModelPatcher
+        return patcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
+
+    def sample(
+        self,
+        model,
+        sampler="euler",
+        steps=8,
+        cfg=5.0,
+        batch=1,
+        seed=0,
+        callback=None,
+        prompts=None,
+        guider=None,
+    ):
+        positive, negative = prompts or self.prompts(self.width)
+        noise = self.noise(batch, seed=seed)
+        sample = importlib.import_module("comfy.sample").sample
+        return sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            "normal",
+            [[positive, {}]],
+            [[negative, {}]],
+            torch.zeros_like(noise),
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
+        )

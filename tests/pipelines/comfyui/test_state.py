@@ -1,0 +1,136 @@
+"""Runs leave nothing behind, and do not meet; and what becomes of other nodes' patches."""
+
+import pytest
+import torch
+
+from pilotage.guidance import APG, AdaptiveGuidance
+from pilotage.pipelines.comfyui import guided, trace_of
+
+from .oracles import apg
+
+PAPER = APG(eta=0.0, norm_threshold=0.5, momentum=-0.5, threshold_unit="l2")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("guidance", ["apg", "apg+ag", "apg+forecast", "hold"])
+def test_an_interrupted_run_leaves_nothing_behind(comfy, guidance):
+    model, fresh = guided(comfy.model(), guidance), guided(comfy.model(), guidance)
+    expected = comfy.sample(fresh, steps=8)
+
+    def interrupt(step, *_):
+        if step == 4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        comfy.sample(model, steps=8, callback=interrupt, seed=3)
+    assert len(trace_of(model).steps) == 5
+    assert torch.equal(comfy.sample(model, steps=8), expected)
+    assert torch.equal(comfy.sample(model, steps=8), expected)  # nor does one that ends
+
+
+def test_runs_within_runs_keep_apart(comfy):
+    """Two models, and one model twice: a run amid the steps of another."""
+    models = [guided(comfy.model(seed), "apg+forecast") for seed in (0, 1)]
+    options = [{"steps": 8, "cfg": 4.0}, {"steps": 5, "cfg": 6.0, "seed": 2}]
+    expected = [comfy.sample(m, **o) for m, o in zip(models, options, strict=True)]
+    for inner in (models[1], models[0].clone()):
+        alone = comfy.sample(inner, **options[1])
+        found = []
+
+        def run(step, *_, inner=inner, found=found):
+            if step % 3 == 1:
+                found.append(comfy.sample(inner, **options[1]))
+
+        outer = comfy.sample(models[0], **options[0], callback=run)
+        assert torch.equal(outer, expected[0])
+        assert len(found) == 3 and all(torch.equal(f, alone) for f in found)
+
+
+def perturbed(model, comfy, scale=0.7):
+    """A node after the manner of perturbed attention: one more branch, added afterwards."""
+    import importlib
+
+    def post(args):
+        options = dict(args["model_options"])
+        network = dict(options["transformer_options"], patches_replace={"attn1": {}})
+        options["transformer_options"] = network
+        calculate = importlib.import_module("comfy.samplers").calc_cond_batch
+        given = (args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        (other,) = calculate(*given)
+        return args["denoised"] + (args["cond_denoised"] - 0.9 * other) * scale
+
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post)
+    return clone
+
+
+def halved(model):
+    """A node that takes the combination into its own hands, as RescaleCFG does."""
+
+    def combine(args):
+        scale = 1 + (args["cond_scale"] - 1) / 2
+        return args["uncond"] + scale * (args["cond"] - args["uncond"])
+
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(combine)
+    return clone
+
+
+def test_patches_after_act_on_what_the_rule_made(comfy, recorder, close):
+    """Algorithm 1 of the two branches; the other node adds to it."""
+    first, model = type(recorder)(), guided(comfy.model(), PAPER)
+    comfy.sample(recorder(perturbed(first(model), comfy)), steps=6, cfg=6.0, batch=2)
+    expected = apg(first.pairs(), 6.0)
+    close(first.results(), expected)
+    both = zip(first.results(), recorder.results(), strict=True)
+    assert not any(torch.equal(made, added) for made, added in both)
+
+
+@pytest.mark.parametrize("order", ["before", "cfg function before", "cfg function after"])
+def test_patches_before_are_part_of_the_update(comfy, recorder, close, order):
+    """The rule acts on the conditional prediction and the whole update, with the scale as it is."""
+    first, model = type(recorder)(), comfy.model()
+    if order == "before":
+        model = guided(first(perturbed(model, comfy)), PAPER)
+    elif order == "cfg function before":
+        model = guided(first(halved(model)), PAPER)
+    else:  # it stands first all the same: ComfyUI has one place for it
+        model = halved(guided(first(model), PAPER))
+    comfy.sample(recorder(model), steps=6, cfg=6.0, batch=2)
+    pairs = [
+        (s["cond_denoised"].double(), (6 * s["cond_denoised"] - s["denoised"]).double() / 5)
+        for s in first.steps
+    ]
+    close(recorder.results(), apg(pairs, 6.0))
+
+
+def test_a_policy_alone_leaves_other_nodes_their_combination(comfy, recorder):
+    """Bit for bit while both branches are evaluated; afterwards their share of one branch."""
+    other = perturbed(halved(comfy.model()), comfy)
+    stock = comfy.sample(other, steps=6)
+    assert torch.equal(comfy.sample(guided(other, AdaptiveGuidance(2.0)), steps=6), stock)
+    comfy.sample(recorder(guided(other, AdaptiveGuidance(-2.0))), steps=6)
+    for step in recorder.steps[1:]:
+        assert torch.equal(step["cond_denoised"], step["uncond_denoised"])
+        assert not torch.allclose(step["denoised"], step["cond_denoised"])  # still perturbed
+
+
+def test_nodes_that_evaluate_branches_themselves(comfy):
+    """The function that another node has put in the place of ComfyUI's is called by Pilotage's."""
+    import importlib
+
+    calls = []
+
+    def calculate(args):
+        calls.append([cond is not None for cond in args["conds"]])
+        own = importlib.import_module("comfy.samplers").calc_cond_batch
+        return own(*(args[n] for n in ("model", "conds", "input", "sigma", "model_options")))
+
+    model = comfy.model().clone()
+    model.set_model_sampler_calc_cond_batch_function(calculate)
+    expected = comfy.sample(guided(comfy.model(), "ag"), steps=6)
+    assert torch.equal(comfy.sample(guided(model, "ag"), steps=6), expected)
+    assert calls[0] == [True, True] and len(calls) == 6
