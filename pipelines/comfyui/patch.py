@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...guidance import CFG, Guidance, Policy, Rule, Trace, resolve
+from ...guidance import CFG, Guidance, Policy, Rule, Trace
+from ..families import resolve_in
 from .rehearsal import POST, rehearse
 from .run import SamplerRun, SamplingError
 
@@ -21,7 +22,12 @@ KEY = "pilotage"
 FAMILIES = {"SDXL": "sdxl", "SD20": "sd2", "SD21UnclipL": "sd2", "SD21UnclipH": "sd2"}
 
 
-def guided(model: Any, guidance: str | Rule | Policy | Guidance) -> Any:
+def guided(
+    model: Any,
+    guidance: str | Rule | Policy | Guidance,
+    family: str | None = None,
+    checked: bool = False,
+) -> Any:
     """A clone of a ComfyUI model (``ModelPatcher``) that samples with a guidance.
 
     It takes the place of one that the model may have had, and acts on what nodes *before* it have
@@ -30,18 +36,22 @@ def guided(model: Any, guidance: str | Rule | Policy | Guidance) -> Any:
 
     Args:
         model: The model, which stays as it is.
-        guidance: A name ("apg+ag"), a rule, a policy, or both. Names take the presets of the
-            model's family, see `model_family`.
+        guidance: A name ("apg+ag"), a rule, a policy, or both.
+        family: Whose presets names stand for; None: the family of the model, see `model_family`.
+        checked: The policy was fitted on this very model, sampler, number of steps and negative
+            prompt, which cannot be compared with what its file says of a diffusers pipeline.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or fitted settings that nobody has `checked`.
         TypeError: `guidance` is none of these, or `model` is no ComfyUI model.
     """
     if not hasattr(model, "add_wrapper_with_key"):
-        raise TypeError(f"expected a model of ComfyUI (0.3.20 or newer), got {type(model)}")
+        raise TypeError(f"expected a model of ComfyUI (tested with 0.3.64), got {type(model)}")
+    found = resolve_in(family or model_family(model), guidance)
+    if not checked:
+        _refuse_fitted(found)
     clone = model.clone()
-    position = len(clone.model_options.get(POST, []))
-    patch = _Patch(resolve(guidance, model_family(model)), position)
+    patch = _Patch(found, position=len(clone.model_options.get(POST, [])))
     wrappers: dict[str, Callable[..., Any]] = {
         "sampler_sample": patch.around_run,
         "predict_noise": patch.around_evaluation,
@@ -55,7 +65,7 @@ def guided(model: Any, guidance: str | Rule | Policy | Guidance) -> Any:
 
 def with_rule(model: Any, rule: Rule) -> Any:
     """`guided` with another rule and the policy that the model has."""
-    return guided(model, Guidance(rule, guidance_of(model).policy))
+    return guided(model, Guidance(rule, guidance_of(model).policy), checked=True)
 
 
 def with_policy(model: Any, policy: Policy) -> Any:
@@ -86,6 +96,17 @@ def model_family(model: Any) -> str | None:
     """Name of the model's family in ``pilotage.guidance.PRESETS``, or None."""
     kinds = type(getattr(model.model, "model_config", None)).__mro__
     return next((FAMILIES[kind.__name__] for kind in kinds if kind.__name__ in FAMILIES), None)
+
+
+def _refuse_fitted(guidance: Guidance) -> None:
+    for identity in guidance.policy.identities:
+        names = ("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt")
+        fitted = ", ".join(f"{name} {identity[name]}" for name in names if name in identity)
+        raise ValueError(
+            f"'{guidance}' was fitted on one model ({fitted}), which ComfyUI's cannot be compared "
+            "with: see that checkpoint, sampler, steps and negative prompt are the same, and say "
+            "so (checked)"
+        )
 
 
 @dataclass
