@@ -11,6 +11,41 @@ import torch
 from . import standin
 
 CHECKOUT = "PILOTAGE_COMFYUI"
+SD15 = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 16,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+    "use_spatial_transformer": True,
+    "num_heads": 2,
+    "num_head_channels": -1,
+    "legacy": False,
+    "use_checkpoint": False,
+    "dtype": torch.float32,
+}
+SD3 = {
+    "input_size": None,
+    "in_channels": 16,
+    "depth": 2,
+    "adm_in_channels": 8,
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 16, "out_features": 128},
+    },
+    "pos_embed_scaling_factor": None,
+    "pos_embed_max_size": 8,
+    "num_patches": 64,
+    "dtype": torch.float32,
+}
 
 
 class Backend:
@@ -22,9 +57,9 @@ class Backend:
         loud = torch.arange(1, batch + 1).view(-1, 1, 1)
         return [loud * torch.randn(batch, 3, width, generator=generator) for _ in range(2)]
 
-    def noise(self, batch, size=8, seed=0):
+    def noise(self, batch, channels=4, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, 4, size, size, generator=generator)
+        return torch.randn(batch, channels, 8, 8, generator=generator)
 
     @contextmanager
     def counting(self, model):
@@ -41,7 +76,6 @@ class StandIn(Backend):
     """The stand-in."""
 
     width, samplers = standin.WIDTH, tuple(standin.SAMPLERS)
-    Guider, OwnGuider = standin.CFGGuider, standin.OwnGuider
 
     def __init__(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "comfy", standin)
@@ -84,67 +118,51 @@ class ComfyUI(Backend):
             )
         if place not in sys.path:
             sys.path.append(place)
-        importlib.import_module("comfy.cli_args").args.cpu = not torch.cuda.is_available()
+        self.module("comfy.cli_args").args.cpu = True
+        self.samplers = tuple(self.module("comfy.samplers").SAMPLER_NAMES)
+        self.version = self.module("comfyui_version").__version__
         self.place = Path(place)
-        self.samplers_module = importlib.import_module("comfy.samplers")
-        self.samplers = tuple(self.samplers_module.SAMPLER_NAMES)
-        self.Guider, self.OwnGuider = self.samplers_module.CFGGuider, None
 
-    @property
-    def version(self):
-        return importlib.import_module("comfyui_version").__version__
+    def module(self, name):
+        return importlib.import_module(name)
 
     def node(self, module, name):
         """A node's function of ComfyUI's own, whichever form its definition has."""
-        cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        cls = getattr(self.module(module), name)
         if hasattr(cls, "execute"):
             return lambda *args, **kwargs: cls.execute(*args, **kwargs).result[0]
         return lambda *args, **kwargs: getattr(cls(), cls.FUNCTION)(*args, **kwargs)[0]
 
     def model(self, seed=0, kind="epsilon"):
-        """A tiny model of Stable Diffusion 1.5's form, with random weights.
+        """A tiny model of Stable Diffusion 1.5's form, or 3's, with random weights.
 
         What it is given is mostly noise, and part of its answer, as if it had been trained.
         """
-        base = importlib.import_module("comfy.model_base")
-        known = importlib.import_module("comfy.supported_models")
-        config = known.SD15(
-            {
-                "image_size": 32,
-                "in_channels": 4,
-                "out_channels": 4,
-                "model_channels": 32,
-                "num_res_blocks": [1, 1],
-                "channel_mult": [1, 2],
-                "transformer_depth": [1, 1],
-                "transformer_depth_output": [1, 1, 1, 1],
-                "transformer_depth_middle": 1,
-                "context_dim": 16,
-                "use_linear_in_transformer": False,
-                "adm_in_channels": None,
-                "use_temporal_attention": False,
-                "use_spatial_transformer": True,
-                "num_heads": 2,
-                "num_head_channels": -1,
-                "legacy": False,
-                "use_checkpoint": False,
-                "dtype": torch.float32,
-            }
-        )
+        base, known = self.module("comfy.model_base"), self.module("comfy.supported_models")
         kinds = base.ModelType
-        which = {"epsilon": kinds.EPS, "v": kinds.V_PREDICTION, "flow": kinds.FLOW}[kind]
+        which = {"epsilon": kinds.EPS, "v": kinds.V_PREDICTION, "flow": kinds.FLOW}
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            model = base.BaseModel(config, model_type=which, device="cpu")
-            for parameter in model.diffusion_model.parameters():
+            if kind == "sd3":
+                model = base.SD3(known.SD3(dict(SD3)), device="cpu")
+            else:
+                model = base.BaseModel(known.SD15(dict(SD15)), which[kind], device="cpu")
+            network = model.diffusion_model
+            for parameter in network.parameters():
                 parameter.data = torch.randn(parameter.shape) / parameter[0].numel() ** 0.5
-        for module in model.diffusion_model.modules():
-            if "Norm" in type(module).__name__:
+        for module in network.modules():
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 module.weight.data.fill_(1)
                 module.bias.data.zero_()
-        model.diffusion_model.register_forward_hook(lambda _, args, out: args[0] + 0.3 * out)
-        patcher = importlib.import_module("comfy.model_patcher").ModelPatcher
+        network.register_forward_hook(lambda _, args, out: args[0] + 0.3 * out)
+        patcher = self.module("comfy.model_patcher").ModelPatcher
         return patcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
+
+    def inputs(self, model, batch=1, seed=0, prompts=None):
+        """Noise, positive and negative condition, as ComfyUI's nodes hand them on."""
+        noise = self.noise(batch, model.model.latent_format.latent_channels, seed=seed)
+        pooled = {"pooled_output": torch.ones(1, 8)}
+        return noise, *([[text, pooled]] for text in prompts or self.prompts(self.width))
 
     def sample(
         self,
@@ -156,22 +174,10 @@ class ComfyUI(Backend):
         seed=0,
         callback=None,
         prompts=None,
-        guider=None,
+        **options,
     ):
-        positive, negative = prompts or self.prompts(self.width)
-        noise = self.noise(batch, seed=seed)
-        sample = importlib.import_module("comfy.sample").sample
-        return sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            "normal",
-            [[positive, {}]],
-            [[negative, {}]],
-            torch.zeros_like(noise),
-            callback=callback,
-            disable_pbar=True,
-            seed=seed,
-        )
+        noise, positive, negative = self.inputs(model, batch, seed, prompts)
+        given = (model, noise, steps, cfg, sampler, "normal", positive, negative)
+        options = {"callback": callback, "disable_pbar": True, "seed": seed, **options}
+        latent = options.pop("latent", torch.zeros_like(noise))
+        return self.module("comfy.sample").sample(*given, latent, **options)

@@ -7,6 +7,8 @@ from pilotage.guidance import APG, AdaptiveGuidance, Guidance, forecast, hold, l
 from pilotage.guidance.saved import save_guidance
 from pilotage.pipelines.comfyui import SamplingError, guided, trace_of, with_policy, with_rule
 
+from .standin import OwnGuider
+
 
 def cosines(steps):
     """Of both branches, for every sample and evaluation, in float64."""
@@ -132,7 +134,7 @@ def test_schedules_need_the_number_of_evaluations(comfy):
 def test_a_guider_with_ways_of_its_own_is_refused(standin):
     model = guided(standin.model(), "apg")
     with pytest.raises(SamplingError, match="OwnGuider evaluates the branches"):
-        standin.sample(model, guider=standin.OwnGuider)
+        standin.sample(model, guider=OwnGuider)
 
 
 def test_partly_skipped_batches(comfy):
