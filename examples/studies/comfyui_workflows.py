@@ -9,9 +9,12 @@ placed and connected in its page, which then says how it writes the workflow dow
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from pilotage.guidance.files import write_json
 
@@ -139,7 +142,8 @@ def main() -> None:
             page.wait_for_timeout(1000)  # the page draws when it is told its new size
             canvas = page.locator("#graph-canvas")
             FOLDER.mkdir(exist_ok=True)
-            canvas.screenshot(path=FOLDER / f"{name}.png")
+            picture = Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")
+            picture.quantize(64).save(FOLDER / f"{name}.png", optimize=True)
             text = page.evaluate("() => JSON.stringify(window.app.graph.serialize())")
             write_json(FOLDER / f"{name}.json", json.loads(text))
         browser.close()

@@ -72,9 +72,9 @@ class _Answers:
         denoised = torch.full_like(x, self.answer(len(self.sigmas) - 1))
         for listener in (model_options or {}).get(POST, [])[self.known :]:
             self.reads_uncond = True
-            args = dict.fromkeys(("denoised", "cond_denoised", "uncond_denoised"), denoised)
-            args |= {"input": x, "sigma": timestep, "model_options": model_options}
-            denoised = listener(args)
+            names = ("denoised", "cond_denoised", "uncond_denoised")
+            args: dict[str, Any] = {"input": x, "sigma": timestep, "model_options": model_options}
+            denoised = listener(args | dict.fromkeys(names, denoised))
         return denoised
 
     @staticmethod

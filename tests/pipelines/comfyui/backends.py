@@ -84,6 +84,7 @@ class StandIn(Backend):
     def model(self, seed=0, kind="epsilon"):
         return standin.ModelPatcher(standin.Model(seed, kind))
 
+    @torch.inference_mode()  # as ComfyUI runs its nodes
     def sample(
         self,
         model,
@@ -150,6 +151,8 @@ class ComfyUI(Backend):
             network = model.diffusion_model
             for parameter in network.parameters():
                 parameter.data = torch.randn(parameter.shape) / parameter[0].numel() ** 0.5
+            for buffer in network.buffers():  # a checkpoint would fill them
+                buffer.copy_(torch.randn(buffer.shape))
         for module in network.modules():
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 module.weight.data.fill_(1)
@@ -164,6 +167,7 @@ class ComfyUI(Backend):
         pooled = {"pooled_output": torch.ones(1, 8)}
         return noise, *([[text, pooled]] for text in prompts or self.prompts(self.width))
 
+    @torch.inference_mode()  # as ComfyUI runs its nodes
     def sample(
         self,
         model,

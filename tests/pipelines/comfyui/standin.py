@@ -228,7 +228,6 @@ class CFGGuider:
             self.inner_model, x, timestep, *both, self.cfg, model_options, seed
         )
 
-    @torch.no_grad()
     def sample(self, noise, latent, sampler, sigmas, callback=None, seed=0):
         self.inner_model = self.model_patcher.model
         self.model_options = _copied(self.model_patcher.model_options)
