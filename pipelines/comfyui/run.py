@@ -52,7 +52,7 @@ class SamplerRun:
         self.guidance, self.position = guidance, position
         self.guider, self.rehearsal = guider, rehearsal
         self.total, self.depends = rehearsal.total, _depends_on_length(guidance)
-        self._check()
+        self.combines = self._check()
         self.levels = Levels(guider.inner_model.model_sampling, guidance, noise.device)
         self.run = Run(guidance, len(noise), self.total, on_host(noise.device))
 
@@ -82,9 +82,8 @@ class SamplerRun:
             return step.reused.to(x.dtype)
         others = list(options.get(POST, []))
         position = min(self.position, len(others))
-        step.whole = self.guidance.combines(self.run.decisions) and (
-            position > 0 or CFG_FUNCTION in options
-        )
+        combines = self.combines or self.guidance.combines(self.run.decisions)
+        step.whole = combines and (position > 0 or CFG_FUNCTION in options)
         step.before = options.get(CALC)
         own = {CALC: step.branches, POST: [*others[:position], step.combine, *others[position:]]}
         denoised = stock(x, timestep, {**options, **own}, seed)
@@ -107,8 +106,12 @@ class SamplerRun:
         reused = level.to_x0(self.run.reused(x_t), x_t) if self.run.skipped else x
         return Evaluation(self.run, level, x_t, reused)
 
-    def _check(self) -> None:
-        """Refuse what does not go with this sampler, before its first evaluation."""
+    def _check(self) -> bool:
+        """Refuse what does not go with this sampler, before its first evaluation.
+
+        Returns:
+            Whether predictions may be combined otherwise than ComfyUI does it.
+        """
         guidance, rehearsal = self.guidance, self.rehearsal
         if self.depends and rehearsal.unknown:
             raise SamplingError(
@@ -126,6 +129,7 @@ class SamplerRun:
                 f"'{guidance.rule}' is for Euler steps without added noise, and this sampler makes "
                 "others: use euler or ddim"
             )
+        return guidance.combines(decisions)
 
 
 class Evaluation:

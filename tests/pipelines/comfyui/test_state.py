@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pilotage.guidance import APG, AdaptiveGuidance
+from pilotage.guidance import APG, AdaptiveGuidance, hold
 from pilotage.pipelines.comfyui import guided, trace_of
 
 from .oracles import apg
@@ -114,6 +114,20 @@ def test_patches_before_are_part_of_the_update(comfy, recorder, close, order):
         for s in first.steps
     ]
     close(recorder.results(), apg(pairs, 6.0))
+
+
+def test_estimates_are_of_the_whole_update(comfy, recorder, close):
+    """A held difference is that which all nodes before have made together."""
+    first = type(recorder)()
+    model = guided(first(perturbed(comfy.model(), comfy)), hold(space="x0"))
+    comfy.sample(recorder(model), steps=8, cfg=4.0)
+    expected, update = [], None
+    for step, record in zip(first.steps, trace_of(model).steps, strict=True):
+        cond = step["cond_denoised"].double()
+        if record.rows:
+            update = step["denoised"].double() - cond
+        expected.append(cond + update if record.guided else step["denoised"].double())
+    close(recorder.results(), expected)
 
 
 def test_a_policy_alone_leaves_other_nodes_their_combination(comfy, recorder):
