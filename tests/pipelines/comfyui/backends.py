@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import standin
+from .samplers import KSAMPLER, SAMPLERS
 
 CHECKOUT = "PILOTAGE_COMFYUI"
 SD15 = {
@@ -75,7 +76,7 @@ class Backend:
 class StandIn(Backend):
     """The stand-in."""
 
-    width, samplers = standin.WIDTH, tuple(standin.SAMPLERS)
+    width, samplers = standin.WIDTH, tuple(SAMPLERS)
 
     def __init__(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "comfy", standin)
@@ -102,7 +103,7 @@ class StandIn(Backend):
         noise = self.noise(batch, seed=seed)
         sigmas = standin.schedule(model.model.model_sampling, steps)
         run = guider(model, *conds, cfg)
-        function = standin.KSAMPLER(standin.SAMPLERS[sampler])
+        function = KSAMPLER(SAMPLERS[sampler])
         return run.sample(noise, torch.zeros_like(noise), function, sigmas, callback, seed)
 
 
