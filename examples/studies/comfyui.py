@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pilotage.eval.record import write_figures
-from pilotage.guidance import APG, CFG, AdaptiveGuidance, Guidance, NoiseLevel, Predictions, Rule
+from pilotage.guidance import APG, AdaptiveGuidance, NoiseLevel, Policy, Predictions, Rule
 from pilotage.guidance.base import Step
 from pilotage.pipelines.comfyui import guided, make, methods, trace_of
 from tests.pipelines.comfyui import oracles
@@ -110,14 +110,20 @@ def rules(comfy: ComfyUI, steps: int) -> dict[str, float]:
     return found
 
 
-def evaluations(comfy: ComfyUI, guidance: Any, batch: int = 1) -> dict[str, Any]:
-    """Network evaluations of 20 steps of DPM++ 2M, as the trace has them and as rows counted."""
+def evaluations(comfy: ComfyUI, guidance: str | Policy, batch: int = 1) -> int | list[int]:
+    """Network evaluations of 20 steps of DPM++ 2M: one sample's, or those of every sample.
+
+    Raises:
+        RuntimeError: the network evaluated another number of rows than the trace has.
+    """
     model = comfy.model()
     run = guided(model, guidance)
     with comfy.counting(model) as rows:
         comfy.sample(run, "dpmpp_2m", steps=20, cfg=W, batch=batch)
-    nfe = [40] * batch if run is model else trace_of(run).nfe
-    return {"of_every_sample": nfe, "rows_at_the_network": sum(rows)}
+    nfe = trace_of(run).nfe
+    if sum(nfe) != sum(rows):
+        raise RuntimeError(f"the trace has {nfe} evaluations, the network made {sum(rows)}")
+    return nfe if batch > 1 else nfe[0]
 
 
 def main() -> None:
@@ -145,9 +151,11 @@ def main() -> None:
             "samplers": by_sampler,
             "rules": by_rule,
             "max_error": max(errors),
-            "ag_evaluations": evaluations(comfy, Guidance(CFG(), AdaptiveGuidance(0.99)), batch=3),
+            "ag_evaluations": evaluations(comfy, AdaptiveGuidance(0.99)),
+            "ag_evaluations_of_three": evaluations(comfy, AdaptiveGuidance(0.99), batch=3),
             "forecast_evaluations": evaluations(comfy, "apg+forecast"),
             "hold_evaluations": evaluations(comfy, "hold"),
+            "full_evaluations": evaluations(comfy, AdaptiveGuidance(2.0)),
             "state_cases": outcomes.found,
         },
     )

@@ -3,7 +3,9 @@
 An evaluation of ComfyUI is: the branches (``sampler_calc_cond_batch_function``), their combination
 (``sampler_cfg_function``, else classifier-free guidance), then a list of functions that may change
 the result (``sampler_post_cfg_function``). The first of these is taken by this evaluation, and one
-is put into the list, where the Pilotage node stands among the others.
+is put into the list, where the Pilotage node stands among the others. The combination is left
+alone: ComfyUI has one place for it, which other nodes take, and hands it on as x - (x - D), which
+rounds D as coarsely as x.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ class Evaluation:
         self.whole, self.done, self.guides = False, False, False
         self.before: Any = None
         self.evaluated = False
-        self.unused: list[int] = []
+        self.both: list[int] = []  # samples whose unconditional branch has been evaluated
 
     def branches(self, args: Mapping[str, Any]) -> list[Tensor]:
         """ComfyUI's branches, each with shape (B, \\*), as far as they are wanted.
@@ -164,13 +166,14 @@ class Evaluation:
         self.evaluated, self.guides = True, branches.guides
         if not self.guides:
             return self._with_reused(branches.evaluate([True] + [False] * (len(args["conds"]) - 1)))
+        self.both = run.rows
         if len(run.rows) == run.batch:
             return branches.evaluate([True, True])
         if not run.rows and not run.skipped:
             cond, _ = branches.evaluate([True, False])
             return [cond, cond]
         if not branches.divisible:
-            self.unused = [row for row in run.every if row not in run.rows]
+            self.both = run.every
             cond, uncond = self._with_reused(branches.evaluate([True, True]))
             index = row_index(run.rows, cond.device)
             return [cond, cond.index_copy(0, index, uncond[index])]
@@ -205,7 +208,6 @@ class Evaluation:
             self.x_t,
             own=own,
         )
-        run.trace.steps[-1].unused = self.unused
         if guided is own or not guided_rows:
             return denoised
         result = self.level.to_x0(guided, self.x_t).to(denoised.dtype)
@@ -228,6 +230,8 @@ class Evaluation:
             in_x0 = run.guidance.policy.space == "x0"
             kept = denoised.clone() if in_x0 else self._native(denoised)
             run.kept["guided", run.step.index] = kept
+        record = run.trace.steps[-1]
+        record.unused = [row for row in self.both if row not in record.rows]
         return denoised
 
     def _native(self, denoised: Tensor, index: Tensor | None = None) -> Tensor:

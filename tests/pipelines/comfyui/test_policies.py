@@ -125,6 +125,15 @@ def test_skipped_steps_and_samplers_that_read_branches(comfy):
     assert comfy.sample(guided(comfy.model(), "apg+ag"), "euler_cfg_pp").isfinite().all()
 
 
+def test_what_a_sampler_wants_evaluated_is_counted(comfy):
+    """CFG++ samplers evaluate both branches at any scale, also where nothing is guided."""
+    model = comfy.model()
+    run = guided(model, AdaptiveGuidance(2.0))
+    with comfy.counting(model) as rows:
+        comfy.sample(run, "euler_cfg_pp", steps=4, cfg=1.0)
+    assert trace_of(run).nfe == [sum(rows)] == [8]
+
+
 def test_schedules_need_the_number_of_evaluations(comfy):
     for guidance in ("forecast", "hold"):
         with pytest.raises(SamplingError, match="chooses its steps as it goes"):

@@ -22,12 +22,12 @@ def test_every_sampler_and_rule_agrees_with_float64(results):
     assert results["max_error"] == max(*errors, *results["rules"].values()) <= 1e-4
 
 
-def test_evaluations_are_those_counted_at_the_network(results):
-    ag, forecast, hold = (results[f"{n}_evaluations"] for n in ("ag", "forecast", "hold"))
-    for found in (ag, forecast, hold):
-        assert found["rows_at_the_network"] == sum(found["of_every_sample"])
-    assert forecast["of_every_sample"] == [24] and hold["of_every_sample"] == [25]
-    assert all(20 < count < 40 for count in ag["of_every_sample"])
+def test_evaluations(results):
+    """Rows counted at the network, which the command compares with the trace."""
+    assert results["full_evaluations"] == 40
+    assert results["forecast_evaluations"] == 24 and results["hold_evaluations"] == 25
+    assert 20 < results["ag_evaluations"] < 40
+    assert len(set(results["ag_evaluations_of_three"])) > 1  # each stops on its own
 
 
 def test_every_case_passed(results):

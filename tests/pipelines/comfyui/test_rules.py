@@ -17,7 +17,7 @@ SAMPLERS = ("euler", "heun", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2m", "
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2m"])
-@pytest.mark.parametrize("guidance", [CFG(), AdaptiveGuidance(2.0)])
+@pytest.mark.parametrize("guidance", [CFG(), AdaptiveGuidance(2.0)], ids=["cfg", "ag"])
 def test_cfg_is_the_samplers_own(comfy, sampler, guidance):
     """Bit for bit, also of samplers that add noise: a rehearsal takes no random numbers."""
     model = comfy.model()
