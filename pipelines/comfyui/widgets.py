@@ -36,10 +36,10 @@ def widgets(make: Callable[..., Any]) -> dict[str, Widget]:
 
     Settings that may be None or infinite are text: a number, "none" or "inf".
     """
-    hints, texts = _hints(make), _explanations(make)
+    texts = _explanations(make)
     return {
-        name: _widget(hints[name], parameter.default, texts.get(name, ""))
-        for name, parameter in inspect.signature(make).parameters.items()
+        name: _widget(parameter.annotation, parameter.default, texts.get(name, ""))
+        for name, parameter in _settings(make).items()
     }
 
 
@@ -49,8 +49,8 @@ def make(maker: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a value does not fit; for text, the message says what is expected.
     """
-    hints = _hints(maker)
-    return maker(**{name: _value(name, hints[name], value) for name, value in values.items()})
+    settings = _settings(maker)
+    return maker(**{n: _value(n, settings[n].annotation, value) for n, value in values.items()})
 
 
 def _maker(name: str, kind: Kind) -> Callable[..., Any] | None:
@@ -69,8 +69,8 @@ def _maker(name: str, kind: Kind) -> Callable[..., Any] | None:
     return maker
 
 
-def _hints(make: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(make.__init__ if isinstance(make, type) else make)
+def _settings(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(make, eval_str=True).parameters
 
 
 def _widget(hint: Any, default: Any, text: str) -> Widget:
