@@ -129,7 +129,7 @@ def test_what_a_sampler_wants_evaluated_is_counted(comfy):
     """CFG++ samplers evaluate both branches at any scale, also where nothing is guided."""
     model = comfy.model()
     run = guided(model, AdaptiveGuidance(2.0))
-    with comfy.counting(model) as rows:
+    with comfy.counting(model) as rows, pytest.warns(UserWarning, match="cfg = 1"):
         comfy.sample(run, "euler_cfg_pp", steps=4, cfg=1.0)
     assert trace_of(run).nfe == [sum(rows)] == [8]
 
