@@ -48,7 +48,7 @@ class Levels:
                 f"'{rule}' is for networks that predict a flow velocity, the one of this model "
                 f"predicts {self.prediction or 'something else'!r}"
             )
-        self.denoised = "native" not in spaces and not rule.needs_next_level
+        self.denoised = "native" not in spaces
         if self.prediction is None and not self.denoised:
             raise ValueError(
                 f"'{guidance}' acts on the network's output, and what {type(model_sampling)} makes "

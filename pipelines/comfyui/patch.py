@@ -150,12 +150,9 @@ class _Patch:
             return executor(guider, sigmas, extra_args, callback, noise, *rest)
         run = options[KEY] = SamplerRun(self.guidance, self.position, guider, rehearsal, noise)
         self.trace = run.trace
-        try:
-            result = executor(guider, sigmas, extra_args, callback, noise, *rest)
-            run.run.finish()
-            return result
-        finally:
-            options.pop(KEY, None)
+        result = executor(guider, sigmas, extra_args, callback, noise, *rest)
+        run.run.finish()
+        return result
 
     def around_evaluation(
         self,

@@ -1,18 +1,48 @@
 """Runs leave nothing behind, and do not meet; and what becomes of other nodes' patches."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from pilotage.guidance import APG, AdaptiveGuidance, hold
+from pilotage.guidance import APG, AdaptiveGuidance, Decision, Policy, PolicyState, Weights, hold
+from pilotage.guidance.base import BOTH, COND
 from pilotage.pipelines.comfyui import guided, trace_of
+from pilotage.pipelines.comfyui.rehearsal import rehearse
 
 from .oracles import apg
+from .samplers import KSAMPLER
 
 PAPER = APG(eta=0.0, norm_threshold=0.5, momentum=-0.5, threshold_unit="l2")
 
 
 class Interrupted(Exception):
     pass
+
+
+class RowState(PolicyState):
+    def __init__(self, skips):
+        self.skips = skips
+
+    def decide(self, step):
+        skip = Decision((), reuse=Weights(guided={step.index - 1: 1.0}))
+        second = (skip if step.index else BOTH) if self.skips else COND
+        return [BOTH, second]
+
+    def keep_until(self, kind, step):
+        return step + 1 if kind == "guided" and self.skips else -1
+
+
+@dataclass(frozen=True)
+class Rows(Policy):
+    """The second of two samples is skipped from its second step on, or never guided."""
+
+    name = "rows"
+    space = "x0"
+    skips: bool = True
+
+    def start(self, batch, total, on_cpu):
+        return RowState(self.skips)
 
 
 @pytest.mark.parametrize("guidance", ["apg", "apg+ag", "apg+forecast", "hold"])
@@ -98,22 +128,53 @@ def test_patches_after_act_on_what_the_rule_made(comfy, recorder, close):
     assert not any(torch.equal(made, added) for made, added in both)
 
 
-@pytest.mark.parametrize("order", ["before", "cfg function before", "cfg function after"])
-def test_patches_before_are_part_of_the_update(comfy, recorder, close, order):
+def test_patches_before_are_part_of_the_update(comfy, recorder, close):
     """The rule acts on the conditional prediction and the whole update, with the scale as it is."""
-    first, model = type(recorder)(), comfy.model()
-    if order == "before":
-        model = guided(first(perturbed(model, comfy)), PAPER)
-    elif order == "cfg function before":
-        model = guided(first(halved(model)), PAPER)
-    else:  # it stands first all the same: ComfyUI has one place for it
-        model = halved(guided(first(model), PAPER))
+    first = type(recorder)()
+    model = guided(first(perturbed(comfy.model(), comfy)), PAPER)
     comfy.sample(recorder(model), steps=6, cfg=6.0, batch=2)
     pairs = [
         (s["cond_denoised"].double(), (6 * s["cond_denoised"] - s["denoised"]).double() / 5)
         for s in first.steps
     ]
     close(recorder.results(), apg(pairs, 6.0))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_other_combinations_are_part_of_the_update(comfy, recorder, close, order):
+    """ComfyUI has one place for them, before everything else: the order makes no difference."""
+    model = comfy.model()
+    model = guided(halved(model), PAPER) if order == "before" else halved(guided(model, PAPER))
+    comfy.sample(recorder(model), steps=6, cfg=6.0, batch=2)
+    halves = [(cond, cond - (cond - uncond) / 2) for cond, uncond in recorder.pairs()]
+    close(recorder.results(), apg(halves, 6.0))
+
+
+def test_skipped_steps_reuse_what_all_nodes_made(comfy, recorder):
+    """Also what those after Pilotage added, and a sample that is skipped on its own."""
+    seen = []
+    model = recorder(perturbed(guided(comfy.model(), Rows(skips=True)), comfy))
+    comfy.sample(model, steps=4, batch=2, callback=lambda i, d, x, n: seen.append(d.clone()))
+    assert all(torch.equal(step[1], seen[0][1]) for step in seen)
+    assert torch.equal(seen[0], recorder.results()[0])
+    assert not torch.allclose(seen[1][0], seen[0][0])
+    seen.clear()
+    held = guided(comfy.model(), "forecast")
+    told = {"callback": lambda i, d, x, n: seen.append(d.clone())}
+    comfy.sample(perturbed(held, comfy), steps=8, **told)
+    skipped = [i for i, step in enumerate(trace_of(held).steps) if step.skipped]
+    assert skipped and all(torch.equal(seen[i], seen[i - 1]) for i in skipped)
+
+
+def test_samples_without_guidance_keep_what_others_made_of_them(comfy, recorder, close):
+    first = type(recorder)()
+    model = guided(first(perturbed(comfy.model(), comfy)), PAPER | Rows(skips=False))
+    comfy.sample(recorder(model), steps=3, batch=2)
+    made = [step["denoised"][1].double() for step in first.steps]
+    close([result[1] for result in recorder.results()], made)
+    assert not any(
+        torch.allclose(s["denoised"][1], s["cond_denoised"][1], rtol=1e-3) for s in first.steps
+    )
 
 
 def test_estimates_are_of_the_whole_update(comfy, recorder, close):
@@ -157,3 +218,21 @@ def test_nodes_that_evaluate_branches_themselves(comfy):
     expected = comfy.sample(guided(comfy.model(), "ag"), steps=6)
     assert torch.equal(comfy.sample(guided(model, "ag"), steps=6), expected)
     assert calls[0] == [True, True] and len(calls) == 6
+
+
+def test_rehearsals_take_no_random_numbers(standin):
+    def noisy(model, x, sigmas, extra, callback):
+        for sigma in sigmas[:-1]:
+            x = model(x, sigma * x.new_ones(len(x)), **extra) + torch.randn(x.shape)
+        return x
+
+    class Guider:
+        inner_model = standin.model().model
+
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    noise, sigmas = torch.zeros(2, 4, 8, 8), torch.tensor([3.0, 1.0, 0.0])
+    found = rehearse(KSAMPLER(noisy), Guider(), sigmas, {"model_options": {}}, noise, noise)
+    assert found.sigmas == (3.0, 1.0) and found.total == 2 and not found.is_euler
+    assert torch.equal(torch.randn(3), expected)
