@@ -32,7 +32,12 @@ def model_family(pipe: Any) -> str | None:
 
 def resolve_for(pipe: Any, guidance: str | Rule | Policy | Guidance) -> Guidance:
     """What `guidance` means on a pipeline, see `resolve`; ValueError for one without meaning."""
-    found = resolve(guidance, model_family(pipe))
+    return resolve_in(model_family(pipe), guidance)
+
+
+def resolve_in(family: str | None, guidance: str | Rule | Policy | Guidance) -> Guidance:
+    """What `guidance` means on a model of a family; ValueError for a name without meaning."""
+    found = resolve(guidance, family)
     if isinstance(guidance, str) and found.policy == Interval():
         raise ValueError(
             "'interval' has no known window for this model: pass Interval(start_step, stop_step) "

@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {
     "pictures/quickstart.png": "examples/quickstart.png",
+    "pictures/comfyui.png": "examples/comfyui/workflows/fewer-evaluations.png",
     "support.md": "pipelines/SUPPORT.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",

@@ -1,0 +1,5 @@
+"""Pilotage's guidance as ComfyUI nodes; see README.md beside this file."""
+
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
