@@ -22,8 +22,10 @@ from .doors import check_reader, custom_class
 from .families import resolve_for
 from .fitting.fitted import check_identity
 from .seam.driver import Driver
+from .seam.exchange import connected
 from .seam.layouts import Layout, LayoutError
 from .seam.noise_levels import check_guidance
+from .seam.parallel import ParallelDriver
 from .seam.patch import aside, attached, one_at_a_time, unwrapped
 from .seam.patterns import Pattern
 from .seam.plain import PlainDriver
@@ -49,6 +51,9 @@ CALL_DOCUMENTATION = """
             may be a list or tensor with one scale for every sample.
         detailed_trace (`bool`, *optional*, defaults to `False`):
             Record cosines and norms of the predictions at every step in `guidance_trace`.
+        parallel (`str`, *optional*):
+            "branches": the processes of `accelerate launch` or `torchrun`, which all make this
+            call, share out the branches of every step; all of them get the result.
 """
 
 if TYPE_CHECKING:  # what the mixin is mixed into: a pipeline class of diffusers
@@ -132,6 +137,7 @@ class GuidedMixin(_Stock):
         *args: Any,
         guidance: GuidanceLike,
         detailed_trace: bool = False,
+        parallel: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """The stock pipeline's call under a guidance.
@@ -140,7 +146,7 @@ class GuidedMixin(_Stock):
             stock_call: ``__call__`` of the stock class, or what it wraps (without ``no_grad``, to
                 differentiate through a run).
             args, kwargs: Its arguments.
-            guidance, detailed_trace: As of the guided pipeline's call.
+            guidance, detailed_trace, parallel: As of the guided pipeline's call.
         """
         settings = self.resolve_guidance(guidance)
         asked = guidance if isinstance(guidance, str) else str(settings)
@@ -162,8 +168,7 @@ class GuidedMixin(_Stock):
         self._guidance_trace = None
         with one_at_a_time(loop), plain_guiders(self, settings):
             check_guidance(settings, loop.scheduler, detailed_trace, eta)
-            plain = settings.is_plain and not detailed_trace
-            made = PlainDriver if plain else Driver
+            made = _driver(settings.is_plain and not detailed_trace, parallel)
             driver = made(loop, settings, layout, asked, options, detailed_trace)
             try:
                 with attached(loop, denoisers_of(loop, layout), driver, driver.step):
@@ -174,6 +179,15 @@ class GuidedMixin(_Stock):
                 if driver.run is not None:
                     self._guidance_trace = driver.run.trace
         return output
+
+
+def _driver(plain: bool, parallel: str | None) -> Callable[..., Driver]:
+    """What makes the driver of a call; `plain`: the pipeline's guidance is only counted."""
+    if parallel is None:
+        return PlainDriver if plain else Driver
+    if parallel != "branches":
+        raise ValueError(f"parallel is 'branches' or None, got {parallel!r}")
+    return functools.partial(ParallelDriver, connected())
 
 
 def guidance_folder(pipe: Any) -> Path | None:
@@ -369,19 +383,22 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         *args: Any,
         guidance: GuidanceLike | None = None,
         detailed_trace: bool = False,
+        parallel: str | None = None,
         **kwargs: Any,
     ) -> Any:
         if guidance is None:
+            if parallel is not None:
+                raise ValueError("parallel= needs guidance=, 'cfg' for the pipeline's own")
             with aside(loop_of(self)):
                 return stock_call(self, *args, **kwargs)
-        return self.call_guided(
-            stock_call, *args, guidance=guidance, detailed_trace=detailed_trace, **kwargs
-        )
+        ours = {"guidance": guidance, "detailed_trace": detailed_trace, "parallel": parallel}
+        return self.call_guided(stock_call, *args, **ours, **kwargs)
 
     signature = inspect.signature(stock_call)
     extra = [
         inspect.Parameter("guidance", inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("detailed_trace", inspect.Parameter.KEYWORD_ONLY, default=False),
+        inspect.Parameter("parallel", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]
     parameters = sorted([*signature.parameters.values(), *extra], key=lambda p: p.kind)
     # mypy does not know that functions may have a signature of their own.

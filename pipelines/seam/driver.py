@@ -106,12 +106,16 @@ class Driver:
 
     def __call__(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the place of ``network(*args, **kwargs)``, the pipeline's denoiser `name`."""
-        call = Call(network, args, kwargs)
+        call = self.new_call(network, args, kwargs)
         if not self.made:
             self.begin_step(call)
         made = self.evaluate(name, call)
         self.made.append(made)
         return made.output
+
+    def new_call(self, network: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """A call of the network, as this driver evaluates its rows."""
+        return Call(network, args, kwargs)
 
     def begin_step(self, call: Call) -> None:
         """Choose the pattern by the first call of a step, and plan what is to be evaluated."""
@@ -171,16 +175,16 @@ class Driver:
                 raise LayoutError(self.irregular(f"evaluates {call.rows} rows in call {place + 1}"))
             return made_of(call.rows, call())
         if wanted.whole:
-            return made_of(call.rows, call())
+            return self.evaluate_whole(call)
         last = self.last[place] if place < len(self.last) else None
         try:
             return wanted.make(call, self.made, last, self.attention.get(name))
         except (RuntimeError, ValueError) as error:
-            raise LayoutError(
-                f"the network of {type(self.pipe).__name__} cannot evaluate some of its "
-                f"{call.rows} rows alone ({error}): something in it holds state over the batch, "
-                f"such as a cache or shared attention. Disable it, or leave out '{self.asked}'"
-            ) from error
+            raise LayoutError(self.indivisible(call, error)) from error
+
+    def evaluate_whole(self, call: Call) -> Made:
+        """Evaluate all rows of a call."""
+        return made_of(call.rows, call())
 
     # Steps of the scheduler
 
@@ -550,6 +554,16 @@ class Driver:
                 f"the network of {type(self.pipe).__name__} also predicts {self.layout.others}, "
                 f"which '{self.asked}' cannot make up for where it evaluates nothing"
             )
+
+    wish = ""  # what else was asked for that leaves rows out
+
+    def indivisible(self, call: Call, error: Exception) -> str:
+        """The message of a network that fails on some of its rows."""
+        return (
+            f"the network of {type(self.pipe).__name__} cannot evaluate some of its {call.rows} "
+            f"rows alone ({error}): something in it holds state over the batch, such as a cache or "
+            f"shared attention. Disable it, or leave out {self.wish or repr(self.asked)}"
+        )
 
     def irregular(self, what: str) -> str:
         """The message of a step that does not go as those before."""
