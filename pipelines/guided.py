@@ -21,6 +21,7 @@ from ..guidance import Guidance, Policy, Rule, SampleScales, Trace, load_guidanc
 from .doors import check_reader, custom_class
 from .families import resolve_for
 from .fitting.fitted import check_identity
+from .seam.batched import BatchingDriver
 from .seam.driver import Driver
 from .seam.exchange import connected
 from .seam.layouts import Layout, LayoutError
@@ -54,6 +55,9 @@ CALL_DOCUMENTATION = """
         parallel (`str`, *optional*):
             "branches": the processes of `accelerate launch` or `torchrun`, which all make this
             call, share out the branches of every step; all of them get the result.
+        batch_branches (`bool`, *optional*, defaults to `False`):
+            Evaluate the branches of a step in one call of the network where the pipeline calls it
+            once for each.
 """
 
 if TYPE_CHECKING:  # what the mixin is mixed into: a pipeline class of diffusers
@@ -138,6 +142,7 @@ class GuidedMixin(_Stock):
         guidance: GuidanceLike,
         detailed_trace: bool = False,
         parallel: str | None = None,
+        batch_branches: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The stock pipeline's call under a guidance.
@@ -146,7 +151,7 @@ class GuidedMixin(_Stock):
             stock_call: ``__call__`` of the stock class, or what it wraps (without ``no_grad``, to
                 differentiate through a run).
             args, kwargs: Its arguments.
-            guidance, detailed_trace, parallel: As of the guided pipeline's call.
+            guidance, detailed_trace, parallel, batch_branches: As of the guided pipeline's call.
         """
         settings = self.resolve_guidance(guidance)
         asked = guidance if isinstance(guidance, str) else str(settings)
@@ -168,8 +173,10 @@ class GuidedMixin(_Stock):
         self._guidance_trace = None
         with one_at_a_time(loop), plain_guiders(self, settings):
             check_guidance(settings, loop.scheduler, detailed_trace, eta)
-            made = _driver(settings.is_plain and not detailed_trace, parallel)
-            driver = made(loop, settings, layout, asked, options, detailed_trace)
+            plain = settings.is_plain and not detailed_trace
+            driver = _driver(plain, parallel, batch_branches)(
+                loop, settings, layout, asked, options, detailed_trace
+            )
             try:
                 with attached(loop, denoisers_of(loop, layout), driver, driver.step):
                     output = stock_call(self, *args, **kwargs)
@@ -181,12 +188,14 @@ class GuidedMixin(_Stock):
         return output
 
 
-def _driver(plain: bool, parallel: str | None) -> Callable[..., Driver]:
+def _driver(plain: bool, parallel: str | None, batched: bool) -> Callable[..., Driver]:
     """What makes the driver of a call; `plain`: the pipeline's guidance is only counted."""
     if parallel is None:
-        return PlainDriver if plain else Driver
+        return BatchingDriver if batched else PlainDriver if plain else Driver
     if parallel != "branches":
         raise ValueError(f"parallel is 'branches' or None, got {parallel!r}")
+    if batched:
+        raise ValueError("batch_branches=True is for one process, parallel= for several")
     return functools.partial(ParallelDriver, connected())
 
 
@@ -384,21 +393,30 @@ def guided_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipel
         guidance: GuidanceLike | None = None,
         detailed_trace: bool = False,
         parallel: str | None = None,
+        batch_branches: bool = False,
         **kwargs: Any,
     ) -> Any:
         if guidance is None:
-            if parallel is not None:
-                raise ValueError("parallel= needs guidance=, 'cfg' for the pipeline's own")
+            if parallel or batch_branches:
+                raise ValueError(
+                    "parallel= and batch_branches= need guidance=: 'cfg' is the pipeline's own"
+                )
             with aside(loop_of(self)):
                 return stock_call(self, *args, **kwargs)
-        ours = {"guidance": guidance, "detailed_trace": detailed_trace, "parallel": parallel}
-        return self.call_guided(stock_call, *args, **ours, **kwargs)
+        return self.call_guided(
+            stock_call,
+            *args,
+            guidance=guidance,
+            detailed_trace=detailed_trace,
+            parallel=parallel,
+            batch_branches=batch_branches,
+            **kwargs,
+        )
 
     signature = inspect.signature(stock_call)
+    ours = {"guidance": None, "detailed_trace": False, "parallel": None, "batch_branches": False}
     extra = [
-        inspect.Parameter("guidance", inspect.Parameter.KEYWORD_ONLY, default=None),
-        inspect.Parameter("detailed_trace", inspect.Parameter.KEYWORD_ONLY, default=False),
-        inspect.Parameter("parallel", inspect.Parameter.KEYWORD_ONLY, default=None),
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in ours.items()
     ]
     parameters = sorted([*signature.parameters.values(), *extra], key=lambda p: p.kind)
     # mypy does not know that functions may have a signature of their own.

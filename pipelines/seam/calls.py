@@ -85,7 +85,7 @@ class Call:
             return self.network(*self.args, **self.kwargs)
         select = _Selection(keep, self.rows, self.listed)
         for value in self.kwargs.values():
-            if _is_by_row(value):
+            if is_by_row(value):
                 select.owners = [row for row, places in value.items() for _ in places]
         named = zip(self.names, self.args, strict=False)
         args = [select(value, name) for name, value in named]
@@ -111,13 +111,13 @@ class _Selection:
     def __call__(self, value: Any, name: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if _is_shared(name):
+        if is_shared(name):
             return value
         if isinstance(value, Tensor):
             if name in LAYERS_FIRST:
                 return self._of_tensor(value.transpose(0, 1)).transpose(0, 1)
             return self._of_tensor(value)
-        if _is_by_row(value):
+        if is_by_row(value):
             return {new: value[row] for new, row in enumerate(self.keep) if row in value}
         if isinstance(value, dict):
             return {key: self(item, key) for key, item in value.items()}
@@ -154,7 +154,7 @@ class _Selection:
         return value.index_select(0, self.indices[key])
 
 
-def _is_by_row(value: Any) -> bool:
+def is_by_row(value: Any) -> bool:
     """Whether something is a mapping from rows to lists, of places in their text for instance."""
     if not (isinstance(value, Mapping) and value):
         return False
@@ -178,7 +178,8 @@ def _parameter_names(network: Any) -> list[str]:
 
 
 @functools.cache
-def _is_shared(name: Any) -> bool:
+def is_shared(name: Any) -> bool:
+    """Whether an input of that name holds no samples."""
     return name in SHARED_INPUTS or any(part in str(name) for part in SHARED_PARTS)
 
 

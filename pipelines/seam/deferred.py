@@ -25,6 +25,8 @@ class DeferringDriver(Driver):
     Attributes:
         calls, outputs: Of the step now evaluated, as far as its calls are deferred.
         sizes: Of the inputs of every call of the step before.
+        foreseen: Whether the call now evaluated has an input of that size, so an output like that.
+        waits: Whether the pipeline was given something in the place of an output.
         sound: Whether the pipeline has taken no copies, once that was seen.
     """
 
@@ -33,7 +35,7 @@ class DeferringDriver(Driver):
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
         self.sizes: dict[int, Any] = {}
-        self.sound = False
+        self.foreseen = self.waits = self.sound = False
 
     def output_of(self, place: int, call: Call, like: Any) -> Any:
         """The output of a call, or what stands in its place until `complete`.
@@ -41,7 +43,8 @@ class DeferringDriver(Driver):
         Args:
             place: Of the call within the step.
             call: The call.
-            like: The output of the same call at the step before; None if it had another shape.
+            like: The output of the same call at the step before; None if it has another shape, so
+                that nothing can stand in its place.
         """
         raise NotImplementedError
 
@@ -56,6 +59,14 @@ class DeferringDriver(Driver):
         """Whether the calls of a step of this pattern can wait for each other."""
         return len(pattern.calls) > 1 and not (pattern.aside or self.layout.others)
 
+    def evaluate(self, name: str, call: Call) -> Made:
+        """Evaluate the wanted rows of a call; the others get what does no harm."""
+        place, first = len(self.made), call.first
+        size = [item.shape for item in first] if isinstance(first, (list, tuple)) else first.shape
+        self.foreseen = place < len(self.last) and self.sizes.get(place) == size
+        self.sizes[place] = size
+        return super().evaluate(name, call)
+
     def evaluate_whole(self, call: Call) -> Made:
         """Evaluate all rows of a call, at the last call of the step if it can wait."""
         assert self.wanted is not None
@@ -63,14 +74,11 @@ class DeferringDriver(Driver):
         if not self.defers(pattern):
             return super().evaluate_whole(call)
         if not place:
-            self.calls, self.outputs = [], []
-        first = call.first
-        size = [item.shape for item in first] if isinstance(first, (list, tuple)) else first.shape
-        known = place < len(self.last) and self.sizes.get(place) == size
-        self.sizes[place] = size
+            self.calls, self.outputs, self.waits = [], [], False
         self.calls.append(call)
-        output = self.output_of(place, call, self.last[place].output if known else None)
+        output = self.output_of(place, call, self.last[place].output if self.foreseen else None)
         self.outputs.append(output)
+        self.waits |= self.foreseen
         if place + 1 == len(pattern.calls):
             self.fill(self.made)
         return made_of(call.rows, self.outputs[place])
@@ -88,7 +96,7 @@ class DeferringDriver(Driver):
                 self.fill(made)
             self.combined(mixed)
             self.outputs = []
-            if not self.sound:
+            if self.waits and not self.sound:
                 self.check_sound(made, mixed)
         return super().end_step(made, mixed, sample)
 

@@ -82,8 +82,7 @@ class Exchange:
         Raises:
             ProcessesError: something differs, in every process the same error.
         """
-        every: list[Any] = [None] * self.size
-        self._ask(dist.all_gather_object, every, dict(facts))
+        every = self.tell(dict(facts))
         first = every[0]
         for rank, other in enumerate(every):
             names = [n for n in {**first, **other} if first.get(n) != other.get(n)]
@@ -93,6 +92,12 @@ class Exchange:
                     "share the branches of a call have to make the same call with the same model "
                     "and versions, and generators of the same seed"
                 )
+
+    def tell(self, value: Any) -> list[Any]:
+        """A small value of every process, in their order."""
+        every: list[Any] = [None] * self.size
+        self._ask(dist.all_gather_object, every, value)
+        return every
 
     def _ask(self, collective: Callable[..., Any], *args: Any) -> None:
         try:

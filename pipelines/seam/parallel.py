@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...guidance import Run
 from ...guidance.device import LaggedReads, on_host, row_index
 from ...guidance.saved import to_dict
-from .calls import Call, with_rows
+from .calls import Call, RowsError, with_rows
 from .deferred import DeferringDriver, placeholder, tensors_of
 from .exchange import Exchange, ProcessesError, bits
 from .hooks import caches_of
@@ -63,7 +63,9 @@ class ParallelDriver(DeferringDriver):
     def __init__(self, exchange: Exchange, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exchange = exchange
+        self.perturbed = bool(self.attention and self.options.get("pag_scale"))
         self.steps = 0
+        self.splits: set[tuple[int, ...]] = set()  # rows of calls, and of every process's share
         self.seen: LaggedReads | None = None
 
     def new_call(self, network: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
@@ -102,7 +104,7 @@ class ParallelDriver(DeferringDriver):
                 f"reference, for instance), and what that leaves behind is not exchanged: leave "
                 f"out {self.wish}"
             )
-        if self.attention and run.batch < self.exchange.size:
+        if self.perturbed and run.batch < self.exchange.size:
             raise LayoutError(
                 f"perturbed attention takes the rows of a call for its branches, so that "
                 f"{self.exchange.size} processes can share out whole pictures only: give {name} as "
@@ -129,14 +131,8 @@ class ParallelDriver(DeferringDriver):
         assert isinstance(call, SharedCall)
         shares = shared_out(self.units(call, rows), self.exchange.size)
         own = shares[self.exchange.rank] or shares[0]
-        whole = own == list(range(call.rows))
-        try:
-            output = call.alone(None if whole else own)
-        except (RuntimeError, ValueError) as error:
-            if whole:
-                raise
-            raise LayoutError(self.indivisible(call, error)) from error
         sizes, order = [len(share) for share in shares], sum(shares, [])
+        output = self.evaluated(call, own, (call.rows, *sizes))
         places = None if order == rows else [order.index(row) for row in rows]
 
         def gather(tensors: list[Tensor]) -> Tensor:
@@ -145,16 +141,37 @@ class ParallelDriver(DeferringDriver):
 
         return with_rows([output], gather, [len(own)])
 
+    def evaluated(self, call: SharedCall, own: list[int], split: tuple[int, ...]) -> Any:
+        """The network's output for the rows of this process.
+
+        Whether the network takes rows alone, all processes tell each other at the first split of
+        a kind, so that none waits for one that has failed.
+        """
+        output, failed = None, None
+        try:
+            output = call.alone(None if len(own) == call.rows else own)
+        except (RuntimeError, ValueError) as error:
+            if split in self.splits:
+                raise
+            failed = error
+        if split not in self.splits:
+            told = self.exchange.tell(None if failed is None else str(failed))
+            if any(told):
+                first = next(filter(None, told))
+                raise LayoutError(self.indivisible(call, failed or RowsError(first))) from failed
+            self.splits.add(split)
+        return output
+
     def units(self, call: Call, rows: list[int]) -> list[list[int]]:
         """Rows of a call, together where the network needs them together."""
-        if not (self.layout.whole or self.attention):
+        if not (self.layout.whole or self.perturbed):
             return [[row] for row in rows]
         if self.run is None:
             return [rows]
         batch = self.run.batch
         units: dict[int, list[int]] = {}
         for row in rows:  # by pictures, where attention takes rows for branches; else by branches
-            units.setdefault(row % batch if self.attention else row // batch, []).append(row)
+            units.setdefault(row % batch if self.perturbed else row // batch, []).append(row)
         return list(units.values())
 
     # Calls of one step
@@ -217,9 +234,7 @@ def shared_out(units: list[list[int]], size: int) -> list[list[int]]:
     return [sum(units[a:b], []) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def facts_of(
-    driver: ParallelDriver, call: Call, networks: Mapping[str, Any]
-) -> dict[str, str]:
+def facts_of(driver: ParallelDriver, call: Call, networks: Mapping[str, Any]) -> dict[str, str]:
     """Digests of what all processes must have in common, by a name that a user knows.
 
     Args:
