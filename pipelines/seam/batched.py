@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from ...guidance.prediction import accumulate
 from .calls import LAYERS_FIRST, SAMPLES, Call, is_by_row, is_shared, prediction_of, with_rows
-from .deferred import DeferringDriver, placeholder, tensors_of
+from .deferred import DeferringDriver, placeholder, shapes_of, tensors_of
 from .layouts import LayoutError
 from .patterns import Pattern
 
@@ -51,13 +52,15 @@ class BatchingDriver(DeferringDriver):
                 f"{self.wish}"
             ) from error
         rows = [call.rows for call in self.calls]
-        start = 0
-        for call, own in zip(self.calls, self.outputs, strict=True):
-            stop = start + call.rows
-            cut = with_rows([output], lambda t, a=start, b=stop: t[0][a:b], [sum(rows)])
-            for target, source in zip(tensors_of(own), tensors_of(cut), strict=True):
-                target.copy_(source)
-            start = stop
+        ends = list(itertools.accumulate(rows))
+        cuts = [
+            with_rows([output], lambda t, a=end - n, b=end: t[0][a:b], [ends[-1]])
+            for n, end in zip(rows, ends, strict=True)
+        ]
+        if shapes_of(cuts) != shapes_of(self.outputs):
+            raise LayoutError(self.unforeseen())
+        for target, source in zip(tensors_of(self.outputs), tensors_of(cuts), strict=True):
+            target.copy_(source)
         if not self.compared:
             self.compare()
             self.compared = True

@@ -52,6 +52,13 @@ class DeferringDriver(Driver):
         """Fill `outputs` with what all `calls` give."""
         raise NotImplementedError
 
+    def unforeseen(self) -> str:
+        """The message of a network that returned another shape than the step before."""
+        return (
+            f"the network of {type(self.pipe).__name__} returned another shape than at the step "
+            f"before: leave out {self.wish}"
+        )
+
     def combined(self, mixed: Tensor) -> None:
         """Correct what the pipeline made of its predictions, in place, if need be."""
 
@@ -61,9 +68,10 @@ class DeferringDriver(Driver):
 
     def evaluate(self, name: str, call: Call) -> Made:
         """Evaluate the wanted rows of a call; the others get what does no harm."""
-        place, first = len(self.made), call.first
-        size = [item.shape for item in first] if isinstance(first, (list, tuple)) else first.shape
+        place, size = len(self.made), [tensor.shape for tensor in tensors_of(call.first)]
         self.foreseen = place < len(self.last) and self.sizes.get(place) == size
+        if self.layout.whole and self.run is not None and self.run.step.index < 2:
+            self.foreseen = False  # what fills a cache at the first step may return more
         self.sizes[place] = size
         return super().evaluate(name, call)
 
@@ -109,6 +117,11 @@ class DeferringDriver(Driver):
                 f"{self.wish}"
             )
         self.sound = True
+
+
+def shapes_of(outputs: list[Any]) -> list[tuple[int, ...]]:
+    """Of every tensor in several outputs."""
+    return [tuple(tensor.shape) for output in outputs for tensor in tensors_of(output)]
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:

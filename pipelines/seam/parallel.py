@@ -23,7 +23,7 @@ from ...guidance import Run
 from ...guidance.device import LaggedReads, on_host, row_index
 from ...guidance.saved import to_dict
 from .calls import Call, RowsError, with_rows
-from .deferred import DeferringDriver, placeholder, tensors_of
+from .deferred import DeferringDriver, placeholder, shapes_of, tensors_of
 from .exchange import Exchange, ProcessesError, bits
 from .hooks import caches_of
 from .layouts import LayoutError
@@ -192,6 +192,10 @@ class ParallelDriver(DeferringDriver):
 
     def complete(self) -> None:
         """Give every process what each of them has evaluated."""
+        if self.waits and not self.sound:  # once a run
+            shapes = self.exchange.tell(shapes_of(self.outputs))
+            if any(other != shapes[0] for other in shapes):
+                raise LayoutError(self.unforeseen())
         for place, output in enumerate(self.outputs):
             for tensor in tensors_of(output):
                 self.exchange.overwrite(tensor, self.owner(place))
