@@ -25,6 +25,7 @@ from .options import (
     Json,
     Model,
     Negative,
+    Parallel,
     Picture,
     Scale,
     Seed,
@@ -82,8 +83,13 @@ def generate(
     device: Device = "auto",
     backend: Backend = "torch",
     graphs: Graphs = None,
+    parallel: Parallel = "samples",
 ) -> None:
-    """Make pictures from a prompt; the settings are kept in the PNG's metadata."""
+    """Make pictures from a prompt; the settings are kept in the PNG's metadata.
+
+    Under `accelerate launch -m pilotage.eval generate` the processes share out the pictures, or
+    with --parallel branches the evaluations of every step.
+    """
     from .embedded import check_guidance, load_on
 
     check_guidance(guidance, model)  # an unknown name fails before anything is loaded
@@ -95,19 +101,33 @@ def generate(
 
     from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
+    from ..pipelines.processes import processes
+    from ..pipelines.seam.exchange import connected
 
+    state, together = processes(), parallel == "branches"
+    if together:
+        connected()
+    state.wait_for_everyone()  # none writes before all have seen what is there
     pipe = load_on(device, model, None, backend, graphs)
     words = add_tokens(pipe, token)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
     strength = scale_option(pipe, scale)
     unwanted = unconditional_text(pipe, negative or None)
+    own = range(count)
+    if state.num_processes > 1:
+        pipe.set_progress_bar_config(disable=not state.is_main_process)
+        if not together:
+            own = own[state.process_index :: state.num_processes]
+    if not own:
+        return
     result = pipe(
         prompt=[prompt],
         guidance=settings,
+        parallel="branches" if together else None,
         num_inference_steps=steps,
-        num_images_per_prompt=count,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        num_images_per_prompt=len(own),
+        generator=[torch.Generator().manual_seed(seed + i) for i in own],
         **strength,
         **negative_argument(pipe, unwanted, 1),
     )
@@ -120,8 +140,10 @@ def generate(
         "scheduler": type(pipe.scheduler).__name__,
         "model": str(model or "embedded"),
     } | ({"tokens": words} if words else {})
-    each = [{"seed": seed + i, "nfe": nfe} for i, nfe in enumerate(pipe.guidance_trace.nfe)]
-    _write(paths, result.images, made, each)
+    nfe = pipe.guidance_trace.nfe
+    each = [{"seed": seed + i, "nfe": n} for i, n in zip(own, nfe, strict=True)]
+    if state.is_main_process or not together:
+        _write([paths[i] for i in own], result.images, made, each)
 
 
 def denoise(

@@ -164,6 +164,12 @@ def _background(colour: str) -> str:
     return colour
 
 
+def _parallel(what: str) -> str:
+    if what not in ("samples", "branches"):
+        raise ValueError(f"--parallel is samples or branches, got {what!r}")
+    return what
+
+
 def _target(path: Path | None) -> Path | None:
     if path is not None and path != Path("-"):
         check_target(path)
@@ -207,6 +213,14 @@ Graphs = Annotated[
 Token = Annotated[
     list[Path] | None,
     typer.Option("--token", help="File of a learned word (of personalize); repeat."),
+]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="What the processes of accelerate launch share out: samples, or the branches of every "
+        "step.",
+        callback=_parallel,
+    ),
 ]
 # What is measured.
 Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]

@@ -15,6 +15,7 @@ from ..options import (
     MadeBy,
     Model,
     Negative,
+    Parallel,
     Recursive,
     Resize,
     Token,
@@ -81,10 +82,12 @@ def compare(
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
+    parallel: Parallel = "samples",
 ) -> None:
     """Compare guidance settings: pictures, every metric, one HTML report; resumable.
 
-    Under `accelerate launch -m pilotage.eval compare` the work is split among the processes.
+    Under `accelerate launch -m pilotage.eval compare` the processes share out the pictures, or with
+    --parallel branches the evaluations of every step.
     """
     from ..embedded import check_guidance, load_on
 
@@ -123,7 +126,7 @@ def compare(
         real, network = open_reference(reference, extractor, device, reading, made_by)
     pipe = load_on(device, model)
     add_tokens(pipe, token)
-    todo = missing(pipe, with_baselines(plan), output / "pictures")
+    todo = missing(pipe, with_baselines(plan), output / "pictures", parallel)
     runs = Runs(pipe, texts, max(*scale, 2.0), batch_size=batch_size)
     sizes = [len(plan.chunks[number]) for number, _ in todo]
     needed = sum(size * setting.steps for size, (_, setting) in zip(sizes, todo, strict=True))
@@ -141,6 +144,7 @@ def compare(
         report=report,
         progress=not is_quiet(),
         matched=matched,
+        parallel=parallel,
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():

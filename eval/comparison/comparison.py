@@ -69,6 +69,7 @@ def compare(
     report: bool = True,
     progress: bool = True,
     matched: bool = False,
+    parallel: str = "samples",
 ) -> list[dict[str, Any]]:
     """Generate, evaluate and report.
 
@@ -88,6 +89,7 @@ def compare(
         progress: Show bars.
         matched: Add every setting at the scale at which it is as strong as CFG at the one asked
             for; ``equal_strength.csv`` is the table of these.
+        parallel: What several processes share out, see `generate`.
 
     Returns:
         One dictionary a cell (the content of ``cells.json``); empty in all processes but the main
@@ -104,13 +106,14 @@ def compare(
         plan = replace(plan, settings=[*plan.settings, *found])
     asked = plan.settings
     plan = with_baselines(plan)
-    made = generate(pipe, plan, output / "pictures", progress)
+    pictures = output / "pictures"
+    made = generate(pipe, plan, pictures, progress, parallel)
     plain = [samples for samples in made if samples.setting.method == BASELINE]
     baselines = {(one.setting.scale, one.setting.steps): one for one in plain}
     matches = _equal_cost(pipe.scheduler, made, baselines) if equal_nfe else {}
     fewer = []
     if matches:
-        fewer = generate(pipe, replace(plan, settings=[*matches]), output / "pictures", progress)
+        fewer = generate(pipe, replace(plan, settings=[*matches]), pictures, progress, parallel)
     if not processes().is_main_process:
         return []
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ...guidance import Guidance
@@ -31,6 +32,7 @@ from ...pipelines.fitting.fitted import negative_argument, unconditional_text
 from ...pipelines.fitting.identity import pipeline_identity
 from ...pipelines.guided import scale_argument, scale_option
 from ...pipelines.processes import processes
+from ...pipelines.seam.exchange import connected
 from ...pipelines.seam.noise_levels import check_scheduler, knows_levels
 from ..metadata import save_picture
 from .cost import update_norms
@@ -39,14 +41,19 @@ from .plan import Plan, Samples, Setting, sample_seed
 PLAN = "plan.json"
 # Arguments of a pipeline's call that are the comparison's own, besides the scale.
 OWN = {"prompt", "guidance", "detailed_trace", "num_inference_steps", "generator"}
-OWN |= {"num_images_per_prompt", "output_type", "return_dict"}
+OWN |= {"num_images_per_prompt", "output_type", "return_dict", "parallel", "batch_branches"}
 
 
-def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -> list[Samples]:
+def generate(
+    pipe: Any,
+    plan: Plan,
+    folder: Path | str,
+    progress: bool = True,
+    parallel: str = "samples",
+) -> list[Samples]:
     """Make what is missing of a plan in `folder`.
 
-    Under ``accelerate launch`` every process takes its share of the chunks and returns when all
-    are finished.
+    Under ``accelerate launch`` the processes share the work, and return when all is finished.
 
     Args:
         pipe: A guided pipeline, on its device.
@@ -54,6 +61,9 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
         folder: Where the pictures go; may hold an interrupted run of the same plan, or of one with
             other settings.
         progress: Show a bar (main process only).
+        parallel: What several processes share out: "samples", each its own chunks; or "branches",
+            the evaluations of every step of every chunk, which rounds as branches evaluated in
+            turn do.
 
     Returns:
         The samples of every setting, in the plan's order.
@@ -64,17 +74,24 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
             what differs). Nothing is written then.
     """
     state = processes()
+    together = parallel == "branches"
+    if together:
+        connected()
     folder = Path(folder)
-    plan, guidances, identity = _prepared(pipe, plan, folder)
+    plan, guidances, identity = _prepared(pipe, plan, folder, together)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(folder / PLAN, identity)
+    first, stride = (0, 1) if together else (state.process_index, state.num_processes)
     work = [
         (number, setting, guidance)
-        for number in range(state.process_index, len(plan.chunks), state.num_processes)
+        for number in range(first, len(plan.chunks), stride)
         for setting, guidance in zip(plan.settings, guidances, strict=True)
     ]
-    todo = [item for item in work if not _finished(folder, plan, item[1], item[0])]
+    finished = [_finished(folder, plan, setting, number) for number, setting, _ in work]
+    if together:  # by the process that writes
+        finished = broadcast_object_list(finished)
+    todo = [item for item, is_there in zip(work, finished, strict=True) if not is_there]
     pipe.set_progress_bar_config(disable=True)
     bar = tqdm(
         todo,
@@ -85,19 +102,22 @@ def generate(pipe: Any, plan: Plan, folder: Path | str, progress: bool = True) -
         disable=not (progress and state.is_main_process),
     )
     for made, (number, setting, guidance) in enumerate(bar):
-        record = _make(pipe, plan, folder, number, setting, guidance)
-        write_json(_record_path(folder, setting, number), record | {"first": made == 0})
+        record = _make(pipe, plan, folder, number, setting, guidance, together)
+        if state.is_main_process or not together:
+            write_json(_record_path(folder, setting, number), record | {"first": made == 0})
     state.wait_for_everyone()
     return [_samples(plan, setting, folder) for setting in plan.settings]
 
 
-def missing(pipe: Any, plan: Plan, folder: Path) -> list[tuple[int, Setting]]:
+def missing(
+    pipe: Any, plan: Plan, folder: Path, parallel: str = "samples"
+) -> list[tuple[int, Setting]]:
     """The chunks of a plan that are not finished in a folder: number and setting of each.
 
     Raises:
         ValueError: as `generate`.
     """
-    _prepared(pipe, plan, folder)
+    _prepared(pipe, plan, folder, parallel == "branches")
     return [
         (number, setting)
         for number in range(len(plan.chunks))
@@ -106,7 +126,9 @@ def missing(pipe: Any, plan: Plan, folder: Path) -> list[tuple[int, Setting]]:
     ]
 
 
-def _prepared(pipe: Any, plan: Plan, folder: Path) -> tuple[Plan, list[Guidance], dict[str, Any]]:
+def _prepared(
+    pipe: Any, plan: Plan, folder: Path, together: bool
+) -> tuple[Plan, list[Guidance], dict[str, Any]]:
     """The plan, its options saying what is unconditional; guidances; content of ``plan.json``."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in parameters or "guidance" not in parameters:
@@ -145,6 +167,8 @@ def _prepared(pipe: Any, plan: Plan, folder: Path) -> tuple[Plan, list[Guidance]
             for s, g in zip(plan.settings, guidances, strict=True)
         ],
     }
+    if together:
+        identity["parallel"] = "branches"
     return plan, guidances, _joined(folder / PLAN, identity)
 
 
@@ -165,9 +189,18 @@ def _samples(plan: Plan, setting: Setting, folder: Path) -> Samples:
 
 
 def _make(
-    pipe: Any, plan: Plan, folder: Path, number: int, setting: Setting, guidance: Guidance
+    pipe: Any,
+    plan: Plan,
+    folder: Path,
+    number: int,
+    setting: Setting,
+    guidance: Guidance,
+    together: bool,
 ) -> dict[str, Any]:
-    """Generate the pictures of one chunk and write them; what its record says."""
+    """Generate the pictures of one chunk and write them; what its record says.
+
+    `together`: with all processes, of which the main one writes.
+    """
     chunk = plan.chunks[number]
     negative = plan.options["negative_prompt"]
     options = plan.options | negative_argument(pipe, negative, len(chunk))
@@ -178,6 +211,7 @@ def _make(
         prompt=[plan.prompts[i] for _, i in chunk],
         guidance=guidance,
         detailed_trace=detailed,
+        parallel="branches" if together else None,
         num_inference_steps=setting.steps,
         generator=[torch.Generator().manual_seed(sample_seed(*sample)) for sample in chunk],
         **scale,
@@ -189,7 +223,8 @@ def _make(
         made = {"prompt": plan.prompts[i], "seed": seed, "guidance": str(guidance)}
         made |= scale | {"steps": setting.steps, "nfe": nfe, "negative_prompt": negative}
         made["scheduler"] = type(pipe.scheduler).__name__
-        save_picture(_picture_path(folder, setting, seed, i), image, made)
+        if processes().is_main_process or not together:
+            save_picture(_picture_path(folder, setting, seed, i), image, made)
     return {
         "samples": [list(sample) for sample in chunk],
         "nfe": trace.nfe,
@@ -233,11 +268,11 @@ def _joined(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     for setting in wanted["settings"]:
         settings.setdefault(slug(setting), setting)
     found["settings"] = [settings[slug(setting)] for setting in wanted["settings"]]
-    for name in wanted:
-        if found.get(name) != wanted[name]:
+    for name in (*wanted, "parallel"):
+        if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"{path.parent} holds another plan: its {name} is {_short(found.get(name))}, "
-                f"here it is {_short(wanted[name])}; name another folder, or remove this one"
+                f"here it is {_short(wanted.get(name))}; name another folder, or remove this one"
             )
     return wanted | {"settings": list(settings.values())}
 
