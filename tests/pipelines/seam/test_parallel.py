@@ -35,8 +35,9 @@ def in_turn(network, size=2):
     forward = network.forward
 
     def part(value, rows, i):
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows:
-            return value.tensor_split(size)[i]
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) % rows == 0:
+            by_row = value.unflatten(0, (rows, -1))  # of a video, text comes once a frame
+            return by_row.tensor_split(size)[i].flatten(0, 1)
         if isinstance(value, dict):
             return {k: part(v, rows, i) for k, v in value.items()}
         return value
@@ -47,7 +48,7 @@ def in_turn(network, size=2):
             forward(*(part(a, rows, i) for a in args), **part(kwargs, rows, i))
             for i in range(min(size, rows))
         ]
-        return tuple(torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        return (torch.cat([output[0] for output in outputs]),)
 
     network.forward = split
 

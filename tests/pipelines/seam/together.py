@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 STEPS = 5
 STOP = CFG() | AdaptiveGuidance(-1.0)  # every sample after the first step
 # Some samples earlier than others, and never all.
-MIXED = APG() | AdaptiveGuidance(0.968)
+MIXED = APG() | AdaptiveGuidance(0.9984)
 # Name -> family, guidance, samples, more arguments of the call.
 CALLS = {
     "sd cfg": ("sd", "cfg", 1, {}),
@@ -103,7 +103,7 @@ def other_weights():
 
 
 def cached():
-    pipe = pipeline("sd3")
+    pipe = pipeline("wan")
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
     return pipe
 
@@ -114,7 +114,7 @@ def failing(pipe, step, t, kwargs):
 
 
 def mistakes():
-    """What cannot work: name -> a pipeline and its call."""
+    """What cannot work: name -> a pipeline, what is special in its call, and its family."""
     torch.manual_seed(rank())
     stock = FAMILIES["sd"].call(1, False)
     seed = torch.Generator().manual_seed(rank())
@@ -129,9 +129,9 @@ def mistakes():
         "weights": (other_weights(), {}),
         "noise": (pipeline("sd", "EulerAncestralDiscreteScheduler"), free),
         "callback": (pipeline("sd"), {"callback_on_step_end": failing}),
-        "cache": (cached(), {}),
+        "cache": (cached(), {}, "wan"),
         "one branch": (pipeline("sd"), {"guidance": CFG() | forecast(), "guidance_scale": 1.0}),
-        "perturbed": (pipeline("sd_pag"), {}),
+        "perturbed": (pipeline("sd_pag"), {}, "sd_pag"),
     }
 
 
@@ -143,11 +143,10 @@ def everything(folder):
     for name in ("sd apg", "wan apg"):
         latents[f"{name} again"], _ = made(name, CALLS[name], again=True, parallel="branches")
     errors = {}
-    for name, (pipe, extra) in mistakes().items():
-        family = next(n for n in FAMILIES if isinstance(pipe, type(FAMILIES[n].build())))
+    for name, (pipe, extra, *family) in mistakes().items():
         arguments = {"guidance": APG(), "parallel": "branches"} | extra
         try:
-            call(pipe, family, arguments.pop("guidance"), 1, **arguments)
+            call(pipe, (family or ["sd"])[0], arguments.pop("guidance"), 1, **arguments)
         except (OSError, ValueError, RuntimeError) as error:
             errors[name] = f"{type(error).__name__}: {error}"
     latents["at last"], _ = made("sd apg", CALLS["sd apg"], parallel="branches")
