@@ -11,6 +11,7 @@ from pilotage.pipelines import guided
 from pilotage.pipelines.seam.parallel import shared_out
 
 from ...families import FAMILIES
+from ..checks import replaced
 from .together import CALLS, NEARLY, call, made, pipeline, start
 
 
@@ -48,7 +49,7 @@ def in_turn(network, size=2):
             forward(*(part(a, rows, i) for a in args), **part(kwargs, rows, i))
             for i in range(min(size, rows))
         ]
-        return (torch.cat([output[0] for output in outputs]),)
+        return replaced(outputs[0], torch.cat([output[0] for output in outputs]))
 
     network.forward = split
 
