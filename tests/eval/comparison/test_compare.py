@@ -128,6 +128,27 @@ def test_two_processes_make_the_same_files(monkeypatch, tmp_path):
     assert sum(record["first"] for record in records) == 2  # both processes had a share
 
 
+def test_two_processes_share_the_branches(monkeypatch, tmp_path):
+    """Rows are grouped otherwise, which moves a few values by one level."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*BASICS, "--steps", "2", "--batch-size", "2", "--no-report"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["-m", "pilotage.eval", "compare", "--parallel", "branches"]
+    result = subprocess.run(
+        [*launch, *options, "-o", str(two)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert run(monkeypatch, *options, "-o", one) == 0
+    assert pictures(one).keys() == pictures(two).keys() and len(pictures(one)) == 4
+    for name in pictures(one):
+        a, b = (to_tensor([Image.open(folder / name)]) for folder in (one, two))
+        assert (a - b).abs().max() <= 1.5 / 255
+    assert run(monkeypatch, *options, "-o", two) == 2  # which the folder was not made by
+
+
 def test_a_comparison_can_be_extended(tmp_path):
     """Also by what was made for equal cost; pictures that are there are not made again."""
     pipe, out = load_embedded(), tmp_path / "out"
