@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,8 +33,10 @@ class BatchingDriver(DeferringDriver):
     both have to give the same to rounding.
     """
 
-    wish = "batch_branches=True"
-    compared = False  # whether they did
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.wish = "batch_branches=True"
+        self.compared = False  # whether they did
 
     def output_of(self, place: int, call: Call, like: Any) -> Any:
         """The output, if its shape is not known yet."""
@@ -54,7 +57,7 @@ class BatchingDriver(DeferringDriver):
         rows = [call.rows for call in self.calls]
         ends = list(itertools.accumulate(rows))
         cuts = [
-            with_rows([output], lambda t, a=end - n, b=end: t[0][a:b], [ends[-1]])
+            with_rows([output], functools.partial(_some, start=end - n, stop=end), [ends[-1]])
             for n, end in zip(rows, ends, strict=True)
         ]
         if shapes_of(cuts) != shapes_of(self.outputs):
@@ -89,6 +92,10 @@ class BatchingDriver(DeferringDriver):
             if len(pattern.calls) > 1:
                 why = "calls its network for something else than a branch as well"
             raise LayoutError(f"{name} {why}: leave out {self.wish}")
+
+
+def _some(tensors: list[Tensor], start: int, stop: int) -> Tensor:
+    return tensors[0][start:stop]
 
 
 def merged(calls: Sequence[Call]) -> Call:

@@ -74,6 +74,7 @@ class Driver:
     ) -> None:
         self.pipe, self.guidance, self.layout = pipe, guidance, layout
         self.asked, self.options, self.detailed = asked, options, detailed
+        self.wish = f"'{asked}'"  # what leaves rows out
         self.scheduler = pipe.scheduler
         self.run: Run | None = None
         self.known = _LEARNED.setdefault(pipe, {})
@@ -555,14 +556,12 @@ class Driver:
                 f"which '{self.asked}' cannot make up for where it evaluates nothing"
             )
 
-    wish = ""  # what else was asked for that leaves rows out
-
     def indivisible(self, call: Call, error: Exception) -> str:
         """The message of a network that fails on some of its rows."""
         return (
             f"the network of {type(self.pipe).__name__} cannot evaluate some of its {call.rows} "
             f"rows alone ({error}): something in it holds state over the batch, such as a cache or "
-            f"shared attention. Disable it, or leave out {self.wish or repr(self.asked)}"
+            f"shared attention. Disable it, or leave out {self.wish}"
         )
 
     def irregular(self, what: str) -> str:

@@ -69,7 +69,7 @@ class Exchange:
 
     def fingerprints(self, tensor: Tensor) -> Tensor:
         """A sum over the bits of every process's tensor: int64, with shape (size,)."""
-        own = bits(tensor.contiguous())
+        own = bits(tensor.clone(memory_format=torch.contiguous_format))
         whole = own.view(torch.int32) if own.numel() % 4 == 0 else own
         return self.gather_rows(whole.sum(dtype=torch.int64)[None], [1] * self.size)
 

@@ -58,11 +58,9 @@ class ParallelDriver(DeferringDriver):
         args, kwargs: As of `Driver`.
     """
 
-    wish = "parallel='branches'"
-
     def __init__(self, exchange: Exchange, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.exchange = exchange
+        self.exchange, self.wish = exchange, "parallel='branches'"
         self.perturbed = bool(self.attention and self.options.get("pag_scale"))
         self.steps = 0
         self.splits: set[tuple[int, ...]] = set()  # rows of calls, and of every process's share
@@ -147,18 +145,19 @@ class ParallelDriver(DeferringDriver):
         Whether the network takes rows alone, all processes tell each other at the first split of
         a kind, so that none waits for one that has failed.
         """
-        output, failed = None, None
+        output: Any = None
+        failed: Exception | None = None
         try:
             output = call.alone(None if len(own) == call.rows else own)
         except (RuntimeError, ValueError) as error:
-            if split in self.splits:
+            if split in self.splits or len(own) == call.rows:  # or nothing is split
                 raise
             failed = error
         if split not in self.splits:
-            told = self.exchange.tell(None if failed is None else str(failed))
-            if any(told):
-                first = next(filter(None, told))
-                raise LayoutError(self.indivisible(call, failed or RowsError(first))) from failed
+            told = self.exchange.tell(None if failed is None else str(failed) or repr(failed))
+            if reasons := list(filter(None, told)):
+                error = failed or RowsError(reasons[0])
+                raise LayoutError(self.indivisible(call, error)) from failed
             self.splits.add(split)
         return output
 
