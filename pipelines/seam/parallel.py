@@ -156,8 +156,8 @@ class ParallelDriver(DeferringDriver):
         if split not in self.splits:
             told = self.exchange.tell(None if failed is None else str(failed) or repr(failed))
             if reasons := list(filter(None, told)):
-                error = failed or RowsError(reasons[0])
-                raise LayoutError(self.indivisible(call, error)) from failed
+                cause = failed or RowsError(reasons[0])
+                raise LayoutError(self.indivisible(call, cause)) from failed
             self.splits.add(split)
         return output
 
