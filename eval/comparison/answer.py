@@ -45,8 +45,8 @@ def answer(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
             "No recommendation: quality was not measured.",
             "Neither reference pictures nor an alignment score were given: name a folder of real "
             "pictures with --reference, or a model that scores pictures with --clip or --ridge.",
-            f"The cheapest setting is {names[cheapest['label']]}, {number(cheapest['nfe'])} "
-            "network evaluations a picture; look at the pictures before you choose.",
+            f"{names[cheapest['label']]} needs the fewest network evaluations, "
+            f"{number(cheapest['nfe'])} a picture; look at the pictures before you choose.",
         )
     name, extreme, sign = QUALITY[metric]
     known = [row for row in rows if row.get(metric) is not None]

@@ -116,8 +116,10 @@ def draw_curve(rows: Sequence[Row], x: str, name: str, real: float | None = None
             axes.vlines([row[x] + shift for row in bars], lows, highs, colour, linewidth=1)
         if real is not None:
             axes.axhline(real, color=GREY, linestyle="--", linewidth=1)
-        axes.set_title(METRICS[name], loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(METRICS[name], loc="left", fontsize=11, fontweight="bold", pad=10)
         axes.set_xlabel(CURVES[x][0])
+        if x == "w" and len(set(places)) <= 6:
+            axes.set_xticks(ticks := sorted(set(places)), [f"{tick:g}" for tick in ticks])
         axes.set_ylim(*value_range(rows, name, real))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -127,7 +129,7 @@ def draw_curve(rows: Sequence[Row], x: str, name: str, real: float | None = None
 
 
 def value_range(rows: Sequence[Row], name: str, real: float | None = None) -> tuple[float, float]:
-    """Where the axis of a metric begins and ends: a little beyond the data, never beyond `LIMITS`."""
+    """Where the axis of a metric begins and ends: a little beyond the data, within `LIMITS`."""
     known = [row for row in rows if row.get(name) is not None]
     values = [row[name] for row in known] + ([] if real is None else [real])
     values += [end for row in known for end in row.get(f"{name}_interval") or ()]

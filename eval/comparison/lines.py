@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,8 @@ def _command(setting: Setting, plan: Plan, loading: Sequence[str]) -> str:
 def _python(pipe: Any, setting: Setting, plan: Plan) -> str:
     guidance = setting.guidance
     # Objects write themselves as one would make them.
-    given = {"guidance": repr(guidance) if isinstance(guidance, str) else str(guidance)}
+    named = isinstance(guidance, str)
+    given = {"guidance": json.dumps(guidance, ensure_ascii=False) if named else str(guidance)}
     given |= {name: f"{value:g}" for name, value in scale_option(pipe, setting.scale).items()}
     given["num_inference_steps"] = str(setting.steps)
     given |= {name: repr(value) for name, value in plan.options.items() if value is not None}

@@ -18,7 +18,7 @@ from .plan import Samples
 from .thumbnails import LARGEST, thumbnail
 from .verdicts import Row, number, short_labels
 
-TRADED = {"nfe": "Network evaluations", "seconds": "Seconds", "ssim": "Likeness (SSIM)"}
+TRADED = {"nfe": "Evaluations", "seconds": "Seconds", "ssim": "Likeness (SSIM)"}
 
 
 def render(
