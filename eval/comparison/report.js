@@ -35,10 +35,17 @@ for (const box of document.querySelectorAll(".scroll")) {
   new ResizeObserver(update).observe(box);
 }
 
-// On paper nothing can be opened or scrolled to.
+// On paper nothing can be opened or scrolled to: verdicts are open, and all pictures there.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
-  for (const image of document.querySelectorAll("img[loading]")) image.loading = "eager";
+});
+document.querySelector("[data-print]").addEventListener("click", async event => {
+  event.target.disabled = true;
+  const pictures = [...document.querySelectorAll(".pictures img")];
+  for (const image of pictures) image.loading = "eager";
+  await Promise.allSettled(pictures.map(image => image.decode()));
+  event.target.disabled = false;
+  print();
 });
 
 // The viewer: two settings over each other, for any picture.

@@ -278,8 +278,8 @@ def test_without_scripts_pictures_are_links(opened):
     assert page.url.endswith(".png")
 
 
-def test_on_paper_nothing_is_cut(opened, tmp_path):
-    """A4, every table in the width of the page, verdicts open, all pictures loaded."""
+def test_on_paper_nothing_is_cut(opened):
+    """A4, every table in the width of the page, verdicts open."""
     page = opened()
     content = page.pdf(prefer_css_page_size=True).decode("latin-1")
     boxes = re.findall(r"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", content)
@@ -296,6 +296,15 @@ def test_on_paper_nothing_is_cut(opened, tmp_path):
         ).map(element => element.outerHTML.slice(0, 80))
     """
     assert page.evaluate(outside, width) == []
-    assert page.locator(".pictures img").evaluate_all(
-        "all => all.every(image => image.loading === 'eager')"
-    )
+
+
+def test_printing_waits_for_all_pictures(opened):
+    """Also for those far below, which were not loaded."""
+    page = opened(seeds=range(60))
+    page.evaluate("""() => {
+        const whole = image => !image.src || image.complete && image.naturalWidth > 0;
+        window.print = () => { window.loaded = [...document.images].every(whole); };
+    }""")
+    page.get_by_role("button", name="Print").click()
+    page.wait_for_function("'loaded' in window")
+    assert page.evaluate("window.loaded")
