@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -77,3 +78,9 @@ def figures_context() -> dict[str, Any]:
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
     """Write measured figures with command line, machine, versions and date beside them."""
     write_json(path, {**figures, "context": figures_context()})
+
+
+def add_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write measured figures beside what else a file holds, each in the place of one so called."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, kept | figures)
