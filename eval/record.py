@@ -80,7 +80,7 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
     write_json(path, {**figures, "context": figures_context()})
 
 
-def add_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write measured figures beside what else a file holds, each in the place of one so called."""
+def add_figures(path: Path, name: str, figures: dict[str, Any]) -> None:
+    """Write figures under a name into a file of several, beside what else it holds."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, kept | figures)
+    write_json(path, kept | {name: figures | {"context": figures_context()}})

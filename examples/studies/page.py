@@ -28,6 +28,7 @@ from pilotage.eval.comparison.comparison import grid
 from pilotage.eval.comparison.evaluation import evaluate, paired_differences
 from pilotage.eval.comparison.plan import Samples, Setting
 from pilotage.eval.comparison.report import render
+from pilotage.eval.comparison.thumbnails import thumbnail
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.pictures import picture_files
@@ -121,20 +122,30 @@ def sizes(folder: Path) -> dict[str, float]:
         return sum(path.stat().st_size for path in folder.glob(pattern)) / MEGABYTE
 
     found = {
-        "html_megabytes": total("report.html"),
-        "thumbnails_megabytes": total("thumbnails/*/*"),
-        "linked_megabytes": total("pictures/*/*"),
+        "html": total("report.html"),
+        "thumbnails": total("thumbnails/*/*"),
+        "linked": total("pictures/*/*"),
     }
     return {name: round(size, 3) for name, size in found.items()}
 
 
-def measure(pictures: Sequence[Image.Image], settings: Sequence[Setting]) -> dict[str, float]:
-    """Sizes of the report of pictures that are given."""
-    with tempfile.TemporaryDirectory() as folder:
-        page(pictures, settings, Path(folder))
-        found = sizes(Path(folder))
+def measure(
+    photos: Sequence[Image.Image], drawn: Sequence[Image.Image], settings: Sequence[Setting]
+) -> dict[str, float]:
+    """Megabytes of the report of photographs, and of the same with thumbnails of drawn pictures."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        page(photos, settings, folder)
+        found = sizes(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for samples in under_settings(drawn, settings, folder):
+            for path in samples.paths:
+                thumbnail(path, folder)
+        noisy = sizes(folder)["thumbnails"]
     return {
-        "megabytes": round(found["html_megabytes"] + found["thumbnails_megabytes"], 3),
+        "photographs": round(found["html"] + found["thumbnails"], 3),
+        "noise": round(found["html"] + noisy, 3),
         **found,
     }
 
@@ -143,18 +154,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Photographs.")] = PHOTOGRAPHS,
     output: Annotated[Path, typer.Option()] = Path("eval/results/report.json"),
 ) -> None:
-    """Measure, and write ``page_megabytes`` and ``page`` beside what else the file holds."""
+    """Measure, and write ``page_megabytes`` beside what else the file holds."""
     settings = grid(METHODS, SCALES)
-    photos = measure(photographs(folder, PROMPTS, SIDE), settings)
-    details = {
-        "photographs": photos,
-        "noise": measure(noise(PROMPTS, SIDE), settings),
-        "settings": len(settings),
-        "prompts": PROMPTS,
-        "pixels": SIDE,
-        "context": figures_context(),
-    }
-    add_figures(output, {"page_megabytes": photos["megabytes"], "page": details})
+    found = measure(photographs(folder, PROMPTS, SIDE), noise(PROMPTS, SIDE), settings)
+    shape = {"settings": len(settings), "prompts": PROMPTS, "pixels": SIDE}
+    add_figures(output, "page_megabytes", found | shape)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pilotage.eval.comparison.evaluation import (
 )
 from pilotage.eval.comparison.paired import Difference, differences
 from pilotage.eval.metrics.bootstrap import Resamples, interval
-from pilotage.eval.record import add_figures, figures_context
+from pilotage.eval.record import add_figures
 
 PROMPTS, SEEDS = 32, 2
 GROUPS = [prompt for prompt in range(PROMPTS) for _ in range(SEEDS)]
@@ -144,8 +144,8 @@ def _share(calls: Iterable[bool]) -> float:
 
 def main(output: Annotated[Path, typer.Option()] = Path("eval/results/report.json")) -> None:
     """Measure, and write ``paired`` beside what else the file holds."""
-    found = measure() | {"context": figures_context()}
-    add_figures(output, {"paired": found})
+    found = measure()
+    add_figures(output, "paired", found)
     typer.echo(json.dumps(found, indent=2))
 
 

@@ -96,8 +96,15 @@ def test_from_prompts_to_the_report(monkeypatch, tmp_path):
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "flat style &lt;b&gt;key" in page and "<b>key" not in page
     for label, cell in cells.items():
-        assert f'<a href="{cell["folder"]}">{label}</a>' in page
-    assert page.count('<img src="data:image/png') == 9
+        assert f'<a href="{cell["folder"]}">{label.removesuffix(", 8 steps")}</a>' in page
+    assert page.count('<img loading="lazy" src="pictures/') == 18
+    chosen = written["recommendation"]
+    assert cells[chosen["setting"]]["kind"] == "grid" and chosen["headline"] in page
+    name = cells[chosen["setting"]]["method"]
+    assert chosen["command"] == f"pilotage generate -g {name} -w 6 --steps 8 'noto style fox'"
+    assert chosen["python"] == (
+        f'pipe(prompt, guidance="{name}", guidance_scale=6, num_inference_steps=8)'
+    )
 
 
 def test_without_a_reference_and_without_a_report(tmp_path):
