@@ -17,9 +17,14 @@ from PIL import Image
 from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation, reference
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.evaluation import evaluate, paired_differences
+from pilotage.eval.comparison.evaluation import (
+    distribution_metrics,
+    evaluate,
+    paired_differences,
+)
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
+from pilotage.eval.metrics.bootstrap import Resamples
 from pilotage.eval.metrics.images import saturation, to_tensor
 from pilotage.eval.prompts import read_prompts
 
@@ -237,6 +242,16 @@ def test_a_reference_is_measured_in_batches(monkeypatch):
     assert means["saturation"] == pytest.approx(float(saturation(images).mean()))
 
 
+def test_a_resample_without_pairs_has_no_kernel_distance():
+    """Of three pictures, some resamples are one of them three times; of seven hardly any."""
+    generator = torch.Generator().manual_seed(0)
+    for count, known in ((3, {"fd"}), (7, {"fd", "kid"})):
+        real, fake = torch.randn(2, count, 4, generator=generator, dtype=torch.float64)
+        found = distribution_metrics(real, fake, Resamples.of(list(range(count)), 100))
+        assert set(found) & {"fd", "kid"} == known
+        assert all(one.draws.isfinite().all() for one in found.values())
+
+
 def evaluated(tmp_path, prompts):
     """Row of a cell of made-up pictures, the first of which is that of its baseline."""
     _, _, (plain, other, *_) = made_up(tmp_path)
@@ -255,7 +270,7 @@ def test_intervals_are_over_prompts(tmp_path):
     """Here those of two prompts: the lowest and highest values are means of a prompt's pictures."""
     row = evaluated(tmp_path, ["a", "a", "b"])
     values = saturation(
-        to_tensor(Image.open(tmp_path / row["folder"] / f"{i}.png") for i in range(3))
+        to_tensor(Image.open(tmp_path / row["folder"] / f"0-{i}.png") for i in range(3))
     )
     ends = sorted([values[:2].mean().item(), values[2].item()])
     assert row["saturation_interval"] == pytest.approx(ends, rel=1e-5)
