@@ -142,7 +142,7 @@ def _pictures(chosen: Row, plain: Row | None, best: Row, equal: Row | None) -> d
 def _trades(chosen: Row, plain: Row, comparisons: Sequence[Row]) -> list[Row]:
     """Figures beside those of plain CFG: name, both values, what the difference is."""
     notes = {name: _share(chosen[name], plain[name]) for name in ("nfe", "seconds")}
-    words = {1: "clearly higher", -1: "clearly lower", 0: "the same"}
+    words: dict[int | None, str] = {1: "clearly higher", -1: "clearly lower", 0: "the same"}
     for name in TRADED:
         one = found_by(comparisons, name).get((chosen["label"], plain["label"]))
         notes[name] = "cannot tell" if one is None else words.get(one.direction, "cannot tell")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from .verdicts import Row
 
@@ -34,7 +35,7 @@ CURVES = {
     "nfe": ("network evaluations a picture", ("fd", "alignment", "ssim")),
 }
 # Values that a metric cannot pass.
-LIMITS = {
+LIMITS: dict[str, tuple[float | None, float | None]] = {
     "ssim": (-1, 1),
     **dict.fromkeys(("precision", "recall", "coverage", "saturation"), (0, 1)),
     **dict.fromkeys(("fd", "density", "contrast", "colourfulness"), (0, None)),
@@ -88,7 +89,7 @@ def draw_curve(rows: Sequence[Row], x: str, name: str, real: float | None = None
     places = [row[x] for row in rows if row.get(x) is not None]
     spread = (max(places) - min(places)) * 0.012 if x == "w" else 0.0
     # Names stay text (no formulas in dollars), and the same figures give the same bytes.
-    style = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pilotage"}
+    style: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pilotage"}
     style |= {"font.family": "sans-serif", "font.size": 10, "axes.labelcolor": GREY}
     style |= {"xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": "#c4c9d1"}
     with matplotlib.rc_context(style):

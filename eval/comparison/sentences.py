@@ -39,7 +39,8 @@ class Sentences(NamedTuple):
             f"It has the {extreme} {name} of the {len(asked)} settings asked for, "
             f"{self._value(chosen)}"
         )
-        same, unknown = [], []
+        same: list[str] = []
+        unknown: list[str] = []
         for row in as_good:
             if row is not chosen:
                 one = self.found[chosen["label"], row["label"]]
