@@ -31,7 +31,6 @@ from pilotage.eval.comparison.report import render
 from pilotage.eval.comparison.thumbnails import thumbnail
 from pilotage.eval.metrics.extractors import EfficientNetLite0
 from pilotage.eval.metrics.images import to_tensor
-from pilotage.eval.pictures import picture_files
 from pilotage.eval.record import add_figures, figures_context
 
 PHOTOGRAPHS = Path("/usr/share/backgrounds/mate/nature")
@@ -41,9 +40,9 @@ MEGABYTE = 1e6
 
 
 def photographs(folder: Path, count: int, side: int) -> list[Image.Image]:
-    """The first photographs of a folder that are large enough, cropped to squares."""
+    """The first JPEG files of a folder that are large enough, cropped to squares."""
     found = []
-    for path in picture_files(folder):
+    for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
             if min(image.size) >= side and len(found) < count:
                 found.append(ImageOps.fit(image.convert("RGB"), (side, side)))
