@@ -9,6 +9,7 @@ from .plan import BASELINE
 from .sentences import QUALITY, Sentences
 from .verdicts import Row, found_by, number, short_labels
 
+ASKED = ("grid", "matched")  # kinds of settings that were asked for
 TRADED = ("saturation", "contrast")
 LITTLE = 1.2  # times the cheapest cost: so little more decides nothing
 SHOWN = 4  # settings whose pictures stand beside the answer
@@ -71,7 +72,7 @@ def answer(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
     plain = _plain(rows, chosen)
     equal = next((row for row in known if chosen["label"] in row["matches"]), None)
     text = Sentences(names, metric, found, facts["resampled"])
-    added = [row for row in known if row["kind"] != "grid"]
+    added = [row for row in known if row["kind"] not in ASKED]
     told = [
         text.why(chosen, best, asked, as_good),
         text.baselines(chosen, None if plain is best else plain, equal, added),
@@ -96,12 +97,12 @@ def answer(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
 
 def _asked(rows: Sequence[Row]) -> list[Row]:
     """The settings asked for; all, if no figures of theirs are known."""
-    return [row for row in rows if row["kind"] == "grid"] or list(rows)
+    return [row for row in rows if row["kind"] in ASKED] or list(rows)
 
 
 def _plain(rows: Iterable[Row], like: Row) -> Row | None:
-    """CFG with the same scale and steps; None if that is the setting itself."""
-    wanted = BASELINE, like["w"], like["steps"]
+    """CFG with the same steps and scale, or as strong; None if that is the setting itself."""
+    wanted = BASELINE, like.get("matched_to") or like["w"], like["steps"]
     found = (row for row in rows if (row["method"], row["w"], row["steps"]) == wanted)
     plain = next(found, None)
     return None if plain is like else plain

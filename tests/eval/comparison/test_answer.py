@@ -92,6 +92,13 @@ def test_an_added_baseline_never_wins_but_is_told(tmp_path):
     assert not any("added" in text for text in changed(rows, facts, values, 7.5)["sentences"])
 
 
+def test_a_setting_as_strong_as_cfg_may_win_and_is_beside_it(tmp_path):
+    rows, facts, _ = made_up(tmp_path)
+    rows[2] |= {"kind": "matched", "matched_to": 7.5}
+    found = changed(rows, facts, (12, 15, 2, 9, 14.5, 18), 3)
+    assert (found["setting"], found["plain"]) == ("apg w=3, 20 steps", "cfg w=7.5, 20 steps")
+
+
 def test_alignment_is_better_where_it_is_higher(tmp_path):
     rows, facts, _ = made_up(tmp_path, fd=False)
     for row, value in zip(rows, (1, 2, 3, 4, 9, 5), strict=True):
