@@ -179,8 +179,7 @@ def distribution_metrics(
     """Fréchet distance, KID, precision, recall, density and coverage, and their resamples.
 
     The first two need two pictures, the others more than their k (3, 3, 5, 5); what has too few is
-    left out. So is KID where a resample is one picture again and again, which has no pairs. Of mean
-    and covariance alone there is the Fréchet distance.
+    left out. Of mean and covariance alone there is the Fréchet distance.
 
     Args:
         real: Features of the reference, with shape (N, D), or their mean and covariance.
@@ -202,11 +201,7 @@ def distribution_metrics(
         draws |= neighbour_resamples(rows, fake, drawn, NEIGHBOUR, DENSITY_NEIGHBOUR)
     if least > DENSITY_NEIGHBOUR:
         values |= density_coverage(rows, fake, DENSITY_NEIGHBOUR)._asdict()
-    return {
-        name: Resampled(value, draws[name])
-        for name, value in values.items()
-        if draws[name].isfinite().all()
-    }
+    return {name: Resampled(value, draws[name]) for name, value in values.items()}
 
 
 def rounded(value: float | Tensor | None) -> float | None:

@@ -17,14 +17,9 @@ from PIL import Image
 from pilotage.eval.cli import main
 from pilotage.eval.comparison import evaluation, reference
 from pilotage.eval.comparison.comparison import compare, grid
-from pilotage.eval.comparison.evaluation import (
-    distribution_metrics,
-    evaluate,
-    paired_differences,
-)
+from pilotage.eval.comparison.evaluation import evaluate, paired_differences
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.metrics.bootstrap import Resamples
 from pilotage.eval.metrics.images import saturation, to_tensor
 from pilotage.eval.prompts import read_prompts
 
@@ -240,16 +235,6 @@ def test_a_reference_is_measured_in_batches(monkeypatch):
     features, means = reference.measure_reference(images, extractor)
     assert sizes == [4, 4, 2] and torch.equal(features, images.mean((2, 3)))
     assert means["saturation"] == pytest.approx(float(saturation(images).mean()))
-
-
-def test_a_resample_without_pairs_has_no_kernel_distance():
-    """Of three pictures, some resamples are one of them three times; of seven hardly any."""
-    generator = torch.Generator().manual_seed(0)
-    for count, known in ((3, {"fd"}), (7, {"fd", "kid"})):
-        real, fake = torch.randn(2, count, 4, generator=generator, dtype=torch.float64)
-        found = distribution_metrics(real, fake, Resamples.of(list(range(count)), 100))
-        assert set(found) & {"fd", "kid"} == known
-        assert all(one.draws.isfinite().all() for one in found.values())
 
 
 def evaluated(tmp_path, prompts):
