@@ -1,166 +1,163 @@
-"""Which guidance should I use? Sentences derived from the figures of a comparison, nothing else."""
+"""Which guidance should I use? One recommendation, derived from the figures of a comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from .plan import BASELINE
+from .sentences import QUALITY, Sentences
+from .verdicts import Row, found_by, number, short_labels
 
-# Name, and by what the best comes first: low distances, high alignments.
-QUALITY = {"fd": ("Lowest Fréchet distance", 1), "alignment": ("Highest alignment", -1)}
-FEW = 20  # prompts below which standard errors are rough
-LISTED = 3  # settings named in a sentence
+ASKED = ("grid", "matched")  # kinds of settings that were asked for
+TRADED = ("saturation", "contrast")
+LITTLE = 1.2  # times the cheapest cost: so little more decides nothing
+SHOWN = 4  # settings whose pictures stand beside the answer
 
 
-def answer(rows: Sequence[Row], facts: dict[str, Any]) -> list[str]:
-    """A few sentences, the most important first.
+def answer(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    """The recommended setting, why, and what it costs, ready for JSON.
 
-    With a reference, quality is the Fréchet distance (lower is better), else the alignment
-    (higher is better). The best is one of the settings asked for; baselines that were added are
-    what it is measured by. A setting is called better or worse only where the interval of the
-    paired difference, corrected for all pairs of settings, excludes zero (see `paired`); otherwise
-    the figures cannot tell, and the sentence says how many prompts would. Without intervals there
-    are no verdicts.
+    With a reference, quality is the Fréchet distance (lower is better), else the alignment (higher
+    is better). Recommended is the cheapest of the settings asked for that are not clearly worse
+    than the best of them; where costs are within a fifth of the cheapest, the best of these.
+    Baselines that were added are never recommended, but it is said if one is clearly better.
+    *Clearly* is said only where the interval of the paired difference, corrected for all pairs of
+    settings, excludes zero (see `paired`).
 
     Args:
         rows: The settings' figures.
         facts: What ``cells.json`` says beside them: of it, ``comparisons`` and ``resampled``.
+
+    Returns:
+        ``setting``: label of the recommended setting; None if quality was not measured, or so few
+        pictures were made that there are no intervals. ``metric``: what decided. ``headline`` and
+        ``sentences`` (at most three): the same in words. ``plain``: label of plain CFG with the
+        same scale and steps, None if that is the setting itself. ``pictures``: label -> why its
+        picture is shown. ``trades``: figures beside those of plain CFG. ``verdicts``: every other
+        setting beside the recommended one.
     """
+    names = short_labels(rows)
     metric = next((m for m in QUALITY if any(row.get(m) is not None for row in rows)), None)
     if metric is None:
         cheapest = min(_asked(rows), key=lambda row: row["nfe"])
-        return [
-            "Neither reference pictures nor an alignment score were given, so quality was not "
-            f"measured. Cheapest: {cheapest['label']}, {cheapest['nfe']:.4g} network evaluations "
-            "a picture; look at the pictures before you choose."
-        ]
-    name, sign = QUALITY[metric]
+        return _undecided(
+            rows,
+            "No recommendation: quality was not measured.",
+            "Neither reference pictures nor an alignment score were given: name a folder of real "
+            "pictures with --reference, or a model that scores pictures with --clip or --ridge.",
+            f"{names[cheapest['label']]} needs the fewest network evaluations, "
+            f"{number(cheapest['nfe'])} a picture; look at the pictures before you choose.",
+        )
+    name, extreme, sign = QUALITY[metric]
     known = [row for row in rows if row.get(metric) is not None]
     asked = _asked(known)
     best = min(asked, key=lambda row: sign * row[metric])
-    lead = f"{name} of the settings asked for: {best['label']}, {_value(best, metric)}."
-    if len(known) == 1:
-        return [lead]
-    found = _verdicts(facts["comparisons"], metric, sign)
-    if not {row["label"] for row in known} <= {label for pair in found for label in pair}:
-        return [
-            lead,
-            "That is no verdict: with so few pictures there are no intervals, and any order may be "
-            "chance.",
-        ]
-    drawn, one_prompt = facts["resampled"]["count"], facts["resampled"]["unit"] == "pictures"
-    units = f"{drawn} pictures of one prompt" if one_prompt else f"{drawn} prompts"
-    sentences = []
-    if others := [row for row in asked if row is not best]:
-        told = {row["label"]: found[best["label"], row["label"]] for row in others}
-        better = sum(verdict == "better" for verdict, _ in told.values())
-        same = [label for label, (verdict, _) in told.items() if verdict == "same"]
-        unknown = {label: needed for label, (verdict, needed) in told.items() if verdict == ""}
-        parts = []
-        if better:
-            every = f"all {better} others" if better > 1 else "the other one"
-            of = f"{better} of the {len(others)} others"
-            parts.append(f"it is better than {every if better == len(others) else of}")
-        if same:
-            parts.append(f"it gives the same as {_listed(same)}")
-        if unknown:
-            parts.append(f"{units} cannot tell it from {_would(unknown)}")
-        text = "; ".join(parts)
-        lead += f" {text[0].upper()}{text[1:]}."
-        rivals = [row for row in others if row["label"] in unknown or row["label"] in same]
-        cheapest = min([*rivals, best], key=lambda row: (row["nfe"], sign * row[metric]))
-        if cheapest["nfe"] < best["nfe"]:
-            sentences.append(
-                f"Cheapest that is not clearly worse: {cheapest['label']}, "
-                f"{_value(cheapest, metric)}, {cheapest['nfe']:.4g} network evaluations a picture "
-                f"instead of {best['nfe']:.4g}."
-            )
-    if equal_cost := _at_equal_cost(known, found, units, metric):
-        sentences.append(equal_cost)
-    added = [row for row in known if row["kind"] != "grid"]
-    above = [row for row in added if found[row["label"], best["label"]][0] == "better"]
-    if above:
-        top = min(above, key=lambda row: sign * row[metric])
-        sentences.append(
-            f"Better than all asked for, though added for comparison only: {top['label']}, "
-            f"{_value(top, metric)}, {top['nfe']:.4g} network evaluations a picture."
+    found = found_by(facts["comparisons"], metric)
+    if len(known) > 1 and not {r["label"] for r in known} <= {x for pair in found for x in pair}:
+        return _undecided(
+            rows,
+            "No recommendation: too few pictures.",
+            f"{names[best['label']]} has the {extreme} {name}, {number(best[metric])}, but without "
+            "intervals any order may be chance: compare with more prompts.",
         )
-    if one_prompt:
-        sentences.append("All pictures are of one prompt, and say nothing about others.")
-    elif drawn < FEW:
-        sentences.append(
-            f"Only {drawn} prompts: intervals from fewer than {FEW} are rough, and prompts not "
-            "tried may differ."
-        )
-    return [lead, *sentences]
+    as_good = [
+        row
+        for row in asked
+        if row is best or found[row["label"], best["label"]].verdict(sign) != "worse"
+    ]
+    enough = LITTLE * min(row["nfe"] for row in as_good)
+    cheap = [row for row in as_good if row["nfe"] <= enough]
+    chosen = min(cheap, key=lambda row: (sign * row[metric], row["nfe"]))
+    plain = _plain(rows, chosen)
+    equal = next((row for row in known if chosen["label"] in row["matches"]), None)
+    text = Sentences(names, metric, found, facts["resampled"])
+    added = [row for row in known if row["kind"] not in ASKED]
+    told = [
+        text.why(chosen, best, asked, as_good),
+        text.baselines(chosen, None if plain is best else plain, equal, added),
+        text.warning(),
+    ]
+    why = "" if chosen is best else ": cheaper, and not clearly worse than the best"
+    others = [(row, found[row["label"], chosen["label"]]) for row in known if row is not chosen]
+    return {
+        "setting": chosen["label"],
+        "metric": metric,
+        "headline": f"Use {names[chosen['label']]}{why}.",
+        "sentences": [sentence for sentence in told if sentence],
+        "plain": None if plain is None else plain["label"],
+        "pictures": _pictures(chosen, plain, best, equal),
+        "trades": [] if plain is None else _trades(chosen, plain, facts["comparisons"]),
+        "verdicts": [
+            {"setting": row["label"], **one._asdict(), "verdict": one.verdict(sign)}
+            for row, one in others
+        ],
+    }
 
 
 def _asked(rows: Sequence[Row]) -> list[Row]:
     """The settings asked for; all, if no figures of theirs are known."""
-    return [row for row in rows if row["kind"] == "grid"] or list(rows)
+    return [row for row in rows if row["kind"] in ASKED] or list(rows)
 
 
-def _verdicts(
-    comparisons: Iterable[Row], metric: str, sign: int
-) -> dict[tuple[str, str], tuple[str, int | None]]:
-    """(setting, other) -> "better", "worse", "same" or "" (cannot tell); prompts that would tell.
-
-    Both orders of every pair.
-    """
-    found: dict[tuple[str, str], tuple[str, int | None]] = {}
-    for one in comparisons:
-        if one["metric"] != metric:
-            continue
-        verdict, reverse = "", ""
-        if (ends := one["interval"]) is not None:
-            if ends[0] == ends[1] == 0:
-                verdict = reverse = "same"
-            elif ends[0] > 0 or ends[1] < 0:
-                words = ("better", "worse")
-                verdict, reverse = words if sign * one["difference"] < 0 else words[::-1]
-        found[one["setting"], one["other"]] = verdict, one["needed"]
-        found[one["other"], one["setting"]] = reverse, one["needed"]
-    return found
+def _plain(rows: Iterable[Row], like: Row) -> Row | None:
+    """CFG with the same steps and scale, or as strong; None if that is the setting itself."""
+    wanted = BASELINE, like.get("matched_to") or like["w"], like["steps"]
+    found = (row for row in rows if (row["method"], row["w"], row["steps"]) == wanted)
+    plain = next(found, None)
+    return None if plain is like else plain
 
 
-def _at_equal_cost(
-    known: Sequence[Row],
-    found: dict[tuple[str, str], tuple[str, int | None]],
-    units: str,
-    metric: str,
-) -> str:
-    """One sentence on all settings beside the CFG that costs the same; empty without any."""
-    by_label = {row["label"]: row for row in known}
-    told: dict[str, dict[str, int | None]] = {}
-    for plain in known:
-        for label in plain["matches"]:
-            if label in by_label:
-                verdict, needed = found[label, plain["label"]]
-                text = f"{label} ({by_label[label][metric]:.4g} against {plain[metric]:.4g})"
-                told.setdefault(verdict, {})[text] = needed
-    words = {"better": "better", "worse": "worse", "same": "the same"}
-    parts = [f"{words[v]}: {_listed(list(told[v]))}" for v in words if v in told]
-    if "" in told:
-        parts.append(f"{units} cannot tell: {_would(told[''])}")
-    if not parts:
-        return ""
-    return f"Beside CFG with fewer steps at the nearest cost, {'; '.join(parts)}."
+def _undecided(rows: Sequence[Row], headline: str, *sentences: str) -> dict[str, Any]:
+    """No recommendation; the pictures are of every method at the middle scale."""
+    asked = _asked(rows)
+    scales = sorted({row["w"] for row in asked})
+    shown: dict[str, str] = {}  # method -> label
+    for row in asked:
+        if row["w"] == scales[len(scales) // 2]:
+            shown.setdefault(row["method"], row["label"])
+    return {
+        "setting": None,
+        "metric": None,
+        "headline": headline,
+        "sentences": list(sentences),
+        "plain": None,
+        "pictures": dict.fromkeys(list(shown.values())[:SHOWN], ""),
+        "trades": [],
+        "verdicts": [],
+    }
 
 
-def _would(needed: dict[str, int | None]) -> str:
-    """Settings, each with how many would tell."""
-    return _listed(
-        [f"{label} (about {n:,} would)" if n else label for label, n in needed.items()],
-    )
+def _pictures(chosen: Row, plain: Row | None, best: Row, equal: Row | None) -> dict[str, str]:
+    """Label -> why its picture is shown."""
+    shown = {}
+    if plain is not None:
+        shown[plain["label"]] = "Plain CFG, best figure" if plain is best else "Plain CFG"
+    shown[chosen["label"]] = "Recommended"
+    shown.setdefault(best["label"], "Best figure")
+    if equal is not None:
+        shown.setdefault(equal["label"], "CFG at this cost")
+    return shown
 
 
-def _listed(labels: Sequence[str]) -> str:
-    more = len(labels) - LISTED
-    return ", ".join(labels[:LISTED]) + (f" and {more} more" if more > 0 else "")
+def _trades(chosen: Row, plain: Row, comparisons: Sequence[Row]) -> list[Row]:
+    """Figures beside those of plain CFG: name, both values, what the difference is."""
+    notes = {name: _share(chosen[name], plain[name]) for name in ("nfe", "seconds")}
+    words: dict[int | None, str] = {1: "clearly higher", -1: "clearly lower", 0: "the same"}
+    for name in TRADED:
+        one = found_by(comparisons, name).get((chosen["label"], plain["label"]))
+        notes[name] = "cannot tell" if one is None else words.get(one.direction, "cannot tell")
+    table = [
+        {"name": name, "value": chosen[name], "plain": plain[name], "note": note}
+        for name, note in notes.items()
+        if chosen.get(name) is not None and plain.get(name) is not None
+    ]
+    if chosen.get("ssim") is not None:
+        table.append({"name": "ssim", "value": chosen["ssim"], "plain": 1.0, "note": "1: the same"})
+    return table
 
 
-def _value(row: Row, metric: str) -> str:
-    if not (interval := row.get(f"{metric}_interval")):
-        return f"{row[metric]:.4g}"
-    return f"{row[metric]:.4g} (95 % interval {interval[0]:.4g} to {interval[1]:.4g})"
+def _share(value: float, plain: float) -> str:
+    """How much more or less than plain CFG's."""
+    share = round(100 * (value / plain - 1)) if plain else 0
+    return f"{abs(share)} % {'more' if share > 0 else 'less'}" if share else "as much"

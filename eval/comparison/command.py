@@ -132,6 +132,8 @@ def compare(
     needed = sum(size * setting.steps for size, (_, setting) in zip(sizes, todo, strict=True))
     times = 2 if matched else 1  # of each setting, another one as strong
     ask(runs, times * sum(sizes), times * needed, yes)
+    loading = ["--model", model] if model else []
+    loading += [word for path in token or () for word in ("--token", str(path))]
     run(
         pipe,
         plan,
@@ -145,6 +147,7 @@ def compare(
         progress=not is_quiet(),
         matched=matched,
         parallel=parallel,
+        loading=loading,
     )
     if main:
         for line in real.changes() if isinstance(real, Pictures) else ():

@@ -26,8 +26,10 @@ from ..metrics.alignment import Alignment
 from ..metrics.extractors import EfficientNetLite0, Extractor
 from ..pictures import Pictures, Reading
 from ..record import figures_context
+from .answer import answer
 from .cost import steps_for_nfe
 from .evaluation import evaluate, independent, paired_differences, rounded
+from .lines import lines_to_copy
 from .matched import at_equal_strength, matched_settings
 from .plan import BASELINE, Plan, Samples, Setting
 from .reference import Reference, check_reference, measure_reference
@@ -70,6 +72,7 @@ def compare(
     progress: bool = True,
     matched: bool = False,
     parallel: str = "samples",
+    loading: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Generate, evaluate and report.
 
@@ -77,8 +80,8 @@ def compare(
         pipe: A guided pipeline, on its device.
         plan: What to compare; its settings e.g. from `grid`.
         output: Folder for ``cells.json``, ``cells.csv``, ``report.html`` and the pictures
-            (``pictures/``); an interrupted comparison goes on where it stopped, and one of other
-            settings shares its pictures.
+            (``pictures/``, small ones for the page in ``thumbnails/``); an interrupted comparison
+            goes on where it stopped, and one of other settings shares its pictures.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1], those of a folder, or a file
             of their features; without them the metrics that compare distributions are left out.
         extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
@@ -90,6 +93,8 @@ def compare(
         matched: Add every setting at the scale at which it is as strong as CFG at the one asked
             for; ``equal_strength.csv`` is the table of these.
         parallel: What several processes share out, see `generate`.
+        loading: Options with which ``pilotage generate`` loads the same pipeline, for the command
+            that the report shows; None leaves the command out.
 
     Returns:
         One dictionary a cell (the content of ``cells.json``); empty in all processes but the main
@@ -157,12 +162,15 @@ def compare(
         "scheduler": type(pipe.scheduler).__name__,
         "context": figures_context(),
     }
+    chosen = answer(rows, facts)
+    setting = next((s.setting for s in everything if s.setting.label == chosen["setting"]), None)
+    facts["recommendation"] = chosen | lines_to_copy(pipe, setting, plan, loading)
     write_json(output / "cells.json", {"cells": rows, **facts})
     write_csv(output / "cells.csv", rows)
     if matched:
         write_csv(output / "equal_strength.csv", at_equal_strength(rows))
     if report:
-        write_text(output / "report.html", render(rows, facts, everything))
+        write_text(output / "report.html", render(rows, facts, everything, output, progress))
     return rows
 
 

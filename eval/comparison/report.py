@@ -1,151 +1,121 @@
-"""The report of a comparison: one HTML page, with its pictures and curves inside."""
+"""The report of a comparison: one HTML page; its pictures are files beside it."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
+from tqdm import tqdm
 
-from .answer import Row, answer
+from .curves import CURVES, METRICS, charts, draw_curve, legend
 from .plan import Samples
+from .thumbnails import LARGEST, thumbnail
+from .verdicts import Row, number, short_labels
 
-PROMPTS = 8  # rows of pictures
-LARGEST = 384  # pixels; larger pictures are embedded at this size
-
-# What the table tells, by its name in a row.
-COLUMNS = {
-    "w": "w",
-    "matched_to": "As strong as CFG at",
-    "steps": "Steps",
-    "n": "N",
-    "fd": "Fréchet distance",
-    "kid": "KID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "density": "Density",
-    "coverage": "Coverage",
-    "saturation": "Saturation",
-    "contrast": "Contrast",
-    "colourfulness": "Colourfulness",
-    "alignment": "Alignment",
-    "ssim": "SSIM to CFG",
-    "psnr": "PSNR to CFG",
-    "n_equal": "Equal to CFG",
-    "effective_guidance": "Effective guidance",
-    "nfe": "Evaluations",
-    "seconds": "Seconds",
-}
-# What is drawn over what.
-CURVES = {
-    "w": ("guidance scale w", ("fd", "precision", "recall", "saturation", "contrast", "alignment")),
-    "effective_guidance": ("effective guidance", ("fd", "saturation", "contrast", "alignment")),
-    "nfe": ("network evaluations a picture", ("fd", "alignment", "ssim")),
-}
-LINES = ("-", "--", ":", "-.")
+TRADED = {"nfe": "Evaluations", "seconds": "Seconds", "ssim": "Likeness (SSIM)"}
 
 
-def render(rows: Sequence[Row], facts: dict[str, Any], samples: Sequence[Samples]) -> str:
-    """The page; its links lead to the files that lie beside it.
+def render(
+    rows: Sequence[Row],
+    facts: dict[str, Any],
+    samples: Sequence[Samples],
+    output: Path,
+    progress: bool = False,
+) -> str:
+    """The page, to be written into `output`; thumbnails of large pictures are made there.
+
+    It needs nothing from elsewhere: styles, script and charts are inside, pictures and figures are
+    files beside it. Its content security policy runs only the script that it came with.
 
     Args:
         rows: The settings' figures.
-        facts: What ``cells.json`` says beside them.
+        facts: What ``cells.json`` says beside them, ``recommendation`` among it.
         samples: The pictures of each row.
+        output: Folder of the comparison.
+        progress: Show a bar.
     """
     import jinja2
+    from markupsafe import Markup
 
+    order = beside_what_they_match(rows)
+    rows, samples = [rows[i] for i in order], [samples[i] for i in order]
+    real = facts.get("real") or {}
+    with Image.open(samples[0].paths[0]) as first:
+        share = min(1, LARGEST / max(first.size))
+        size = tuple(round(share * side) for side in first.size)
+    script, style = (_beside(kind) for kind in ("js", "css"))
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["number"] = lambda value: f"{value:.4g}" if value or value == 0 else "–"
-    real = facts.get("real")
-    curves = {CURVES[x][0]: draw_curves(rows, x, real) for x in CURVES}
-    texts = samples[0].prompts
-    first = {prompt: texts.index(prompt) for prompt in texts}
-    return page.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
+    page.filters["number"] = number
+    return page.from_string(_beside("html")).render(
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup(style),
         rows=rows,
         facts=facts,
-        answer=answer(rows, facts),
+        labels=[row["label"] for row in rows],
+        pair=list(facts["recommendation"]["pictures"])[:2],
+        names=short_labels(rows),
+        chosen=facts["recommendation"],
         settings={row["method"]: row["guidance"] for row in rows},
-        columns={k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in rows)},
-        curves={label: _data_uri("svg+xml", svg) for label, svg in curves.items() if svg},
-        pictures={
-            prompt: [_embedded(one.paths[i]) for one in samples]
-            for prompt, i in list(first.items())[:PROMPTS]
+        columns={k: v for k, v in METRICS.items() if any(row.get(k) is not None for row in rows)},
+        metrics=METRICS | TRADED,
+        legend=legend(rows),
+        curves={
+            CURVES[x][0]: {
+                METRICS[name]: _data_uri(draw_curve(rows, x, name, real.get(name)))
+                for name in names
+            }
+            for x, names in charts(rows).items()
         },
+        size=size,
+        samples=_pictures(samples, facts["seeds"], output, progress),
     )
 
 
-def draw_curves(rows: Sequence[Row], x: str, real: dict[str, float] | None = None) -> bytes:
-    """Charts of metrics over `x` side by side, as SVG; empty if no row has both.
-
-    Colours are methods, dashes numbers of steps, hollow markers classifier-free guidance with fewer
-    steps; bars are intervals, and a horizontal line the real pictures.
-
-    Args:
-        rows: The settings' figures.
-        x: A key of `CURVES`.
-        real: Statistics of the real pictures.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    label, names = CURVES[x]
-    rows = [row for row in rows if row.get(x) is not None]
-    names = tuple(name for name in names if any(row.get(name) is not None for row in rows))
-    if not names:
-        return b""
-    series: dict[tuple[str, bool, int], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row[x]):
-        fewer = row["kind"] == "equal nfe"
-        series.setdefault((row["method"], fewer, 0 if fewer else row["steps"]), []).append(row)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    counts = sorted({steps for _, fewer, steps in series if not fewer}, reverse=True)
-    handles = {}
-    # Names stay text (no formulas in dollars), and the same figures give the same bytes.
-    with matplotlib.rc_context(
-        {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pilotage"}
-    ):
-        figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            for (method, fewer, steps), members in series.items():
-                known = [row for row in members if row.get(name) is not None]
-                colour = f"C{methods.index(method)}"
-                text = f"{method}, fewer steps" if fewer else f"{method}, {steps} steps"
-                (handles[text],) = axes.plot(
-                    [row[x] for row in known],
-                    [row[name] for row in known],
-                    color=colour,
-                    marker="o",
-                    fillstyle="none" if fewer else "full",
-                    linestyle="" if fewer or x == "nfe" else LINES[counts.index(steps) % 4],
-                )
-                bars = [row for row in known if row.get(f"{name}_interval")]
-                lows, highs = ([row[f"{name}_interval"][end] for row in bars] for end in (0, 1))
-                axes.vlines([row[x] for row in bars], lows, highs, colour, linewidth=1)
-            if real is not None and name in real:
-                handles["real pictures"] = axes.axhline(real[name], color="gray", linestyle="--")
-            axes.set(xlabel=label, ylabel=COLUMNS[name])
-        columns = min(len(handles), 2 * len(names))
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return out.getvalue()
+def beside_what_they_match(rows: Sequence[Row]) -> list[int]:
+    """Positions of the rows, every baseline of equal cost behind the first setting it matches."""
+    place = {row["label"]: i for i, row in enumerate(rows)}
+    keys = [
+        (min((place[label] for label in row["matches"]), default=i), bool(row["matches"]), i)
+        for i, row in enumerate(rows)
+    ]
+    return [i for *_, i in sorted(keys)]
 
 
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _pictures(
+    samples: Sequence[Samples], seeds: Sequence[int], output: Path, progress: bool
+) -> list[dict[str, Any]]:
+    """One entry a prompt and seed, prompt by prompt: both, and links and sources by setting."""
+    prompts = samples[0].prompts
+    count = len(prompts) // len(seeds)  # seed by seed, see `Plan.samples`
+    order = [(seed * count + i, seeds[seed]) for i in range(count) for seed in range(len(seeds))]
+    bar: Iterable[tuple[int, int]] = tqdm(order, "thumbnails", disable=not progress)
+    return [
+        {
+            "prompt": prompts[i],
+            "seed": seed,
+            "files": [
+                (_link(one.paths[i], output), _link(thumbnail(one.paths[i], output), output))
+                for one in samples
+            ],
+        }
+        for i, seed in bar
+    ]
 
 
-def _embedded(path: Path) -> str:
-    """A picture as a data URI; larger ones scaled down, so that the page stays loadable."""
-    with Image.open(path) as image:
-        if max(image.size) <= LARGEST:
-            return _data_uri("png", path.read_bytes())
-        small = image.convert("RGB")
-        small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        out = io.BytesIO()
-        small.save(out, "WEBP", quality=85)
-    return _data_uri("webp", out.getvalue())
+def _beside(kind: str) -> str:
+    return Path(__file__).with_suffix(f".{kind}").read_text("utf-8")
+
+
+def _link(path: Path, output: Path) -> str:
+    return quote(Path(os.path.relpath(path, output)).as_posix())
+
+
+def _data_uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

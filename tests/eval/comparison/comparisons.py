@@ -4,6 +4,7 @@ from itertools import combinations
 
 from PIL import Image
 
+from pilotage.eval.comparison.answer import answer
 from pilotage.eval.comparison.plan import Samples, Setting
 
 PROMPTS = ["a fox", "a key & a lock", '<script>alert("x")</script>']
@@ -18,7 +19,6 @@ SETTINGS = [
 FACTS = {
     "resampled": {"unit": "prompts", "count": 32},
     "prompts": PROMPTS,
-    "seeds": [0],
     "real": {"saturation": 0.26, "contrast": 0.22, "colourfulness": 0.3, "n": 9},
     "extractor": "efficientnet-lite0",
     "alignment": "<b>score</b>",
@@ -51,22 +51,24 @@ def paired(values, half, metric="fd", needed=90):
     return rows
 
 
-def made_up(folder, fd=True, half=2.0):
+def made_up(folder, fd=True, half=2.0, seeds=(0,), size=16):
     """Rows, facts, samples of six settings and three prompts; `fd=False`: without a reference.
 
-    Distances further apart than `half` differ clearly.
+    Distances further apart than `half` differ clearly. The colour of a picture tells which it is:
+    red the setting, green the prompt, blue the seed.
     """
     rows, samples = [], []
     for i, (method, w, steps, kind, matches, nfe, distance) in enumerate(SETTINGS):
         setting = Setting(method, w, steps)
         paths = []
-        for j in range(len(PROMPTS)):
-            path = folder / setting.slug / f"{j}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (16, 16), (40 * i, 80 * j, 120)).save(path)
-            paths.append(path)
-        counts = [int(nfe)] * len(PROMPTS)
-        samples.append(Samples(setting, paths, list(PROMPTS), counts, None, 0.2))
+        for seed in seeds:
+            for j in range(len(PROMPTS)):
+                path = folder / "pictures" / setting.slug / f"{seed}-{j}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (size, size), (40 * i, 80 * j, 120 + seed)).save(path)
+                paths.append(path)
+        prompts = PROMPTS * len(seeds)
+        samples.append(Samples(setting, paths, prompts, [int(nfe)] * len(prompts), None, 0.2))
         row = {
             "label": setting.label,
             "method": method,
@@ -75,20 +77,23 @@ def made_up(folder, fd=True, half=2.0):
             "matches": list(matches),
             "w": w,
             "steps": steps,
-            "n": len(PROMPTS),
+            "n": len(paths),
             "nfe": nfe,
             "nfe_range": [int(nfe), int(nfe) + 1],
             "seconds": 0.2,
             "effective_guidance": w if method == "cfg" else 1 + (w - 1) / 2,
-            "folder": setting.slug,
+            "folder": f"pictures/{setting.slug}",
             "saturation": 0.2 + i / 50,
             "saturation_interval": [0.19 + i / 50, 0.21 + i / 50],
-            "ssim": None if kind == "grid" and method == "cfg" else 0.9 - i / 100,
+            "ssim": None if kind == "grid" and method == "cfg" else 0.99 - i / 100,
+            "ssim_interval": [0.9 - i / 100, 1.0],
         }
         if fd:
             row |= {"fd": distance, "fd_interval": [distance - 9, distance + 9]}
         rows.append(row)
     facts = FACTS if fd else FACTS | {"real": None, "extractor": None, "alignment": None}
     distances = {row["label"]: row["fd"] for row in rows} if fd else {}
-    facts = facts | {"comparisons": paired(distances, half)}
+    facts = facts | {"comparisons": paired(distances, half), "seeds": list(seeds)}
+    lines = {"command": "pilotage generate -g apg 'a fox'", "python": "pipe(prompt)"}
+    facts["recommendation"] = answer(rows, facts) | lines
     return rows, facts, samples

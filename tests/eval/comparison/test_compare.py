@@ -96,8 +96,15 @@ def test_from_prompts_to_the_report(monkeypatch, tmp_path):
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "flat style &lt;b&gt;key" in page and "<b>key" not in page
     for label, cell in cells.items():
-        assert f'<a href="{cell["folder"]}">{label}</a>' in page
-    assert page.count('<img src="data:image/png') == 9
+        assert f'<a href="{cell["folder"]}">{label.removesuffix(", 8 steps")}</a>' in page
+    assert page.count('<img loading="lazy" src="pictures/') == 18
+    chosen = written["recommendation"]
+    assert cells[chosen["setting"]]["kind"] == "grid" and chosen["headline"] in page
+    name = cells[chosen["setting"]]["method"]
+    assert chosen["command"] == f"pilotage generate -g {name} -w 6 --steps 8 'noto style fox'"
+    assert chosen["python"] == (
+        f'pipe(prompt, guidance="{name}", guidance_scale=6, num_inference_steps=8)'
+    )
 
 
 def test_without_a_reference_and_without_a_report(tmp_path):
@@ -269,7 +276,7 @@ def test_intervals_are_over_prompts(tmp_path):
     """Here those of two prompts: the lowest and highest values are means of a prompt's pictures."""
     row = evaluated(tmp_path, ["a", "a", "b"])
     values = saturation(
-        to_tensor(Image.open(tmp_path / row["folder"] / f"{i}.png") for i in range(3))
+        to_tensor(Image.open(tmp_path / row["folder"] / f"0-{i}.png") for i in range(3))
     )
     ends = sorted([values[:2].mean().item(), values[2].item()])
     assert row["saturation_interval"] == pytest.approx(ends, rel=1e-5)

@@ -1,15 +1,24 @@
-"""The report: what it says follows from the figures, and prompts stay text."""
+"""The page: everything in it has a name, comes from beside it, and prompts stay text."""
 
+import base64
+import hashlib
 import html.parser
+import os
 import re
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 
-from pilotage.eval.comparison.answer import answer
-from pilotage.eval.comparison.report import CURVES, LARGEST, draw_curves, render
+from pilotage.eval.comparison import report
+from pilotage.eval.comparison.curves import CURVES, charts, draw_curve, legend, value_range
+from pilotage.eval.comparison.report import beside_what_they_match, render
+from pilotage.eval.comparison.thumbnails import LARGEST, LIGHT, thumbnail
 
-from .comparisons import PROMPTS, SETTINGS, made_up, paired
+from .comparisons import PROMPTS, SETTINGS, made_up
+
+SEEDS = (0, 7)
 
 
 class Page(html.parser.HTMLParser):
@@ -27,157 +36,164 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         self.texts.append(data)
 
+    def every(self, tag):
+        return [a for t, a in zip(self.tags, self.attributes, strict=True) if t == tag]
+
+
+def rendered(folder, **options):
+    return render(*made_up(folder, **options), folder)
+
 
 def test_prompts_and_settings_are_text_never_markup(tmp_path):
-    text = render(*made_up(tmp_path))
+    text = rendered(tmp_path)
     page = Page(text)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert not any(name.startswith("on") for attrs in page.attributes for name in attrs)
     assert "<script>alert" not in text and "onerror=alert(1)>" not in text
     assert PROMPTS[2] in page.texts and "cfg<settings>" in page.texts
-    assert any(attrs.get("alt", "").startswith(PROMPTS[2]) for attrs in page.attributes)
+    assert any((attrs.get("alt") or "").startswith(PROMPTS[2]) for attrs in page.attributes)
+
+
+def test_only_the_own_script_may_run(tmp_path):
+    text = rendered(tmp_path)
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert script == Path(report.__file__).with_suffix(".js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for a in Page(text).attributes if "http-equiv" in a)
+    assert policy == (
+        "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_page_needs_nothing_from_elsewhere(tmp_path):
-    """What it links to lies beside it: the figures, and a folder of pictures for each setting."""
-    page = Page(render(*made_up(tmp_path)))
-    sources = [attrs["src"] for attrs in page.attributes if "src" in attrs]
-    assert len(sources) == len(SETTINGS) * len(PROMPTS) + len(CURVES)
-    assert all(source.startswith("data:image/") for source in sources)
-    links = [attrs["href"] for attrs in page.attributes if "href" in attrs]
-    assert links[:3] == ["data:,", "cells.csv", "cells.json"]
-    assert len(links) == 3 + len(SETTINGS) and all((tmp_path / x).is_dir() for x in links[3:])
-    policy = next(a["content"] for a in page.attributes if "http-equiv" in a)
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    """What it names lies beside it: figures, pictures, and a folder of these for each setting."""
+    page = Page(rendered(tmp_path, seeds=SEEDS))
+    (tmp_path / "cells.csv").touch()
+    (tmp_path / "cells.json").touch()
+    named = [a[key] for a in page.attributes for key in ("href", "src") if key in a]
+    beside = [name for name in named if not name.startswith(("data:", "#"))]
+    assert all((tmp_path / unquote(name)).exists() for name in beside)
+    originals = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png")}
+    assert len(originals) == len(SETTINGS) * len(PROMPTS) * len(SEEDS)
+    assert originals <= set(beside)
+
+
+def test_all_prompts_and_seeds_are_there_prompt_by_prompt(tmp_path):
+    page = Page(rendered(tmp_path, seeds=SEEDS))
+    lazy = [a for a in page.every("img") if a.get("loading") == "lazy"]
+    assert len(lazy) == len(SETTINGS) * len(PROMPTS) * len(SEEDS)
+    for place, image in enumerate(lazy):
+        row = place // len(SETTINGS)
+        prompt, seed = row // len(SEEDS), row % len(SEEDS)
+        assert Path(image["src"]).name == f"{SEEDS[seed]}-{prompt}.png"
+        assert image["alt"].startswith(f"{PROMPTS[prompt]}, seed {SEEDS[seed]}: ")
 
 
 def test_page_has_names_for_everything(tmp_path):
-    page = Page(render(*made_up(tmp_path)))
+    page = Page(rendered(tmp_path))
+    ids = {attrs["id"] for attrs in page.attributes if "id" in attrs}
     for tag, attrs in zip(page.tags, page.attributes, strict=True):
-        assert tag != "img" or attrs["alt"]
+        if tag == "img":  # those of the viewer get their texts with their pictures
+            assert attrs["alt"] or "src" not in attrs
         assert tag != "th" or "scope" in attrs
-    assert page.tags.count("caption") == page.tags.count("table") == 2
-    assert page.tags.count("h1") == 1
+        assert tag != "input" or attrs["aria-label"]
+        assert attrs.get("aria-labelledby", "answer") in ids
+        if attrs.get("href", "").startswith("#"):
+            assert attrs["href"][1:] in ids
+        if "scroll" in attrs.get("class", "").split():
+            assert attrs["tabindex"] == "0" and attrs["aria-label"]
+    assert page.tags.count("h1") == page.tags.count("main") == 1
+    assert page.attributes[page.tags.index("a")]["href"] == "#answer"  # skip link, first
 
 
 def test_the_table_tells_values_and_intervals(tmp_path):
-    text = render(*made_up(tmp_path))
-    assert "<td>14.5<small>5.5 to 23.5</small></td>" in text and "<td>–</td>" in text
-    assert "<small>at the cost of ag w=7.5, 20 steps</small>" in text
+    text = rendered(tmp_path)
+    assert '<td data-name="Fréchet distance">14.5<small>5.5 to 23.5</small></td>' in text
+    assert '<td data-name="SSIM to CFG">–' in text
+    assert "<small>added: at the cost of ag w=7.5</small>" in text
 
 
-def test_large_pictures_are_embedded_smaller(tmp_path):
+def test_baselines_of_equal_cost_stand_beside_what_they_match(tmp_path):
+    rows, _, _ = made_up(tmp_path)
+    assert beside_what_they_match(rows) == [0, 1, 2, 3, 4, 5]
+    assert beside_what_they_match([rows[i] for i in (4, 0, 5, 1)]) == [0, 2, 1, 3]
+    assert beside_what_they_match([rows[i] for i in (5, 0, 4)]) == [1, 2, 0]
+
+
+def test_large_pictures_are_shown_smaller(tmp_path):
     rows, facts, samples = made_up(tmp_path)
-    Image.effect_noise((1024, 512), 64).save(samples[0].paths[0])
-    text = render(rows, facts, samples)
-    assert text.count("data:image/webp") == 1 and len(text) < 1024 * LARGEST
+    large = samples[0].paths[0]
+    Image.effect_noise((1024, 512), 64).save(large)
+    before = large.read_bytes()
+    page = Page(render(rows, facts, samples, tmp_path))
+    (small,) = (tmp_path / "thumbnails").rglob("*.webp")
+    sources = [attrs.get("src") for attrs in page.every("img")]
+    assert str(small.relative_to(tmp_path)) in sources
+    assert str(large.relative_to(tmp_path)) not in sources
+    assert any(a.get("href") == str(large.relative_to(tmp_path)) for a in page.every("a"))
+    with Image.open(small) as image:
+        assert image.format == "WEBP" and image.size == (LARGEST, LARGEST // 2)
+    assert large.read_bytes() == before
+    sizes = {(a["width"], a["height"]) for a in page.every("img") if a.get("loading")}
+    assert sizes == {(str(LARGEST), str(LARGEST // 2))}
+
+
+def test_thumbnails_are_made_once(tmp_path):
+    path = tmp_path / "cfg" / "a.png"
+    path.parent.mkdir()
+    Image.effect_noise((400, 400), 64).save(path)
+    assert path.stat().st_size > LIGHT
+    small = thumbnail(path, tmp_path)
+    os.utime(small, ns=(path.stat().st_mtime_ns,) * 2)
+    made = small.stat().st_mtime_ns
+    assert thumbnail(path, tmp_path).stat().st_mtime_ns == made
+    os.utime(path, ns=(made + 1,) * 2)  # made anew
+    assert thumbnail(path, tmp_path).stat().st_mtime_ns > made
+    Image.new("RGB", (400, 400)).save(path)
+    assert thumbnail(path, tmp_path) == path  # light enough
 
 
 @pytest.mark.parametrize("x", CURVES)
 def test_curves_show_every_value(tmp_path, x):
-    """A marker a value, a line a method and number of steps, names as they are."""
+    """A marker a value, an interval a bar, names as they are."""
     rows, facts, _ = made_up(tmp_path)
-    rows = [row | {"method": f"$<{row['method']}"} for row in rows]
-    drawn = draw_curves(rows, x, facts["real"]).decode()
-    _, names = CURVES[x]
-    known = sum(row.get(name) is not None for row in rows for name in names)
-    legend = 4  # cfg, apg, ag, and cfg with fewer steps
-    markers = [use for use in re.findall("<use [^>]*>", drawn) if "stroke: #000000" not in use]
-    assert len(markers) == known + legend  # ticks are black
-    assert "$&lt;cfg, 20 steps" in drawn and "$&lt;cfg, fewer steps" in drawn
-    assert drawn == draw_curves(rows, x, facts["real"]).decode()
-    assert draw_curves([row | {x: None} for row in rows], x) == b""
+    drawn = 0
+    for name in charts(rows)[x]:
+        svg = draw_curve(rows, x, name, facts["real"].get(name)).decode()
+        known = [row for row in rows if row.get(name) is not None]
+        markers = [use for use in re.findall("<use [^>]*>", svg) if "stroke: #6b7280" not in use]
+        assert len(markers) == len(known)
+        bars = [row for row in known if row.get(f"{name}_interval")]
+        groups = re.findall('<g id="LineCollection_.*?</g>', svg, re.DOTALL)
+        assert sum(group.count("<path") for group in groups) == len(bars)
+        assert svg == draw_curve(rows, x, name, facts["real"].get(name)).decode()
+        drawn += 1
+    assert drawn and x not in charts([row | {x: None} for row in rows])
+
+
+def test_the_legend_names_methods_and_steps(tmp_path):
+    rows, _, _ = made_up(tmp_path)
+    entries = {one["text"]: one for one in legend(rows)}
+    assert set(entries) == {"cfg, 20 steps", "apg, 20 steps", "ag, 20 steps", "cfg, fewer steps"}
+    assert entries["cfg, fewer steps"]["line"] == "none"
+    assert entries["cfg, fewer steps"]["colour"] == entries["cfg, 20 steps"]["colour"]
+    assert len({one["colour"] for one in entries.values()}) == 3
+
+
+def test_axes_end_where_the_data_do(tmp_path):
+    rows, _, _ = made_up(tmp_path)
+    low, high = value_range(rows, "ssim")
+    assert high == 1 and 0.7 < low < 0.86  # its lowest interval begins at .85
+    low, high = value_range(rows, "fd")  # from 0 to 27
+    assert low == 0 and 27 < high < 30
+    assert value_range([{"saturation": 0.5}], "saturation", 0.2)[0] < 0.2
+    low, high = value_range([{"kid": 0.0}], "kid")
+    assert low < 0 < high
 
 
 def test_without_a_reference_what_needs_one_is_left_out(tmp_path):
-    text = render(*made_up(tmp_path, fd=False))
-    assert "Fréchet" not in text and "real pictures" not in text
+    text = rendered(tmp_path, fd=False)
+    assert "Fréchet" not in text and "real pictures</" not in text
     assert "quality was not measured" in text and "Over guidance scale w" in text
-
-
-def test_the_answer_follows_from_the_paired_differences(tmp_path):
-    """The settings' own intervals overlap, all of them, and decide nothing."""
-    rows, facts, _ = made_up(tmp_path)
-    assert answer(rows, facts) == [
-        "Lowest Fréchet distance of the settings asked for: apg w=7.5, 20 steps, 9 (95 % interval "
-        "0 to 18). It is better than all 4 others.",
-        "Beside CFG with fewer steps at the nearest cost, better: ag w=7.5, 20 steps (14.5 against "
-        "18).",
-    ]
-    lead, cheapest, equal = answer(*made_up(tmp_path, half=5.8)[:2])
-    assert lead.endswith(
-        "better than 1 of the 4 others; 32 prompts cannot tell it from cfg w=3, 20 steps (about 90 "
-        "would), apg w=3, 20 steps (about 90 would), ag w=7.5, 20 steps (about 90 would)."
-    )
-    assert cheapest.startswith("Cheapest that is not clearly worse: ag w=7.5, 20 steps, 14.5")
-    assert equal.endswith(
-        "cost, 32 prompts cannot tell: ag w=7.5, 20 steps (14.5 against 18) (about 90 would)."
-    )
-
-
-def labels_to(rows, **changed):
-    return {row["label"]: changed.get(row["kind"], row["fd"]) for row in rows}
-
-
-def test_an_added_baseline_never_wins_but_is_told(tmp_path):
-    rows, facts, _ = made_up(tmp_path)
-    rows[5] |= {"fd": 2.0, "fd_interval": [1.0, 3.0]}
-    facts["comparisons"] = paired(labels_to(rows), 2)
-    lead, equal, above = answer(rows, facts)
-    assert lead.startswith("Lowest Fréchet distance of the settings asked for: apg w=7.5, 20 steps")
-    assert "worse: ag w=7.5, 20 steps (14.5 against 2)" in equal
-    assert above.startswith(
-        "Better than all asked for, though added for comparison only: cfg w=7.5, 15 steps, 2 (95"
-    )
-    facts["comparisons"] = paired(labels_to(rows), 7.5)  # not clearly better: not told
-    assert not any("added" in text for text in answer(rows, facts))
-
-
-def test_alignment_is_better_where_it_is_higher(tmp_path):
-    rows, facts, _ = made_up(tmp_path, fd=False)
-    for row, value in zip(rows, (1, 2, 3, 4, 9, 5), strict=True):
-        row |= {"alignment": value, "alignment_interval": [0, 10]}
-    values = {row["label"]: row["alignment"] for row in rows}
-    facts["comparisons"] = paired(values, 0.5, "alignment")
-    first, second = answer(rows, facts)
-    assert first.startswith("Highest alignment of the settings asked for: ag w=7.5, 20 steps, 9")
-    assert "better than all 4 others" in first and "better: ag" in second
-
-
-def test_equal_settings_few_prompts_and_one_prompt(tmp_path):
-    rows, facts, _ = made_up(tmp_path)
-    for one in facts["comparisons"]:
-        one |= {"difference": 0.0, "interval": [0.0, 0.0], "needed": None}
-    facts["resampled"] = {"unit": "prompts", "count": 4}
-    lead, *rest = answer(rows, facts)
-    assert (
-        "gives the same as cfg w=3, 20 steps, cfg w=7.5, 20 steps, apg w=3, 20 steps and 1" in lead
-    )
-    assert "the same: ag w=7.5" in rest[1] and rest[-1].startswith("Only 4 prompts")
-    facts["comparisons"] = paired(labels_to(rows), 50, needed=None)
-    facts["resampled"] = {"unit": "pictures", "count": 12}
-    lead, *_, last = answer(rows, facts)
-    assert (
-        "(95 % interval 0 to 18). 12 pictures of one prompt cannot tell it from" in lead
-        and "would" not in lead
-    )
-    assert "say nothing about others" in last
-
-
-def test_the_sentences_are_few(tmp_path):
-    """However many settings there are."""
-    rows, facts, _ = made_up(tmp_path)
-    for i in range(18):
-        rows.append(rows[2] | {"label": f"mine {i}", "fd": 10.0 + i / 10})
-        plain = {"label": f"cfg {i}", "kind": "equal nfe", "matches": [f"mine {i}"]}
-        rows.append(rows[5] | plain | {"fd": 12 + i / 10, "nfe": 39.0})
-    facts["comparisons"] = paired(labels_to(rows), 5)
-    found = answer(rows, facts)
-    assert len(found) <= 4 and max(map(len, found)) < 420
-
-
-def test_without_resamples_there_is_no_verdict(tmp_path):
-    rows, facts, _ = made_up(tmp_path)
-    first, second = answer(rows, facts | {"comparisons": []})
-    assert first.startswith("Lowest Fréchet distance") and "no verdict" in second
-    assert len(answer(rows[:1], facts | {"comparisons": []})) == 1
+    assert 'id="verdicts"' not in text
