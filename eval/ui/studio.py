@@ -1,0 +1,265 @@
+"""What the buttons of the page do with the model; nothing here knows of the page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...guidance import Trace
+from ...pipelines.personalization.files import add_token
+from ...pipelines.seam.noise_levels import knows_levels
+from ..comparison.cost import update_norms, x0_factor
+from ..comparison.evaluation import effective_guidance
+from ..comparison.plan import Samples, Setting
+from ..generation import Made, generate
+from ..metrics.images import saturation, to_tensor
+from ..options import device_of
+from . import lines
+from .background import Emit, streamed
+from .controls import methods
+from .previews import Previews
+
+REMEMBERED = 64  # runs of plain guidance that others are measured by
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A picture to make.
+
+    Args:
+        prompt: What it shows.
+        negative: What it shall not show.
+        seed: Of its noise.
+        guidance: As text.
+        scale: w; 1 is no guidance.
+        steps: Sampling steps.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    guidance: str
+    scale: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty: say what the picture shall show")
+        for name in ("seed", "scale", "steps"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is empty: give a number")
+
+
+@dataclass(frozen=True)
+class Step:
+    """News of a run: steps done, of how many, and what the picture looks like, if that was drawn."""
+
+    done: int
+    total: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and what there is to say about it.
+
+    Args:
+        image: The picture.
+        file: The same as a PNG, with its settings inside.
+        figures: Name -> value: network evaluations, effective guidance (None where the scheduler's
+            noise levels are not known or no plain guidance was run beside it), saturation, seconds.
+        trace: One row a step: ``step``, ``evaluations``, ``cosine``, ``update``; the last two None
+            where they were not measured.
+        command: A command line that writes the same file.
+        python: Lines of Python that make the same picture.
+    """
+
+    image: Image.Image
+    file: Path
+    figures: dict[str, float | None]
+    trace: list[dict[str, Any]]
+    command: str
+    python: str
+
+
+class Studio:
+    """A model, and a folder for what is made of it.
+
+    One thing is done at a time: who comes meanwhile waits.
+
+    Args:
+        pipe: A guided text-to-image pipeline, on its device.
+        folder: For everything written; whoever made it deletes it.
+        model: Folder or hub name of the pipeline; None: the embedded model.
+        tokens: Files of learned words that the pipeline is to know.
+
+    Raises:
+        ValueError: the pipeline takes no prompt.
+    """
+
+    def __init__(
+        self, pipe: Any, folder: Path, model: str | None = None, tokens: Iterable[Path] = ()
+    ) -> None:
+        self.pipe, self.folder, self.model = pipe, folder, model
+        self.lock = threading.Lock()
+        self.methods = methods(pipe)
+        self.words: dict[str, Path] = {}
+        for file in tokens:
+            self.words[add_token(pipe, file)[0]] = file
+        self._plain: dict[Any, Samples] = {}
+        pipe.set_progress_bar_config(disable=True)
+
+    def picture(self, wish: Wish) -> Generator[Step | None, None, Picture]:
+        """Make a picture; yields `Step` as it goes, None where there is no news."""
+        return streamed(lambda emit: self._picture(wish, emit), self.lock)
+
+    def fresh_folder(self, name: str) -> Path:
+        """A new folder for results."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
+
+    def gathered(self, pictures: Sequence[str | Path] | None) -> Path:
+        """A new folder with copies of pictures, in their order.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not pictures:
+            raise ValueError("no pictures: drop some first")
+        folder = self.fresh_folder("pictures")
+        for i, file in enumerate(pictures):
+            name = re.sub(r"[^\w.-]+", "-", Path(file).name)
+            shutil.copyfile(file, folder / f"{i:04d}-{name}")
+        return folder
+
+    def used_words(self, *texts: str) -> dict[str, Path]:
+        """The learned words in some texts, with their files."""
+        return {word: file for word, file in self.words.items() if any(word in t for t in texts)}
+
+    def _picture(self, wish: Wish, emit: Emit) -> Picture:
+        emit(Step(0, wish.steps))
+        words = self.used_words(wish.prompt, wish.negative)
+        detailed = knows_levels(self.pipe.scheduler)
+        previews = Previews(self.pipe, lambda *news: emit(Step(*news)))
+        begin = time.perf_counter()
+        made = generate(
+            self.pipe,
+            wish.prompt,
+            wish.guidance,
+            wish.scale,
+            wish.steps,
+            wish.seed,
+            negative=wish.negative,
+            model=self.model,
+            words=list(words),
+            detailed_trace=detailed,
+            **previews.options(wish.steps),
+        )
+        seconds = time.perf_counter() - begin
+        (file,) = made.save(self.fresh_folder("picture") / "picture.png")
+        image, trace = made.images[0], self.pipe.guidance_trace
+        figures = {
+            "network evaluations": float(trace.nfe[0]),
+            "effective guidance": self._effective(wish, trace, file) if detailed else None,
+            "saturation": saturation(to_tensor([image])).item(),
+            "seconds": seconds,
+        }
+        return Picture(
+            image,
+            file,
+            figures,
+            self._rows(wish, trace),
+            self._command(wish, words),
+            self._python(wish, made, words),
+        )
+
+    def _guidance(self, wish: Wish) -> Any:
+        return self.pipe.resolve_guidance("cfg" if wish.scale == 1 else wish.guidance)
+
+    def _effective(self, wish: Wish, trace: Trace, file: Path) -> float | None:
+        """Effective guidance (see `comparison`), by the plain guidance last run beside it."""
+        guidance = self._guidance(wish)
+        update = update_norms(trace, guidance, self.pipe.scheduler)
+        setting = Setting(wish.guidance, wish.scale, wish.steps)
+        samples = Samples(setting, [file], [wish.prompt], trace.nfe, update, 0.0)
+        key = (wish.prompt, wish.negative, wish.seed, wish.scale, wish.steps, *self.words.values())
+        if guidance.is_plain:
+            self._plain.pop(key, None)
+            self._plain[key] = samples
+            for old in list(self._plain)[:-REMEMBERED]:
+                del self._plain[old]
+            return wish.scale
+        return effective_guidance(samples, self._plain[key]) if key in self._plain else None
+
+    def _rows(self, wish: Wish, trace: Trace) -> list[dict[str, Any]]:
+        native = self._guidance(wish).rule.space != "x0"
+        rows = []
+        for step in trace.steps:
+            factor = x0_factor(step.noise, self.pipe.scheduler) if native and step.noise else 1.0
+            cosine, update = (
+                None if values is None or not len(values) else values[0].item()
+                for values in (step.gamma, step.update_norm)
+            )
+            rows.append(
+                {
+                    "step": step.index + 1,
+                    "evaluations": Trace(trace.batch, [step]).nfe[0],
+                    "cosine": cosine,
+                    "update": None if update is None else factor * update,
+                }
+            )
+        return rows
+
+    def _command(self, wish: Wish, words: dict[str, Path]) -> str:
+        device = str(self.pipe.device)
+        options = {
+            "-g": wish.guidance,
+            "-w": wish.scale,
+            "--steps": wish.steps,
+            "--seed": wish.seed,
+            "--negative": wish.negative or None,
+            "--token": [str(file) for file in self._shown(words)],
+            "--model": self.model,
+            "--device": None if device == str(device_of("auto")) else device,
+            "-o": "picture.png",
+        }
+        return lines.command("generate", wish.prompt, options)
+
+    def _python(self, wish: Wish, made: Made, words: dict[str, Path]) -> str:
+        (settings,) = made.settings
+        arguments: dict[str, Any] = {
+            "prompt": [wish.prompt],
+            "guidance": "cfg" if wish.scale == 1 else wish.guidance,
+            **{name: settings[name] for name in settings if name.endswith("_scale")},
+            "num_inference_steps": wish.steps,
+        }
+        if settings["negative_prompt"] is not None:
+            arguments["negative_prompt"] = [settings["negative_prompt"]]
+        files = [str(file) for file in self._shown(words)]
+        return lines.python(arguments, wish.seed, str(self.pipe.device), self.model, files)
+
+    def _shown(self, words: dict[str, Path]) -> list[Path]:
+        """Files of words as one has them who downloaded them; those not learned here as they are."""
+        own = self.folder.resolve()
+        return [
+            Path(file.name) if file.resolve().is_relative_to(own) else file
+            for file in words.values()
+        ]
+
+
+def finish(news: Generator[Any, None, Any], tell: Callable[[Any], Any] = lambda item: None) -> Any:
+    """The result of a generator, what it yields told meanwhile."""
+    while True:
+        try:
+            tell(next(news))
+        except StopIteration as end:
+            return end.value
+
