@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def denoise(
     guidance: str = "",
     scale: float = 1.0,
     tell: Callable[[str], Any] = lambda text: None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> Made:
     """Sample from a folder of pictures, without a network.
 
@@ -122,6 +123,7 @@ def denoise(
         guidance: How to guide, where `scale` is above 1.
         scale: w; 1 is no guidance.
         tell: Called with a line of text where the pictures cannot be taken at their own size.
+        progress: Iterates through the steps in the place of the pipeline's progress bar.
 
     Raises:
         ValueError: the method is unknown, or the pictures do not suit it.
@@ -136,6 +138,8 @@ def denoise(
         AnalyticDenoisingPipeline(images=images, size=size, method=method, options=options)
     )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    if progress is not None:
+        pipe.progress_bar = progress
     pictures = pipe(
         count,
         num_inference_steps=steps,

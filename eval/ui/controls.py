@@ -95,9 +95,7 @@ class Method:
         """
         values = {one.name: one.value(x) for one, x in zip(self.settings, held, strict=True)}
         changed = {
-            one.name: values[one.name]
-            for one in self.settings
-            if values[one.name] != one.default
+            one.name: values[one.name] for one in self.settings if values[one.name] != one.default
         }
         return written(self.name, changed)
 

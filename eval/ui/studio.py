@@ -61,7 +61,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Step:
-    """News of a run: steps done, of how many, and what the picture looks like, if that was drawn."""
+    """News of a run: steps done, of how many, and the picture so far, if that was drawn."""
 
     done: int
     total: int
@@ -73,19 +73,20 @@ class Picture:
     """A picture, and what there is to say about it.
 
     Args:
+        wish: What was asked for.
         image: The picture.
-        file: The same as a PNG, with its settings inside.
-        figures: Name -> value: network evaluations, effective guidance (None where the scheduler's
-            noise levels are not known or no plain guidance was run beside it), saturation, seconds.
+        samples: The file (a PNG with its settings inside), and what it cost.
+        saturation: Mean saturation of its pixels, 0 to 1.
         trace: One row a step: ``step``, ``evaluations``, ``cosine``, ``update``; the last two None
             where they were not measured.
         command: A command line that writes the same file.
         python: Lines of Python that make the same picture.
     """
 
+    wish: Wish
     image: Image.Image
-    file: Path
-    figures: dict[str, float | None]
+    samples: Samples
+    saturation: float
     trace: list[dict[str, Any]]
     command: str
     python: str
@@ -123,8 +124,9 @@ class Studio:
         return streamed(lambda emit: self._picture(wish, emit), self.lock)
 
     def fresh_folder(self, name: str) -> Path:
-        """A new folder for results."""
-        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
+        """A new folder for results, in one of that name."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.folder / name))
 
     def gathered(self, pictures: Sequence[str | Path] | None) -> Path:
         """A new folder with copies of pictures, in their order.
@@ -165,39 +167,48 @@ class Studio:
         )
         seconds = time.perf_counter() - begin
         (file,) = made.save(self.fresh_folder("picture") / "picture.png")
-        image, trace = made.images[0], self.pipe.guidance_trace
-        figures = {
-            "network evaluations": float(trace.nfe[0]),
-            "effective guidance": self._effective(wish, trace, file) if detailed else None,
-            "saturation": saturation(to_tensor([image])).item(),
-            "seconds": seconds,
-        }
+        trace, guidance = self.pipe.guidance_trace, self._guidance(wish)
+        update = update_norms(trace, guidance, self.pipe.scheduler) if detailed else None
+        setting = Setting(wish.guidance, wish.scale, wish.steps)
+        samples = Samples(setting, [file], [wish.prompt], trace.nfe, update, seconds)
+        if guidance.is_plain:
+            self._remember(wish, samples)
         return Picture(
-            image,
-            file,
-            figures,
+            wish,
+            made.images[0],
+            samples,
+            saturation(to_tensor(made.images)).item(),
             self._rows(wish, trace),
             self._command(wish, words),
             self._python(wish, made, words),
         )
 
+    def effective(self, picture: Picture) -> float | None:
+        """Effective guidance of a picture (see `comparison`).
+
+        It is measured by plain guidance of the same prompt, noise, scale and steps; None where that
+        has not been run, or the scheduler's noise levels are not known.
+        """
+        wish = picture.wish
+        plain = self._plain.get(self._same(wish))
+        if self._guidance(wish).is_plain:
+            return wish.scale
+        return None if plain is None else effective_guidance(picture.samples, plain)
+
     def _guidance(self, wish: Wish) -> Any:
         return self.pipe.resolve_guidance("cfg" if wish.scale == 1 else wish.guidance)
 
-    def _effective(self, wish: Wish, trace: Trace, file: Path) -> float | None:
-        """Effective guidance (see `comparison`), by the plain guidance last run beside it."""
-        guidance = self._guidance(wish)
-        update = update_norms(trace, guidance, self.pipe.scheduler)
-        setting = Setting(wish.guidance, wish.scale, wish.steps)
-        samples = Samples(setting, [file], [wish.prompt], trace.nfe, update, 0.0)
-        key = (wish.prompt, wish.negative, wish.seed, wish.scale, wish.steps, *self.words.values())
-        if guidance.is_plain:
-            self._plain.pop(key, None)
-            self._plain[key] = samples
-            for old in list(self._plain)[:-REMEMBERED]:
-                del self._plain[old]
-            return wish.scale
-        return effective_guidance(samples, self._plain[key]) if key in self._plain else None
+    def _same(self, wish: Wish) -> tuple[Any, ...]:
+        """What plain guidance must have in common with a wish to be measured by."""
+        files = self.used_words(wish.prompt, wish.negative).values()
+        return (wish.prompt, wish.negative, wish.seed, wish.scale, wish.steps, *files)
+
+    def _remember(self, wish: Wish, samples: Samples) -> None:
+        key = self._same(wish)
+        self._plain.pop(key, None)
+        self._plain[key] = samples
+        for old in list(self._plain)[:-REMEMBERED]:
+            del self._plain[old]
 
     def _rows(self, wish: Wish, trace: Trace) -> list[dict[str, Any]]:
         native = self._guidance(wish).rule.space != "x0"
@@ -247,7 +258,7 @@ class Studio:
         return lines.python(arguments, wish.seed, str(self.pipe.device), self.model, files)
 
     def _shown(self, words: dict[str, Path]) -> list[Path]:
-        """Files of words as one has them who downloaded them; those not learned here as they are."""
+        """Files of words under the names they have when downloaded; of others, their paths."""
         own = self.folder.resolve()
         return [
             Path(file.name) if file.resolve().is_relative_to(own) else file
@@ -262,4 +273,3 @@ def finish(news: Generator[Any, None, Any], tell: Callable[[Any], Any] = lambda 
             tell(next(news))
         except StopIteration as end:
             return end.value
-

@@ -1,9 +1,9 @@
-"""What the other tabs do: compare settings, make a word from pictures, denoise without a network."""
+"""What the other tabs do: compare settings, make a word from pictures, denoise."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,8 +297,22 @@ def sample(
 
     def work(emit: Emit) -> Denoised:
         notes: list[str] = []
-        numbers: dict[str, Any] = {"count": int(count), "steps": int(steps), "seed": int(seed)}
-        made = denoise(source, method, side, tell=notes.append, **numbers)
+
+        def through(timesteps: Iterable[Any]) -> Iterator[Any]:
+            for i, timestep in enumerate(timesteps):
+                emit(Step(i, int(steps)))
+                yield timestep
+
+        made = denoise(
+            source,
+            method,
+            side,
+            count=int(count),
+            steps=int(steps),
+            seed=int(seed),
+            tell=notes.append,
+            progress=through,
+        )
         return Denoised(made, made.save(target), " ".join(notes), line)
 
     return streamed(work, studio.lock)
