@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Shown = TypeVar("Shown")
 Emit = Callable[[Any], None]
 WAIT = 0.5  # seconds without news after which None is yielded
 
@@ -61,3 +63,17 @@ def streamed(
             yield item
     finally:
         closed.set()
+
+
+def followed(
+    news: Generator[Any, None, Result], show: Callable[[Any], Shown]
+) -> Generator[Shown, None, Result]:
+    """What is to be shown of the news of a generator, and its result; None is no news."""
+    with contextlib.closing(news):
+        while True:
+            try:
+                item = next(news)
+            except StopIteration as end:
+                return end.value
+            if item is not None:
+                yield show(item)

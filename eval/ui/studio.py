@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ...guidance import Trace
-from ...pipelines.personalization.files import add_token
+from ...pipelines.personalization.files import add_token, remove_token
 from ...pipelines.seam.noise_levels import knows_levels
 from ..comparison.cost import update_norms, x0_factor
 from ..comparison.evaluation import effective_guidance
@@ -57,6 +57,12 @@ class Wish:
         for name in ("seed", "scale", "steps"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is empty: give a number")
+        _ = self.setting  # it checks scale and steps
+
+    @property
+    def setting(self) -> Setting:
+        """What it would be in a comparison."""
+        return Setting(self.guidance, self.scale, self.steps)
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,23 @@ class Studio:
         self.methods = methods(pipe)
         self.words: dict[str, Path] = {}
         for file in tokens:
-            self.words[add_token(pipe, file)[0]] = file
+            self.know(file)
         self._plain: dict[Any, Samples] = {}
         pipe.set_progress_bar_config(disable=True)
 
     def picture(self, wish: Wish) -> Generator[Step | None, None, Picture]:
         """Make a picture; yields `Step` as it goes, None where there is no news."""
         return streamed(lambda emit: self._picture(wish, emit), self.lock)
+
+    def know(self, file: Path) -> None:
+        """Let prompts contain the word of a token file."""
+        self.words[add_token(self.pipe, file)[0]] = file
+
+    def forget(self, word: str) -> Path | None:
+        """Undo `know`; the file of the word, None if it was not known."""
+        if word in self.words:
+            remove_token(self.pipe, word)
+        return self.words.pop(word, None)
 
     def fresh_folder(self, name: str) -> Path:
         """A new folder for results, in one of that name."""
@@ -169,8 +185,7 @@ class Studio:
         (file,) = made.save(self.fresh_folder("picture") / "picture.png")
         trace, guidance = self.pipe.guidance_trace, self._guidance(wish)
         update = update_norms(trace, guidance, self.pipe.scheduler) if detailed else None
-        setting = Setting(wish.guidance, wish.scale, wish.steps)
-        samples = Samples(setting, [file], [wish.prompt], trace.nfe, update, seconds)
+        samples = Samples(wish.setting, [file], [wish.prompt], trace.nfe, update, seconds)
         if guidance.is_plain:
             self._remember(wish, samples)
         return Picture(
@@ -264,12 +279,3 @@ class Studio:
             Path(file.name) if file.resolve().is_relative_to(own) else file
             for file in words.values()
         ]
-
-
-def finish(news: Generator[Any, None, Any], tell: Callable[[Any], Any] = lambda item: None) -> Any:
-    """The result of a generator, what it yields told meanwhile."""
-    while True:
-        try:
-            tell(next(news))
-        except StopIteration as end:
-            return end.value

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from .background import followed
 from .parts import LIMIT, cleared, progress, told
 from .studio import Studio
 from .tasks import REPORTS, comparison
@@ -75,14 +76,9 @@ class Compare:
     ) -> Iterator[Any]:
         """Compare; yields values of the outputs."""
         news = comparison(self.studio, prompts, guidances, scales, steps, seeds)
-        while True:
-            try:
-                count = next(news)
-            except StopIteration as end:
-                report = end.value
-                break
-            if count is not None:
-                yield progress(f"{count} pictures made"), gr.skip(), gr.skip()
+        report = yield from followed(
+            news, lambda count: (progress(f"{count} pictures made"), gr.skip(), gr.skip())
+        )
         link = f"/{REPORTS}/{report.page.parent.name}/{report.page.name}"
         frame = (
             f'<p><a href="{link}" target="_blank">Open the report in a tab of its own</a> '

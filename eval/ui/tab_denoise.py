@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from .background import followed
 from .parts import LIMIT, cleared, enlarged, progress, told
-from .studio import Studio
+from .studio import Step, Studio
 from .tasks import METHODS, sample
 
 ABOUT = (
@@ -108,15 +109,12 @@ class Denoise:
             raise ValueError("folders can be named only where this machine alone has the page")
         files = [picture[0] for picture in pictures or ()]
         news = sample(self.studio, files, folder or "", *settings)
-        while True:
-            try:
-                step = next(news)
-            except StopIteration as end:
-                made = end.value
-                break
-            if step is not None:
-                text = f"step {step.done + 1} of {step.total}"
-                yield progress(text, step.done, step.total), gr.skip(), gr.skip()
+
+        def shown(step: Step) -> Any:
+            text = f"step {step.done + 1} of {step.total}"
+            return progress(text, step.done, step.total), gr.skip(), gr.skip()
+
+        made = yield from followed(news, shown)
         if made.note:
             gr.Info(made.note)
         images = [enlarged(image) for image in made.made.images]

@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from .background import followed
 from .parts import LIMIT, cleared, enlarged, progress, table, told
 from .sides import Side
-from .studio import Picture, Studio, Wish
+from .studio import Picture, Step, Studio, Wish
 
 COLOURS = {"left": "#0d9488", "right": "#ea580c"}
 PLOTS = {  # column of the trace -> what is said of it
@@ -143,27 +144,20 @@ class Pictures:
         ]
         for wish in wishes:  # both are known to be right before the first one is made
             self.studio.pipe.resolve_guidance(wish.guidance)
-        shown: list[Any] = []
         made: list[Picture] = []
         same = [gr.skip()] * (1 + 2 + len(self.codes) + len(self.plots))
         for name, wish in zip(("left", "right"), wishes, strict=True):
-            news = self.studio.picture(wish)
-            while True:
-                try:
-                    step = next(news)
-                except StopIteration as end:
-                    made.append(end.value)
-                    break
-                if step is None:
-                    continue
+
+            def live(step: Step, name: str = name) -> Any:
                 slider: Any = gr.skip()
                 if step.preview is not None:
                     preview = enlarged(step.preview)
-                    slider = (shown[0] if shown else preview, preview)
+                    slider = (enlarged(made[0].image) if made else preview, preview)
                 text = f"{name}: step {step.done} of {step.total}"
-                yield progress(text, step.done, step.total), slider, *same
-            shown.append(enlarged(made[-1].image))
-        yield "", tuple(shown), *self._results(made)
+                return progress(text, step.done, step.total), slider, *same
+
+            made.append((yield from followed(self.studio.picture(wish), live)))
+        yield "", tuple(enlarged(one.image) for one in made), *self._results(made)
 
     def _results(self, made: list[Picture]) -> list[Any]:
         heads = [f"{side}: {one.wish.guidance}" for side, one in zip(COLOURS, made, strict=True)]

@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from .background import followed
 from .parts import LIMIT, cleared, progress, told
 from .studio import Studio
-from .tasks import learn
+from .tasks import Learning, learn
 
 ABOUT = (
     "Drop a few pictures of one thing. The model learns a word for it, which prompts may then "
@@ -99,28 +100,28 @@ class MakeWord:
         """Learn; yields values of the outputs."""
         files = [picture[0] for picture in pictures or ()]
         news = learn(self.studio, files, word, initializer, steps, template)
-        losses, previews = 0, 0
-        while True:
-            try:
-                now = next(news)
-            except StopIteration as end:
-                made = end.value
-                break
-            if now is None:
-                continue
-            curve, shown = gr.skip(), gr.skip()
-            if len(now.losses) > max(losses, 1):
-                losses, curve = len(now.losses), now.curve
-            if len(now.previews) > previews:
-                previews, shown = len(now.previews), [(str(p), text) for p, text in now.previews]
+        before = Learning(0, 0, (), ())
+
+        def shown(now: Learning) -> Any:
+            nonlocal before
+            curve = now.curve if now.losses != before.losses else None
+            previews = gallery(now) if now.previews != before.previews else gr.skip()
+            before = now
             line = progress(f"step {now.done} of {now.total}", now.done, now.total)
-            yield line, curve, shown, gr.skip(), gr.skip(), gr.skip()
+            return line, curve or gr.skip(), previews, gr.skip(), gr.skip(), gr.skip()
+
+        made = yield from followed(news, shown)
         text = f"`{made.name}` is learned: {made.summary}. Prompts of the first tab may contain it."
         yield (
             "",
             made.last.curve,
-            [(str(p), text) for p, text in made.last.previews],
+            gallery(made.last),
             text,
             gr.update(value=str(made.file), visible=True),
             gr.update(value=made.command, visible=True),
         )
+
+
+def gallery(learning: Learning) -> list[tuple[str, str]]:
+    """Previews with the step they are of, as a gallery shows them."""
+    return [(str(file), text) for file, text in learning.previews]

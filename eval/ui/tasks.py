@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ...guidance.analytic import DENOISERS
-from ...pipelines.personalization import Personalizer, add_token, remove_token
+from ...pipelines.personalization import Personalizer
 from ...pipelines.personalization.curve import curve
 from ...pipelines.personalization.output import PREVIEWS, TOKEN
 from ...pipelines.personalization.training import TokenTrainer
@@ -106,8 +107,8 @@ def comparison(
     steps: int,
     seeds: int,
     negative: str = "",
-) -> Generator[int | None, None, Report]:
-    """Compare settings; yields how many pictures there are, whenever there are more.
+) -> Generator[int, None, Report]:
+    """Compare settings; yields how many pictures there are, now and then.
 
     Args:
         studio: The model.
@@ -158,15 +159,13 @@ def comparison(
         compare(studio.pipe, plan, folder, progress=False)
         return Report(folder / "report.html", line)
 
-    made, before = streamed(work, studio.lock), -1
-    while True:
-        try:
-            next(made)
-        except StopIteration as end:
-            return end.value
-        now = sum(1 for _ in folder.rglob("*.png"))
-        yield now if now > before else None
-        before = now
+    with contextlib.closing(streamed(work, studio.lock)) as news:
+        while True:
+            try:
+                next(news)
+            except StopIteration as end:
+                return end.value
+            yield sum(1 for _ in folder.rglob("*.png"))
 
 
 def learn(
@@ -196,9 +195,6 @@ def learn(
     folder, source = studio.fresh_folder("word"), studio.gathered(pictures)
 
     def work(emit: Emit) -> Word:
-        if word in studio.words:  # it is learned anew
-            remove_token(studio.pipe, word)
-            del studio.words[word]
         last = Learning(0, int(steps), (), ())
         emit(last)
 
@@ -210,18 +206,19 @@ def learn(
             last = Learning(trainer.step, int(steps), losses, shown)
             emit(last)
 
-        token = Personalizer(studio.pipe).fit(
-            source,
-            word,
-            initializer,
-            steps=int(steps),
-            templates=[template],
-            preview_prompt=template,
-            output=folder,
-            seed=int(seed),
-            callback=look,
-            progress=False,
-        )
+        with _forgotten(studio, word):
+            token = Personalizer(studio.pipe).fit(
+                source,
+                word,
+                initializer,
+                steps=int(steps),
+                templates=[template],
+                preview_prompt=template,
+                output=folder,
+                seed=int(seed),
+                callback=look,
+                progress=False,
+            )
         first, best = token.evaluations[0][2], min(e[2] for e in token.evaluations)
         if not token.learned:
             raise ValueError(
@@ -230,7 +227,8 @@ def learn(
             )
         plain = re.sub(r"[^\w-]+", "", word) or "word"
         file = (folder / TOKEN).rename(folder / f"{plain}.safetensors")
-        studio.words[add_token(studio.pipe, file)[0]] = file
+        studio.forget(word)
+        studio.know(file)
         cost = f"{token.forwards} forward passes, {token.seconds:.0f} s"
         summary = f"held-out loss {first:.4f} → {best:.4f} ({cost})"
         return Word(word, file, last, summary, line)
@@ -316,3 +314,14 @@ def sample(
         return Denoised(made, made.save(target), " ".join(notes), line)
 
     return streamed(work, studio.lock)
+
+
+@contextlib.contextmanager
+def _forgotten(studio: Studio, word: str) -> Iterator[None]:
+    """Within this context the model does not know the word, so that it can be learned anew."""
+    file = studio.forget(word)
+    try:
+        yield
+    finally:
+        if file is not None:
+            studio.know(file)
