@@ -1,4 +1,4 @@
-"""The page's server: on one address, with a folder of its own that is deleted in the end."""
+"""The page from beginning to end: a free port, a folder of its own, the model, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,31 +10,8 @@ import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-# Read when gradio is imported.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-import gradio as gr
 import typer
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
-
-from ..embedded import load_on
-from .command import LOOPBACK
-from .look import CSS, theme
-from .page import build
-from .studio import Studio
-from .tasks import REPORTS
-
-POLICY = (  # the page may load and send to nothing but where it came from
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; "
-    "object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
-)
 
 
 def serve(
@@ -59,8 +36,14 @@ def serve(
         OSError: the port is taken.
         ValueError: the model cannot be used here.
     """
+    port = free_port(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="pilotage-ui-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pilotage-ui-", ignore_cleanup_errors=True) as folder:
+        keep_private(Path(folder))
+        from ..embedded import load_on
+        from .server import launch
+        from .studio import Studio
+
         try:
             studio = Studio(load_on(device, model), Path(folder), model, tokens)
             page, address = launch(studio, host, port)
@@ -75,64 +58,25 @@ def serve(
             typer.echo("ended")
 
 
-def launch(studio: Studio, host: str = LOOPBACK[0], port: int = 0) -> tuple[gr.Blocks, str]:
-    """Start the page's server in a thread.
+def keep_private(folder: Path) -> None:
+    """Let Gradio, which reads this when it is imported, write to a folder and tell nobody."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-    Returns:
-        The page, to be closed; its address.
+
+def free_port(host: str, port: int) -> int:
+    """The port, if it is free; for 0 any that is.
 
     Raises:
-        OSError: the port is taken.
+        OSError: it is not, or this machine does not have that address.
     """
-    uploads, reports = studio.folder / "uploads", studio.folder / REPORTS
-    for folder in (uploads, reports):
-        folder.mkdir(exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    local = host in LOOPBACK
-    middleware: list[Any] = [Middleware(_Headers)]
-    if local:  # pages elsewhere that give themselves this address's name get nothing
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
-    page = build(studio, local)
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port or _free_port(host),
-        prevent_thread_lock=True,
-        share=False,
-        quiet=True,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        footer_links=[],
-        theme=theme(),
-        css=CSS,
-        app_kwargs={
-            "middleware": middleware,
-            "routes": [Mount(f"/{REPORTS}", StaticFiles(directory=reports))],
-        },
-    )
-    return page, address
-
-
-class _Headers:
-    """Adds the headers that keep the page to itself."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                own = {b"content-security-policy": POLICY, b"referrer-policy": "no-referrer"}
-                message["headers"] = [
-                    *message.get("headers", []),
-                    *((name, value.encode()) for name, value in own.items()),
-                ]
-            await send(message)
-
-        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as server:
+            return server.getsockname()[1]
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}, port {port} ({error.strerror}): name another --port, or 0 "
+            "for any that is free"
+        ) from error

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from pilotage.eval.embedded import load_embedded
+from pilotage.eval.ui.serve import free_port, keep_private
 from pilotage.eval.ui.studio import Studio
 
 
@@ -21,3 +22,14 @@ def squares(tmp_path_factory):
         image.paste(colour, (6 + i, 4, 18, 20))
         image.save(folder / f"{i} square.png")
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def address(studio):
+    """Of the page, served."""
+    keep_private(studio.folder)
+    from pilotage.eval.ui.server import launch  # imports gradio
+
+    page, address = launch(studio, "127.0.0.1", free_port("127.0.0.1", 0))
+    yield address
+    page.close(verbose=False)

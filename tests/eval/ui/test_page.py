@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -14,26 +15,30 @@ from gradio_client.exceptions import AppError
 
 from pilotage.eval.cli import main
 from pilotage.eval.ui import serve
-from pilotage.eval.ui.page import build
 
 from ...structure import ROOT
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    page, address = serve.launch(studio)
-    yield address
-    page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
 def client(address):
+    return connected(address)
+
+
+def connected(address):
     return Client(address, verbose=False, analytics_enabled=False)
+
+
+def pictures(client, **changes):
+    """Arguments of the first tab's button: what its controls hold in the beginning, and changes."""
+    api = client.view_api(return_format="dict", print_info=False)
+    parameters = api["named_endpoints"]["/pictures"]["parameters"]
+    held = {one["parameter_name"]: one["parameter_default"] for one in parameters}
+    return {"api_name": "/pictures"} | held | changes
 
 
 def test_pictures_by_their_defaults(client, studio):
     _, slider, figures, left, right, *_ = client.predict(
-        param_0="noto style fox", param_5=2, api_name="/pictures"
+        **pictures(client, prompt="noto style fox", param_6=2)
     )
     assert "left: cfg" in figures and "right: apg" in figures
     assert Path(left).read_bytes() != Path(right).read_bytes()
@@ -41,11 +46,11 @@ def test_pictures_by_their_defaults(client, studio):
 
 def test_errors_are_told(client):
     with pytest.raises(AppError, match="the prompt is empty"):
-        client.predict(param_0="", api_name="/pictures")
+        client.predict(**pictures(client, prompt=""))
 
 
 def test_who_comes_second_waits(client):
-    jobs = [client.submit(param_0="noto style fox", api_name="/pictures") for _ in range(2)]
+    jobs = [client.submit(**pictures(client)) for _ in range(2)]
     assert [len(job.result()) for job in jobs] == [len(jobs[0].result())] * 2
 
 
@@ -59,7 +64,7 @@ def test_it_keeps_to_itself(address, studio):
     for path in ("reports/../secret.html", "reports/%2e%2e/secret.html", "secret.html"):
         assert "secret" not in httpx.get(address + path).text
     config = httpx.get(f"{address}config").json()
-    assert config["analytics_enabled"] is False and not config["is_space"]
+    assert config["analytics_enabled"] is False
 
 
 def test_uploads_go_to_the_folder_of_the_studio(address, studio):
@@ -70,6 +75,8 @@ def test_uploads_go_to_the_folder_of_the_studio(address, studio):
 
 
 def test_folders_are_named_only_where_this_machine_alone_has_the_page(studio):
+    from pilotage.eval.ui.page import build
+
     def shown(local):
         blocks = build(studio, local).config["components"]
         labels = {one["props"].get("label"): one["props"].get("visible") for one in blocks}
@@ -113,26 +120,25 @@ def test_it_ends_cleanly(tmp_path, kind):
     """Ctrl-C: status 0, no traceback, and nothing left of what it was given."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-u", "-m", "pilotage.eval", "ui", "--port", "0", "--no-open"]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as program:
-        address = program.stdout.readline().split()[0]
-        answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"mine")})
-        (path,) = answer.json()
-        assert Path(path).is_relative_to(tmp_path)
-        Client(address, verbose=False, analytics_enabled=False).submit(
-            param_0="noto style fox", param_5=100, api_name="/pictures"
-        )
-        program.send_signal(kind)
-        out, error = program.communicate()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as program:
+        try:
+            address = program.stdout.readline().split()[0]
+            answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"mine")})
+            (path,) = answer.json()
+            assert Path(path).is_relative_to(tmp_path)
+            client = connected(address)
+            job = client.submit(**pictures(client, param_6=100))
+            while not (job.outputs() or job.done()):  # until it has begun
+                time.sleep(0.01)
+            program.send_signal(kind)
+            out, error = program.communicate()
+        finally:
+            program.kill()
     assert program.returncode == 0, error
     assert "ended" in out and "Traceback" not in error
-    assert not Path(path).exists() and not list(tmp_path.glob("pilotage-ui-*"))
+    left = [*tmp_path.glob("pilotage-ui-*"), *tmp_path.glob("gradio*")]
+    assert left == [] and not Path(path).exists()
 
 
 def test_the_command_line_begins_without_it():
