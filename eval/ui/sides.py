@@ -33,13 +33,19 @@ class Side:
             )
             self.steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps")
             self.rule = gr.Dropdown(
-                rules, value=rule, label="Rule", info="how predictions combine", filterable=False
+                rules,
+                value=rule,
+                label="Rule",
+                info="how predictions combine",
+                filterable=False,
+                elem_id=f"{title.lower()}-rule",
             )
             self.policy = gr.Dropdown(
                 [*((name, name) for name in policies), *saved],
                 value="always",
                 label="Policy",
                 info="which predictions are evaluated",
+                elem_id=f"{title.lower()}-policy",
                 filterable=False,
             )
             self.controls: dict[str, list[Any]] = {}
@@ -50,7 +56,10 @@ class Side:
                     gr.Markdown(
                         f"**{name}** {method.summary}", elem_classes="summary", padding=True
                     )
-                    self.controls[name] = [control(one) for one in method.settings]
+                    self.controls[name] = [
+                        control(one, f"{title.lower()}-{name}-{one.name}")
+                        for one in method.settings
+                    ]
         for chosen in (self.rule, self.policy):
             chosen.change(
                 self._show,
@@ -86,20 +95,23 @@ class Side:
         return [gr.update(visible=name in (rule, policy)) for name in self.methods]
 
 
-def control(setting: Setting) -> Any:
-    """The component that asks for a setting."""
-    label, info, value = setting.name.replace("_", " "), setting.help or None, setting.shown
+def control(setting: Setting, elem_id: str) -> Any:
+    """The component that asks for a setting, with that id in the page."""
+    value = setting.shown
+    common: dict[str, Any] = {
+        "label": setting.name.replace("_", " "),
+        "info": setting.help or None,
+        "elem_id": elem_id,
+    }
     match setting.kind:
         case "switch":
-            return gr.Checkbox(value, label=label, info=info)
+            return gr.Checkbox(value, **common)
         case "choice" | "fill":
-            return gr.Dropdown(
-                list(setting.choices), value=value, label=label, info=info, filterable=False
-            )
+            return gr.Dropdown(list(setting.choices), value=value, **common, filterable=False)
         case "list":
             known = f"{', '.join(setting.choices)}, ..." if setting.choices else "1, 0.8, ..."
-            return gr.Textbox(value, label=label, info=info, placeholder=known)
+            return gr.Textbox(value, **common, placeholder=known)
         case "whole":
-            return gr.Number(value, label=label, info=info, precision=0, placeholder="not set")
+            return gr.Number(value, **common, precision=0, placeholder="not set")
         case _:
-            return gr.Number(value, label=label, info=info, step=0.01, placeholder="no limit")
+            return gr.Number(value, **common, step=0.01, placeholder="no limit")

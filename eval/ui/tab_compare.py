@@ -29,6 +29,7 @@ class Compare:
             self.prompts = gr.Textbox(
                 PROMPTS if studio.model is None else "",
                 label="Prompts",
+                elem_id="compare-prompts",
                 info="one a line; more prompts tell more",
                 lines=5,
                 scale=2,

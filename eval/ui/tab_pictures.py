@@ -40,6 +40,7 @@ class Pictures:
             self.prompt = gr.Textbox(
                 "twemoji style red apple" if embedded else "",
                 label="Prompt",
+                elem_id="prompt",
                 info=EMOJI if embedded else None,
                 placeholder="what the picture shall show",
                 scale=4,

@@ -1,0 +1,44 @@
+"""``python -m tests.docs.page``: the picture of ``pilotage ui`` in README and docs.
+
+Needs Chromium and the `browser` extra.
+"""
+
+import tempfile
+from pathlib import Path
+
+from pilotage.eval.embedded import load_embedded
+from pilotage.eval.ui.serve import free_port, keep_private
+from pilotage.eval.ui.studio import Studio
+
+from ..chromium import chromium
+from ..structure import ROOT
+
+PICTURE = ROOT / "docs" / "pictures" / "ui.png"
+PROMPT = "noto style penguin"
+SIZE = {"width": 1280, "height": 1000}
+
+
+def main() -> None:
+    """Make both pictures at w = 15, and photograph the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        keep_private(Path(folder))
+        from pilotage.eval.ui.server import launch
+
+        studio = Studio(load_embedded(), Path(folder))
+        served, address = launch(studio, "127.0.0.1", free_port("127.0.0.1", 0))
+        with chromium() as browser:
+            page = browser.new_page(viewport=SIZE)
+            page.goto(address)
+            page.locator("#prompt textarea").fill(PROMPT)
+            for side in ("left", "right"):
+                scale = page.locator(f"#{side}").get_by_label("number input for Guidance scale")
+                scale.fill("15")
+            page.get_by_role("button", name="Make both pictures").click()
+            page.locator("#figures table").wait_for()
+            page.locator("#picture canvas, #picture svg.marks").nth(2).wait_for()
+            page.screenshot(path=PICTURE)
+        served.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main()
