@@ -38,7 +38,7 @@ class Pictures:
         embedded = studio.model is None
         with gr.Row(equal_height=False):
             self.prompt = gr.Textbox(
-                "twemoji style red apple" if embedded else "",
+                "noto style fox" if embedded else "",
                 label="Prompt",
                 elem_id="prompt",
                 info=EMOJI if embedded else None,

@@ -14,12 +14,12 @@ from ..chromium import chromium
 from ..structure import ROOT
 
 PICTURE = ROOT / "docs" / "pictures" / "ui.png"
-PROMPT = "noto style penguin"
-SIZE = {"width": 1280, "height": 1000}
+PROMPT = "noto style fox"
+SIZE = {"width": 1280, "height": 1260}
 
 
 def main() -> None:
-    """Make both pictures at w = 15, and photograph the page."""
+    """Make both pictures at w = 12, and photograph the page."""
     with tempfile.TemporaryDirectory() as folder:
         keep_private(Path(folder))
         from pilotage.eval.ui.server import launch
@@ -32,7 +32,7 @@ def main() -> None:
             page.locator("#prompt textarea").fill(PROMPT)
             for side in ("left", "right"):
                 scale = page.locator(f"#{side}").get_by_label("number input for Guidance scale")
-                scale.fill("15")
+                scale.fill("12")
             page.get_by_role("button", name="Make both pictures").click()
             page.locator("#figures table").wait_for()
             page.locator("#picture canvas, #picture svg.marks").nth(2).wait_for()
