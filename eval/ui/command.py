@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from ..options import Device, Model, Token, check_tokens
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from .address import LOOPBACK
 
 
 def ui(

@@ -9,6 +9,7 @@ CSS = """
 #title h1 { margin: 0; }
 #title p { margin: 0; opacity: .75; }
 .figures table { width: 100%; margin: 0; border-collapse: collapse; border: 0 !important; }
+.figures tr { border: 0 !important; }
 .figures td, .figures th {
   padding: 4px 10px !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important;

@@ -27,8 +27,8 @@ class Previews:
     def __init__(self, pipe: Any, tell: Callable[[int, int, Image.Image | None], Any]) -> None:
         self.pipe, self.tell = pipe, tell
         self._began, self._spent = time.monotonic(), 0.0
-        vae = getattr(pipe, "vae", None)
-        fp16 = vae is not None and vae.dtype == torch.float16
+        vae: Any = getattr(pipe, "vae", None)
+        fp16 = getattr(vae, "dtype", None) == torch.float16
         self._can = hasattr(vae, "decode") and not (fp16 and vae.config.get("force_upcast"))
 
     def options(self, total: int) -> dict[str, Any]:

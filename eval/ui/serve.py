@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 import webbrowser
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+
+from .address import free_port
 
 
 def serve(
@@ -63,20 +64,3 @@ def keep_private(folder: Path) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, if it is free; for 0 any that is.
-
-    Raises:
-        OSError: it is not, or this machine does not have that address.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as server:
-            return server.getsockname()[1]
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host}, port {port} ({error.strerror}): name another --port, or 0 "
-            "for any that is free"
-        ) from error

@@ -10,7 +10,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from .command import LOOPBACK
+from .address import LOOPBACK
 from .look import CSS, theme
 from .page import build
 from .studio import Studio

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.ui.serve import free_port, keep_private
+from pilotage.eval.ui.address import free_port
+from pilotage.eval.ui.serve import keep_private
 from pilotage.eval.ui.studio import Studio
 
 from ..chromium import chromium
@@ -19,7 +20,7 @@ SIZE = {"width": 1280, "height": 1260}
 
 
 def main() -> None:
-    """Make both pictures at w = 12, and photograph the page."""
+    """CFG and APG with Adaptive Guidance at w = 12, photographed."""
     with tempfile.TemporaryDirectory() as folder:
         keep_private(Path(folder))
         from pilotage.eval.ui.server import launch
@@ -33,6 +34,8 @@ def main() -> None:
             for side in ("left", "right"):
                 scale = page.locator(f"#{side}").get_by_label("number input for Guidance scale")
                 scale.fill("12")
+            page.locator("#right-policy input").click()
+            page.get_by_role("option", name="ag", exact=True).click()
             page.get_by_role("button", name="Make both pictures").click()
             page.locator("#figures table").wait_for()
             page.locator("#picture canvas, #picture svg.marks").nth(2).wait_for()

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.ui.serve import free_port, keep_private
+from pilotage.eval.ui.address import free_port
+from pilotage.eval.ui.serve import keep_private
 from pilotage.eval.ui.studio import Studio
 
 
