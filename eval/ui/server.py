@@ -11,10 +11,10 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from .address import LOOPBACK
+from .comparing import REPORTS
 from .look import CSS, theme
 from .page import build
 from .studio import Studio
-from .tasks import REPORTS
 
 POLICY = (  # the page may load and send to nothing but where it came from
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from .background import followed
+from .comparing import REPORTS, comparison
 from .parts import LIMIT, cleared, progress, told
 from .studio import Studio
-from .tasks import REPORTS, comparison
 
 SUGGESTED = ["cfg", "apg", "ag", "apg+ag", "forecast"]
 PROMPTS = "twemoji style red apple\nnoto style penguin\nfluent style cactus\nblob style cat face"

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from .background import followed
+from .denoising import METHODS, sample
 from .parts import LIMIT, cleared, enlarged, progress, told
 from .studio import Step, Studio
-from .tasks import METHODS, sample
 
 ABOUT = (
     "Drop pictures, or name a folder of them. A denoiser is computed from them in closed form, "

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from .background import followed
+from .learning import Learning, learn
 from .parts import LIMIT, cleared, progress, told
 from .studio import Studio
-from .tasks import Learning, learn
 
 ABOUT = (
     "Drop a few pictures of one thing. The model learns a word for it, which prompts may then "

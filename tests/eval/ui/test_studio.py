@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from pilotage.eval.cli import main
+from pilotage.eval.ui.comparing import comparison
+from pilotage.eval.ui.denoising import sample
+from pilotage.eval.ui.learning import learn
 from pilotage.eval.ui.lines import command
 from pilotage.eval.ui.studio import Wish
-from pilotage.eval.ui.tasks import comparison, learn, sample
 from pilotage.pipelines.personalization import save_token
 
 from .test_background import result
