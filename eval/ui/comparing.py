@@ -12,7 +12,7 @@ from ..comparison.comparison import compare, grid
 from ..comparison.plan import Plan
 from . import lines
 from .background import Emit, streamed
-from .studio import Studio
+from .studio import Studio, whole
 
 REPORTS = "reports"
 MOST_PICTURES = 400  # of one comparison: more is work for the command
@@ -54,6 +54,7 @@ def comparison(
     Raises:
         ValueError: there is nothing to compare, too much, or something unknown.
     """
+    steps, seeds = whole("steps", steps), whole("seeds", seeds)
     texts = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not texts:
         raise ValueError("no prompts: write one a line")
@@ -62,8 +63,8 @@ def comparison(
     except ValueError:
         raise ValueError(f"scales must be numbers separated by commas, got {scales!r}") from None
     names = [name.strip() for name in guidances or () if name.strip()]
-    settings = grid(names, numbers, (int(steps),))
-    if (count := len(settings) * len(texts) * int(seeds)) > MOST_PICTURES:
+    settings = grid(names, numbers, (steps,))
+    if (count := len(settings) * len(texts) * seeds) > MOST_PICTURES:
         raise ValueError(
             f"that would be {count} pictures, more than the {MOST_PICTURES} that the page makes at "
             "once: choose fewer, or use the command"
@@ -71,7 +72,7 @@ def comparison(
     for name in names:
         studio.pipe.resolve_guidance(name)
     options = {"negative_prompt": negative or None}
-    plan = Plan(texts, settings, range(int(seeds)), options=options)
+    plan = Plan(texts, settings, range(seeds), options=options)
     folder = studio.fresh_folder(REPORTS)
     line = lines.command(
         "compare",
@@ -79,8 +80,8 @@ def comparison(
         {
             "-g": names,
             "-w": numbers,
-            "--steps": int(steps),
-            "--seeds": int(seeds),
+            "--steps": steps,
+            "--seeds": seeds,
             "--negative": negative or None,
             "--model": studio.model,
             "-o": "outputs/compare",

@@ -11,7 +11,7 @@ from ...guidance.analytic import DENOISERS
 from ..generation import Made, denoise
 from . import lines
 from .background import Emit, streamed
-from .studio import Step, Studio
+from .studio import Step, Studio, whole
 
 METHODS = tuple(DENOISERS)
 
@@ -62,17 +62,18 @@ def sample(
     if folder.strip() and not Path(folder.strip()).is_dir():
         raise FileNotFoundError(f"no folder {folder.strip()}")
     source = Path(folder.strip()) if folder.strip() else studio.gathered(pictures)
+    count, steps, seed = whole("how many", count), whole("steps", steps), whole("seed", seed)
     target = studio.fresh_folder("denoised") / "picture.png"
-    side = int(size) if size else None
+    side = None if size is None else whole("side in pixels", size)
     line = lines.command(
         "denoise",
         folder.strip() or "pictures/",
         {
             "-m": method,
             "--size": side,
-            "-n": int(count),
-            "--steps": int(steps),
-            "--seed": int(seed),
+            "-n": count,
+            "--steps": steps,
+            "--seed": seed,
             "-o": "picture.png",
         },
     )
@@ -82,16 +83,16 @@ def sample(
 
         def through(timesteps: Iterable[Any]) -> Iterator[Any]:
             for i, timestep in enumerate(timesteps):
-                emit(Step(i, int(steps)))
+                emit(Step(i, steps))
                 yield timestep
 
         made = denoise(
             source,
             method,
             side,
-            count=int(count),
-            steps=int(steps),
-            seed=int(seed),
+            count=count,
+            steps=steps,
+            seed=seed,
             tell=notes.append,
             progress=through,
         )

@@ -16,7 +16,7 @@ from ...pipelines.personalization.output import PREVIEWS, TOKEN
 from ...pipelines.personalization.training import TokenTrainer
 from . import lines
 from .background import Emit, streamed
-from .studio import Studio
+from .studio import Studio, whole
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ def learn(
     Raises:
         ValueError: an input is unusable, or nothing was learned.
     """
+    steps = whole("steps", steps)
     word, initializer, template = word.strip(), initializer.strip(), template.strip()
     folder, source = studio.fresh_folder("word"), studio.gathered(pictures)
 
     def work(emit: Emit) -> Word:
-        last = Learning(0, int(steps), (), ())
+        last = Learning(0, steps, (), ())
         emit(last)
 
         def look(trainer: TokenTrainer) -> None:
@@ -95,7 +96,7 @@ def learn(
             losses = tuple((step, loss) for step, _, loss in trainer.evaluations)
             found = sorted((folder / PREVIEWS).glob("*.png"))
             shown = tuple((file, f"step {int(file.stem[5:])}") for file in found)
-            last = Learning(trainer.step, int(steps), losses, shown)
+            last = Learning(trainer.step, steps, losses, shown)
             emit(last)
 
         with _forgotten(studio, word):
@@ -103,11 +104,11 @@ def learn(
                 source,
                 word,
                 initializer,
-                steps=int(steps),
+                steps=steps,
                 templates=[template],
                 preview_prompt=template,
                 output=folder,
-                seed=int(seed),
+                seed=seed,
                 callback=look,
                 progress=False,
             )
@@ -131,10 +132,10 @@ def learn(
         {
             "--token": word,
             "--initializer": initializer,
-            "--steps": int(steps),
+            "--steps": steps,
             "--template": template,
             "--preview-prompt": template,
-            "--seed": int(seed),
+            "--seed": seed,
             "--model": studio.model,
         },
     )

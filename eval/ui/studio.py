@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import tempfile
@@ -54,9 +55,7 @@ class Wish:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the picture shall show")
-        for name in ("seed", "scale", "steps"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is empty: give a number")
+        whole("seed", self.seed)
         _ = self.setting  # it checks scale and steps
 
     @property
@@ -116,6 +115,11 @@ class Studio:
     def __init__(
         self, pipe: Any, folder: Path, model: str | None = None, tokens: Iterable[Path] = ()
     ) -> None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        if "prompt" not in parameters or "guidance" not in parameters:
+            raise ValueError(
+                f"the page is for text-to-image models; {type(pipe).__name__} takes no prompt"
+            )
         self.pipe, self.folder, self.model = pipe, folder, model
         self.lock = threading.Lock()
         self.methods = methods(pipe)
@@ -279,3 +283,14 @@ class Studio:
             Path(file.name) if file.resolve().is_relative_to(own) else file
             for file in words.values()
         ]
+
+
+def whole(name: str, value: float | None) -> int:
+    """The number of a control.
+
+    Raises:
+        ValueError: it holds none, or no whole one.
+    """
+    if value is None or value != int(value):
+        raise ValueError(f"{name}: expected a whole number, got {value}")
+    return int(value)

@@ -14,9 +14,11 @@ from pilotage.eval.ui.comparing import comparison
 from pilotage.eval.ui.denoising import sample
 from pilotage.eval.ui.learning import learn
 from pilotage.eval.ui.lines import command
-from pilotage.eval.ui.studio import Wish
+from pilotage.eval.ui.studio import Studio, Wish
+from pilotage.pipelines import guided
 from pilotage.pipelines.personalization import save_token
 
+from ...families import FAMILIES
 from .test_background import result
 
 PROMPT = "noto style cat face"
@@ -95,7 +97,7 @@ def test_effective_guidance_needs_plain_guidance_beside(studio):
     ("changes", "message"),
     [
         ({"prompt": " "}, "the prompt is empty"),
-        ({"seed": None}, "seed is empty"),
+        ({"seed": None}, "seed: expected a whole number"),
         ({"guidance": "agp"}, "unknown guidance 'agp'"),
         ({"guidance": "cfg-pp"}, "this rule is for DDIMScheduler"),
         ({"scale": 0.0}, "scale must be finite and > 0"),
@@ -208,11 +210,18 @@ def test_denoised_pictures_are_those_of_the_command(studio, squares, monkeypatch
 def test_pictures_to_denoise_that_are_refused(studio, squares, tmp_path):
     with pytest.raises(ValueError, match="no pictures"):
         sample(studio, None, "", "local", None, 1, 2, 0)
+    with pytest.raises(ValueError, match="seed: expected a whole number, got None"):
+        sample(studio, squares, "", "local", None, 1, 2, None)
     with pytest.raises(FileNotFoundError, match="no folder"):
         sample(studio, squares, str(tmp_path / "none"), "local", None, 1, 2, 0)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=re.escape("text.png")):
         result(sample(studio, [tmp_path / "text.png"], "", "local", None, 1, 2, 0))
+
+
+def test_models_without_prompts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="DiTPipeline takes no prompt"):
+        Studio(guided(FAMILIES["dit"].build()), tmp_path)
 
 
 def test_command_lines_are_quoted():
