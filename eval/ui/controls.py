@@ -144,7 +144,7 @@ def argument_help(documented: Any) -> dict[str, str]:
     """The first sentence on every argument in a docstring, by its name; not "See ..."."""
     _, _, after = (inspect.getdoc(documented) or "").partition("Args:\n")
     block = re.split(r"\n\S", after)[0]
-    found = {}
+    found: dict[str, str] = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): ((?:.*\n?(?:     .*\n?)*))", block, re.M):
         sentence = re.split(r"(?<=[.;])\s", " ".join(text.split()).replace("`", ""))[0]
         if not sentence.startswith("See "):

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from PIL import Image
@@ -61,6 +61,25 @@ def enlarged(image: Image.Image) -> Image.Image:
     times = max(1, SHOWN // max(image.size))
     size = (image.width * times, image.height * times)
     return image if times == 1 else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def code(
+    label: str,
+    language: Literal["shell", "python"] = "shell",
+    elem_id: str | None = None,
+    visible: bool = False,
+) -> gr.Code:
+    """Lines to copy."""
+    return gr.Code(
+        language=language,
+        label=label,
+        lines=1,
+        interactive=False,
+        show_line_numbers=False,
+        wrap_lines=True,
+        elem_id=elem_id,
+        visible=visible,
+    )
 
 
 def cleared() -> str:

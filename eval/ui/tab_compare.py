@@ -9,7 +9,7 @@ import gradio as gr
 
 from .background import followed
 from .comparing import REPORTS, comparison
-from .parts import LIMIT, cleared, progress, told
+from .parts import LIMIT, cleared, code, progress, told
 from .studio import Studio
 
 SUGGESTED = ["cfg", "apg", "ag", "apg+ag", "forecast"]
@@ -52,15 +52,7 @@ class Compare:
         self.make = gr.Button("Compare", variant="primary")
         self.status = gr.HTML(elem_id="compare-status")
         self.report = gr.HTML(elem_id="report")
-        self.command = gr.Code(
-            language="shell",
-            label="The same by command, to keep (with the prompts in prompts.txt)",
-            lines=1,
-            interactive=False,
-            show_line_numbers=False,
-            wrap_lines=True,
-            visible=False,
-        )
+        self.command = code("The same by command, to keep (with the prompts in prompts.txt)")
         event = self.make.click(
             told(self.run),
             [self.prompts, self.guidances, self.scales, self.steps, self.seeds],

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .background import followed
 from .denoising import METHODS, sample
-from .parts import LIMIT, cleared, enlarged, progress, told
+from .parts import LIMIT, cleared, code, enlarged, progress, told
 from .studio import Step, Studio
 
 ABOUT = (
@@ -79,15 +79,7 @@ class Denoise:
             object_fit="contain",
             elem_id="denoised",
         )
-        self.command = gr.Code(
-            language="shell",
-            label="The same by command",
-            lines=1,
-            interactive=False,
-            show_line_numbers=False,
-            wrap_lines=True,
-            visible=False,
-        )
+        self.command = code("The same by command")
         inputs = [self.pictures, self.folder, self.method, self.size]
         event = self.make.click(
             told(self.run),

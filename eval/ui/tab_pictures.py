@@ -10,7 +10,7 @@ import gradio as gr
 import pandas as pd
 
 from .background import followed
-from .parts import LIMIT, cleared, enlarged, progress, table, told
+from .parts import LIMIT, cleared, code, enlarged, progress, table, told
 from .sides import Side
 from .studio import Picture, Step, Studio, Wish
 
@@ -99,19 +99,13 @@ class Pictures:
                         for x in ("Left", "Right")
                     ]
                 with gr.Accordion("The same by command or in Python", open=False):
-                    self.codes = [
-                        gr.Code(
-                            language=language,
-                            label=f"{side}, {where}",
-                            lines=1,
-                            interactive=False,
-                            show_line_numbers=False,
-                            wrap_lines=True,
-                            elem_id=f"{side}-{where}".lower(),
-                        )
-                        for side in ("Left", "Right")
-                        for language, where in (("shell", "command"), ("python", "Python"))
-                    ]
+                    self.codes = []
+                    for side in ("Left", "Right"):
+                        name = side.lower()
+                        self.codes += [
+                            code(f"{side}, command", "shell", f"{name}-command", True),
+                            code(f"{side}, Python", "python", f"{name}-python", True),
+                        ]
             self.right = Side(studio.methods, "Right", "apg")
         self._connect()
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .background import followed
 from .learning import Learning, learn
-from .parts import LIMIT, cleared, progress, told
+from .parts import LIMIT, cleared, code, progress, told
 from .studio import Studio
 
 ABOUT = (
@@ -71,15 +71,7 @@ class MakeWord:
             )
         self.result = gr.Markdown(elem_id="word-result")
         self.file = gr.DownloadButton("Download the word", visible=False)
-        self.command = gr.Code(
-            language="shell",
-            label="The same by command (with the pictures in pictures/)",
-            lines=1,
-            interactive=False,
-            show_line_numbers=False,
-            wrap_lines=True,
-            visible=False,
-        )
+        self.command = code("The same by command (with the pictures in pictures/)")
         event = self.make.click(
             told(self.run),
             [self.pictures, self.word, self.initializer, self.steps, self.template],
