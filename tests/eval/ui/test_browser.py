@@ -186,3 +186,16 @@ def test_two_visitors_take_turns(opened):
         for page in pages
     )
     assert set(first).isdisjoint(second)
+
+
+def test_stop_ends_it_and_gives_the_model_back(opened):
+    page = opened()
+    fewer_steps(page, 100)
+    page.get_by_role("button", name="Make both pictures").click()
+    page.locator("#status").get_by_text("left: step 1 of 100").wait_for()
+    page.locator("button:visible", has_text="Stop").click()
+    page.locator("#status progress").wait_for(state="detached")
+    assert page.locator("#figures table").count() == 0
+    fewer_steps(page, 2)
+    figures, _ = make(page)
+    assert figures["network evaluations"] == ["4", "4"]
