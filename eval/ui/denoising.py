@@ -63,7 +63,8 @@ def sample(
         raise FileNotFoundError(f"no folder {folder.strip()}")
     source = Path(folder.strip()) if folder.strip() else studio.gathered(pictures)
     count, steps, seed = whole("how many", count), whole("steps", steps), whole("seed", seed)
-    target = studio.fresh_folder("denoised") / "picture.png"
+    target = studio.fresh_folder("denoised")
+    files = [target / f"picture-{i}.png" for i in range(count)]
     side = None if size is None else whole("side in pixels", size)
     line = lines.command(
         "denoise",
@@ -96,6 +97,7 @@ def sample(
             tell=notes.append,
             progress=through,
         )
-        return Denoised(made, made.save(target), " ".join(notes), line)
+        made.save(files)
+        return Denoised(made, files, " ".join(notes), line)
 
     return streamed(work, studio.lock)

@@ -186,7 +186,8 @@ class Studio:
             **previews.options(wish.steps),
         )
         seconds = time.perf_counter() - begin
-        (file,) = made.save(self.fresh_folder("picture") / "picture.png")
+        file = self.fresh_folder("picture") / "picture.png"
+        made.save([file])
         trace, guidance = self.pipe.guidance_trace, self._guidance(wish)
         update = update_norms(trace, guidance, self.pipe.scheduler) if detailed else None
         samples = Samples(wish.setting, [file], [wish.prompt], trace.nfe, update, seconds)
