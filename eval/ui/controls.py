@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -128,14 +129,15 @@ def methods(pipe: Any) -> dict[str, Method]:
 
 def settings_of(make: Any) -> Iterable[Setting]:
     """The settings of a dataclass, or of a function that makes one, as far as a control can be."""
-    hints = get_type_hints(make)
-    helps = argument_help(Pattern) | argument_help(make)
+    whole = make.func if isinstance(make, functools.partial) else make
+    hints = get_type_hints(whole)
+    helps = argument_help(Pattern) | argument_help(whole)
     for name, parameter in inspect.signature(make).parameters.items():
         kind, choices = _control(hints.get(name))
         if kind is not None and parameter.default is not parameter.empty:
             default = parameter.default
             if repr(default) == "<factory>":  # of a dataclass: made anew for every object
-                factory = next(f.default_factory for f in fields(make) if f.name == name)
+                factory = next(f.default_factory for f in fields(whole) if f.name == name)
                 default = None if factory is MISSING else factory()
             yield Setting(name, kind, default, choices, helps.get(name, ""))
 
@@ -195,7 +197,8 @@ def _kind(make: Any, part: Any) -> Literal["rule", "policy"]:
 
 
 def _summary(make: Any) -> str:
-    return (inspect.getdoc(make) or "").partition("\n")[0].replace("`", "")
+    whole = make.func if isinstance(make, functools.partial) else make
+    return (inspect.getdoc(whole) or "").partition("\n")[0].replace("`", "")
 
 
 def _control(hint: Any) -> tuple[Kind | None, tuple[str, ...]]:

@@ -59,7 +59,7 @@ def test_other_settings_are_those_of_the_model_family():
         ("cfg(eta=1)", "has no setting 'eta': it has none"),
         ("apg(eta=much)", "a setting of 'apg' is not what it should be"),
         ("apg(norm_threshold=-1)", "norm_threshold must be >= 0"),
-        ("agp(eta=1)", r"unknown guidance 'agp\(eta=1\)'"),
+        ("agp(eta=1)", "unknown guidance 'agp'"),
         ("apg(eta=1)+cfg", "names two rules"),
     ],
 )
