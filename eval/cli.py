@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -40,9 +40,10 @@ from .options import (
 from .personalize import personalize
 from .terminal import finish, note, with_quiet
 from .tuning.commands import calibrate, fit, search
+from .ui.command import ui
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from .generation import Made
 
 OUT = Path("out.png")
 Force = Annotated[bool, typer.Option("--force", help="Write over pictures that exist.")]
@@ -97,12 +98,9 @@ def generate(
     check_tokens(token)
     check_backend(backend, graphs)
 
-    import torch
-
-    from ..pipelines.fitting.fitted import negative_argument, unconditional_text
-    from ..pipelines.guided import scale_option
     from ..pipelines.processes import processes
     from ..pipelines.seam.exchange import connected
+    from .generation import generate as make
 
     state, together = processes(), parallel == "branches"
     if together:
@@ -110,10 +108,6 @@ def generate(
     state.wait_for_everyone()  # none writes before all have seen what is there
     pipe = load_on(device, model, None, backend, graphs)
     words = add_tokens(pipe, token)
-    none = scale == 1
-    settings = pipe.resolve_guidance("cfg" if none else guidance)
-    strength = scale_option(pipe, scale)
-    unwanted = unconditional_text(pipe, negative or None)
     own = range(count)
     if state.num_processes > 1:
         pipe.set_progress_bar_config(disable=not state.is_main_process)
@@ -121,29 +115,20 @@ def generate(
             own = own[state.process_index :: state.num_processes]
     if not own:
         return
-    result = pipe(
-        prompt=[prompt],
-        guidance=settings,
+    made = make(
+        pipe,
+        prompt,
+        guidance,
+        scale,
+        steps,
+        [seed + i for i in own],
+        negative,
+        model,
+        words,
         parallel="branches" if together else None,
-        num_inference_steps=steps,
-        num_images_per_prompt=len(own),
-        generator=[torch.Generator().manual_seed(seed + i) for i in own],
-        **strength,
-        **negative_argument(pipe, unwanted, 1),
     )
-    made = {
-        "prompt": prompt,
-        "negative_prompt": unwanted,
-        "guidance": None if none else str(settings),
-        **strength,
-        "steps": steps,
-        "scheduler": type(pipe.scheduler).__name__,
-        "model": str(model or "embedded"),
-    } | ({"tokens": words} if words else {})
-    nfe = pipe.guidance_trace.nfe
-    each = [{"seed": seed + i, "nfe": n} for i, n in zip(own, nfe, strict=True)]
     if state.is_main_process or not together:
-        _write([paths[i] for i in own], result.images, made, each)
+        _write([paths[i] for i in own], made)
 
 
 def denoise(
@@ -187,7 +172,7 @@ def denoise(
     from ..guidance import resolve
     from ..pipelines.analytic.model import denoiser_class
 
-    kind = denoiser_class(method)
+    denoiser_class(method)
     if guidance:
         resolve(guidance)
     if tau is not None and method not in ("local", "soft"):
@@ -196,41 +181,23 @@ def denoise(
         raise FileNotFoundError(f"no folder {images}")
     paths = _targets(output, count, force)
 
-    import torch
+    from .generation import denoise as make
 
-    from ..guidance.analytic import size_for
-    from ..pipelines import guided
-    from ..pipelines.analytic.pipeline import AnalyticDenoisingPipeline
-
-    if size is None:
-        size, why = size_for(images, kind.accept, kind.side)
-        if why:
-            note(f"{why} (--size)")
     options = {} if tau is None else {"tau": tau}
-    pipe: Any = guided(
-        AnalyticDenoisingPipeline(images=images, size=size, method=method, options=options)
-    )
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    result = pipe(
+    made = make(
+        images,
+        method,
+        size,
+        options,
         count,
-        num_inference_steps=steps,
-        class_labels=label,
-        guidance_scale=scale,
-        guidance=guidance or None,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        steps,
+        seed,
+        label,
+        guidance,
+        scale,
+        lambda why: note(f"{why} (--size)"),
     )
-    made = {
-        "images": str(images),
-        "data": pipe.unet.data_hash,
-        "size": list(pipe.unet.images.shape[2:]),
-        "method": method,
-        **options,
-        "steps": steps,
-        "label": label,
-        "guidance": guidance,
-        "guidance_scale": scale,
-    }
-    _write(paths, result.images, made, [{"seed": seed + i} for i in range(count)])
+    _write(paths, made)
 
 
 def _targets(output: Path, count: int, force: bool) -> list[Path]:
@@ -251,17 +218,10 @@ def _targets(output: Path, count: int, force: bool) -> list[Path]:
     return paths
 
 
-def _write(
-    paths: Sequence[Path],
-    images: Sequence[Image.Image],
-    made: dict[str, Any],
-    each: Sequence[dict[str, Any]],
-) -> None:
-    """Write PNGs and name them. `each`: what to keep of one beside `made`."""
-    from .metadata import save_picture
-
-    for path, image, own in zip(paths, images, each, strict=True):
-        save_picture(path, image, made | own)
+def _write(paths: Sequence[Path], made: Made) -> None:
+    """Write PNGs, and name them."""
+    made.save(paths)
+    for path, own in zip(paths, made.settings, strict=True):
         typer.echo(f"{path}  ({own['nfe']} network evaluations)" if "nfe" in own else str(path))
 
 
@@ -299,6 +259,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "personalize": personalize,
     "export": export,
     "denoise": denoise,
+    "ui": ui,
     "info": info,
     "fid": metrics.fid,
     "kid": metrics.kid,

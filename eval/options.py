@@ -178,7 +178,7 @@ def _target(path: Path | None) -> Path | None:
 
 # What is sampled, and how.
 Guidance = Annotated[
-    str, typer.Option("--guidance", "-g", help="cfg, apg, ag, forecast, or e.g. apg+ag.")
+    str, typer.Option("--guidance", "-g", help="cfg, apg, ag, forecast, or e.g. 'apg(eta=0.5)+ag'.")
 ]
 Scale = Annotated[float, typer.Option("--scale", "-w", help="Guidance scale; 1 is none.")]
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast, get_type_hints
 
 from .base import Always, Guidance, Policy, Rule
 from .names import unknown
@@ -17,6 +21,7 @@ from .rules.frequency_decoupled import FDG
 from .rules.history_guided import HiGS
 from .rules.magnitude_aware import MagnitudeAware
 from .rules.tangential_amplifying import TAG
+from .text import parse
 
 register(Always)
 
@@ -66,8 +71,24 @@ LITERATURE: dict[str, Policy] = {
     f"ag-{threshold}": AdaptiveGuidance(float(threshold), space="native")
     for threshold in ("0.991", "0.993", "0.9990", "0.9994", "0.9996")
 }
-for _name in LITERATURE:
-    register(functools.partial(LITERATURE.__getitem__, _name), name=_name)
+
+
+def _changed(part: Rule | Policy) -> Callable[..., Rule | Policy]:
+    """A function that makes a part with some settings changed, which its signature lists."""
+    known = inspect.signature(type(part)).parameters.values()
+
+    @functools.wraps(type(part), assigned=("__doc__",), updated=())
+    def make(**settings: Any) -> Rule | Policy:
+        return replace(cast(Any, part), **settings)
+
+    own = [one.replace(default=getattr(part, one.name)) for one in known]
+    vars(make)["__signature__"] = inspect.Signature(own)
+    make.__annotations__ = get_type_hints(type(part))
+    return make
+
+
+for _name, _part in LITERATURE.items():
+    register(_changed(_part), name=_name)
 
 # Names of version 0.1, to go with version 0.3, whose thresholds the paper does not have.
 MISREAD = {"ag-0.994": "ag-0.9994", "ag-0.996": "ag-0.9996"}
@@ -86,13 +107,15 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     """Turn what a user wrote into a `Guidance`.
 
     Args:
-        guidance: A name ("cfg", "apg", "ag"), a combination of a rule and a policy ("apg+ag"), or
-            a configured object.
+        guidance: A name ("cfg", "apg", "ag"), a combination of a rule and a policy ("apg+ag"),
+            either with changed settings ("apg(eta=0.5)+ag(threshold=0.99)"), or a configured
+            object.
         family: Model family whose presets the names stand for, e.g. "sdxl". Names without a preset
             there take the defaults of their class.
 
     Raises:
-        ValueError: unknown name (the message lists the known ones), or two rules or policies.
+        ValueError: unknown name or setting (the message lists the known ones), a setting out of
+            its range, or two rules or policies.
         TypeError: neither a name nor a guidance object.
     """
     if isinstance(guidance, Guidance):
@@ -107,12 +130,13 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
         )
     rule: Rule | None = None
     policy: Policy | None = None
-    for name in guidance.lower().split("+"):
-        part = _part(name, family)
-        if part is None:
+    for name, settings in parse(guidance):
+        make = maker(name, family)
+        if make is None:
             raise unknown(
                 "guidance", name, available(), ", and a rule with a policy, such as 'apg+ag'"
             )
+        part = _configured(name, make, settings)
         if isinstance(part, Rule) and rule is None:
             rule = part
         elif isinstance(part, Policy) and policy is None:
@@ -123,8 +147,11 @@ def resolve(guidance: str | Rule | Policy | Guidance, family: str | None = None)
     return Guidance(rule or CFG(), policy or Always())
 
 
-def _part(name: str, family: str | None) -> Rule | Policy | None:
-    """What one name stands for; None: nothing."""
+def maker(name: str, family: str | None = None) -> Callable[..., Rule | Policy] | None:
+    """What makes the rule or policy of one name, its settings as keywords; None: nothing does.
+
+    Its signature lists the settings, with the defaults that they have in the model family.
+    """
     if name in MISREAD:
         right = MISREAD[name]
         warnings.warn(
@@ -136,12 +163,24 @@ def _part(name: str, family: str | None) -> Rule | Policy | None:
         name = right
     preset = PRESETS.get(family or "", {}).get(name)
     if preset is not None:
-        return preset
+        return _changed(preset)
     if name not in NAMES:
         load_installed()
-    if name not in NAMES:
-        return None
-    part = NAMES[name]()
+    return NAMES.get(name)
+
+
+def _configured(
+    name: str, make: Callable[..., Rule | Policy], settings: dict[str, Any]
+) -> Rule | Policy:
+    known = inspect.signature(make).parameters if settings else {}
+    for setting in settings:
+        if setting not in known:
+            listed = f"has {', '.join(known)}" if known else "has none"
+            raise ValueError(f"{name!r} has no setting {setting!r}: it {listed}")
+    try:
+        part = make(**settings)
+    except TypeError as error:
+        raise ValueError(f"a setting of {name!r} is not what it should be: {error}") from error
     if not isinstance(part, (Rule, Policy)):
         raise TypeError(f"{name!r} stands for {part!r}, expected a rule or a policy")
     return part

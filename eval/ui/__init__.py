@@ -1,0 +1,1 @@
+"""``pilotage ui``: a page in the browser."""
