@@ -137,7 +137,9 @@ def settings_of(make: Any) -> Iterable[Setting]:
         if kind is not None and parameter.default is not parameter.empty:
             default = parameter.default
             if repr(default) == "<factory>":  # of a dataclass: made anew for every object
-                factory = next(f.default_factory for f in fields(whole) if f.name == name)
+                factory = next(
+                    f.default_factory for f in fields(cast(Any, whole)) if f.name == name
+                )
                 default = None if factory is MISSING else factory()
             yield Setting(name, kind, default, choices, helps.get(name, ""))
 

@@ -98,7 +98,7 @@ def run(monkeypatch, *arguments):
 
 def test_without_gradio_it_names_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(monkeypatch) == 2
+    assert run(monkeypatch) == 1
     error = capsys.readouterr().err
     assert 'pip install "pilotage[ui]"' in error and error.count("\n") == 1
 
@@ -114,7 +114,7 @@ def test_an_open_address_warns(monkeypatch, capsys, host, warns):
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch, capsys, address, tmp_path):
     port = address.rstrip("/").rpartition(":")[2]
-    assert run(monkeypatch, "--no-open", "--port", port) == 2
+    assert run(monkeypatch, "--no-open", "--port", port) == 1
     assert port in capsys.readouterr().err
 
 
