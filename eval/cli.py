@@ -16,10 +16,13 @@ import typer
 from .comparison.command import compare
 from .export import export
 from .metrics import commands as metrics
+from .metrics import variety
+from .metrics.scoring import score
 from .options import (
     Backend,
     Count,
     Device,
+    Dtype,
     Graphs,
     Guidance,
     Json,
@@ -80,6 +83,7 @@ def generate(
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     backend: Backend = "torch",
     graphs: Graphs = None,
 ) -> None:
@@ -96,7 +100,7 @@ def generate(
     from ..pipelines.fitting.fitted import negative_argument, unconditional_text
     from ..pipelines.guided import scale_option
 
-    pipe = load_on(device, model, None, backend, graphs)
+    pipe = load_on(device, model, dtype, backend, graphs)
     words = add_tokens(pipe, token)
     none = scale == 1
     settings = pipe.resolve_guidance("cfg" if none else guidance)
@@ -282,9 +286,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "kid": metrics.kid,
     "cmmd": metrics.cmmd,
     "precision-recall": metrics.precision_recall,
+    "fd-infinity": variety.fd_infinity,
+    "vendi": variety.vendi,
+    "nearest": variety.nearest,
     "saturation": metrics.saturation,
     "similarity": metrics.similarity,
     "alignment": metrics.alignment,
+    "score": score,
     "statistics": metrics.statistics,
 }
 for _name, _command in COMMANDS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -77,3 +78,9 @@ def figures_context() -> dict[str, Any]:
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
     """Write measured figures with command line, machine, versions and date beside them."""
     write_json(path, {**figures, "context": figures_context()})
+
+
+def add_figures(path: Path, name: str, figures: dict[str, Any]) -> None:
+    """Write figures under a name into a file of several, beside what else it holds."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, kept | {name: figures | {"context": figures_context()}})

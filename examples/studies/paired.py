@@ -32,7 +32,7 @@ from pilotage.eval.comparison.evaluation import (
 )
 from pilotage.eval.comparison.paired import Difference, differences
 from pilotage.eval.metrics.bootstrap import Resamples, interval
-from pilotage.eval.record import figures_context, write_json
+from pilotage.eval.record import add_figures
 
 PROMPTS, SEEDS = 32, 2
 GROUPS = [prompt for prompt in range(PROMPTS) for _ in range(SEEDS)]
@@ -144,9 +144,8 @@ def _share(calls: Iterable[bool]) -> float:
 
 def main(output: Annotated[Path, typer.Option()] = Path("eval/results/report.json")) -> None:
     """Measure, and write ``paired`` beside what else the file holds."""
-    kept = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-    found = measure() | {"context": figures_context()}
-    write_json(output, kept | {"paired": found})
+    found = measure()
+    add_figures(output, "paired", found)
     typer.echo(json.dumps(found, indent=2))
 
 
