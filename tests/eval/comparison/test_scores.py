@@ -11,7 +11,7 @@ from pilotage.eval.comparison.evaluation import evaluate, paired_differences, pr
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.chroma import chroma_distance, chroma_shares
-from pilotage.eval.pictures import batches
+from pilotage.eval.pictures import Pictures
 
 from ..test_cli import run
 from .comparisons import made_up
@@ -66,7 +66,7 @@ def test_distance_of_chroma_to_the_reference(tmp_path, pair):
     reference = torch.tensor([0.8, 0.3, 0.2]).view(1, 3, 1, 1).expand(4, 3, 8, 8)
     real = chroma_shares(reference).mean(0)
     row, resampled = evaluate(other, plain, tmp_path, chroma=real)
-    (pictures,) = batches(other.paths)
+    (pictures,) = Pictures(other.paths).batches()
     expected = float(chroma_distance(real, chroma_shares(pictures).mean(0)))
     assert row["chroma_distance"] == pytest.approx(expected, rel=1e-5) and expected > 20
     # All pictures are grey: whatever is drawn, the distance is the same.
