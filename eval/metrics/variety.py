@@ -20,6 +20,7 @@ from ..options import (
     Resize,
     report,
 )
+from ..terminal import note
 
 if TYPE_CHECKING:
     from .feature_files import Features
@@ -48,10 +49,9 @@ def fd_infinity(
     one, two = load_pair(*settings, rows=rows, least=least)
     found = limit(one if one.values is None else one.values, two.rows(), points, seed)
     if found.counts[0] < len(one.mean):
-        typer.echo(
+        note(
             f"warning: the smallest part has {found.counts[0]} pictures for "
-            f"{len(one.mean)} features: the line is a poor description there",
-            err=True,
+            f"{len(one.mean)} features: the line is a poor description there"
         )
     counts = {"n_real": one.count, "n_fake": two.count}
     values = {"fd_infinity": found.value, "fit": found.fit, "fd": found.distances[-1]}
