@@ -16,10 +16,13 @@ import typer
 from .comparison.command import compare
 from .export import export
 from .metrics import commands as metrics
+from .metrics import variety
+from .metrics.scoring import score
 from .options import (
     Backend,
     Count,
     Device,
+    Dtype,
     Graphs,
     Guidance,
     Json,
@@ -82,6 +85,7 @@ def generate(
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     backend: Backend = "torch",
     graphs: Graphs = None,
     parallel: Parallel = "samples",
@@ -106,7 +110,7 @@ def generate(
     if together:
         connected()
     state.wait_for_everyone()  # none writes before all have seen what is there
-    pipe = load_on(device, model, None, backend, graphs)
+    pipe = load_on(device, model, dtype, backend, graphs)
     words = add_tokens(pipe, token)
     own = range(count)
     if state.num_processes > 1:
@@ -265,9 +269,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "kid": metrics.kid,
     "cmmd": metrics.cmmd,
     "precision-recall": metrics.precision_recall,
+    "fd-infinity": variety.fd_infinity,
+    "vendi": variety.vendi,
+    "nearest": variety.nearest,
     "saturation": metrics.saturation,
     "similarity": metrics.similarity,
     "alignment": metrics.alignment,
+    "score": score,
     "statistics": metrics.statistics,
 }
 for _name, _command in COMMANDS.items():

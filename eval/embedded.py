@@ -60,24 +60,40 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> Any:
 def load_on(
     device: str,
     model: str | None,
-    dtype: str | None = None,
+    dtype: str = "auto",
     backend: str = "torch",
     graphs: Path | None = None,
 ) -> Any:
     """The pipeline of a folder or hub name, None: the embedded one, on a device.
 
-    `dtype` is a name in `DTYPES`; None is half precision but on CPUs. On another backend than
-    "torch" the graphs of a folder take the place of its networks.
+    `dtype` is a name in `DTYPES`, or "auto" (see `precision_of`). On another backend than "torch"
+    the graphs of a folder take the place of its networks.
     """
     on_cpu = graphs is not None or torch.device(device).type == "cpu"
-    name = dtype or ("fp32" if on_cpu else "fp16")
-    precision = getattr(torch, DTYPES.get(name, name))
+    precision = precision_of(dtype, on_cpu, model)
     pipe = load_embedded(precision) if model is None else load_pipeline(model, precision)
     if graphs is None:
         return pipe.to(device)
     from ..pipelines.runtimes import on_runtime
 
     return on_runtime(pipe, graphs, backend)
+
+
+def precision_of(dtype: str, on_cpu: bool, model: str | None) -> torch.dtype:
+    """The precision of a name in `DTYPES`.
+
+    "auto" is float32 on a CPU. Elsewhere it is bfloat16 for pipelines around a transformer, which
+    were trained in it and overflow in float16, and float16 for those around a U-Net, which lose
+    less by it.
+    """
+    if dtype != "auto":
+        return getattr(torch, DTYPES[dtype])
+    if on_cpu:
+        return torch.float32
+    from diffusers import DiffusionPipeline
+
+    config = DiffusionPipeline.load_config(embedded_folder() if model is None else model)
+    return torch.bfloat16 if "transformer" in config else torch.float16
 
 
 def check_guidance(name: str, model: str | None) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .pictures import Pictures
 
-DEFAULT_EXTRACTOR = "efficientnet-lite0"
+DEFAULT_EXTRACTOR = "efficientnet-lite0-native"
 
 
 def device_of(name: str) -> torch.device:
@@ -28,9 +28,11 @@ def device_of(name: str) -> torch.device:
     """
     import torch
 
-    from ..pipelines.processes import processes
-
     if name == "auto":
+        if not torch.accelerator.is_available():
+            return torch.device("cpu")
+        from ..pipelines.processes import processes  # slow: it brings diffusers along
+
         return processes().device
     try:
         device = torch.device(name)
@@ -46,10 +48,10 @@ def device_of(name: str) -> torch.device:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _dtype(name: str | None) -> str | None:
-    """The name, if it is one; that of a precision in PyTorch will do as well."""
-    if name is not None and name not in DTYPES and name not in DTYPES.values():
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {name!r}")
+def _dtype(name: str) -> str:
+    """The name, if it is one."""
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype is one of auto, {', '.join(DTYPES)}, got {name!r}")
     return name
 
 
@@ -125,7 +127,7 @@ def report(values: dict[str, Any], json_file: Path | None, *folders: Pictures | 
     What was changed in pictures on reading is told on the standard error.
 
     Args:
-        values: Names and values, ready for JSON.
+        values: Names and values, ready for JSON; of a list of dictionaries each is a line.
         json_file: A file to write, with command, machine and versions; ``-``: print JSON, and
             nothing else; None: no JSON.
         folders: What was read: counts and names for the JSON. None stands for a file of features.
@@ -141,12 +143,19 @@ def report(values: dict[str, Any], json_file: Path | None, *folders: Pictures | 
         typer.echo(json.dumps(full, allow_nan=False))
         return
     for name, value in values.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        typer.echo(f"{name}: {shown}")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = ["  ".join(_shown(cell) for cell in row.values()) for row in value]
+            typer.echo("\n".join([f"{name}: {', '.join(value[0])}", *lines]))
+        else:
+            typer.echo(f"{name}: {_shown(value)}")
     if json_file is not None:
         from .record import write_figures
 
         write_figures(json_file, full)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _resize(form: str | None) -> str | None:
@@ -191,12 +200,16 @@ Model = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda, ...", callback=lambda name: str(device_of(name))),
+    typer.Option(
+        help="auto (an accelerator if there is one), cpu, cuda, ...",
+        callback=lambda name: str(device_of(name)),
+    ),
 ]
 Dtype = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Precision of the weights: fp32, bf16, fp16; default: fp32 on a CPU, else fp16.",
+        help="Precision of the weights: fp32, bf16, fp16, or auto: fp32 on a CPU, elsewhere bf16 "
+        "for transformers and fp16 for U-Nets.",
         callback=_dtype,
     ),
 ]
@@ -229,8 +242,14 @@ Fake = Annotated[Path, typer.Argument(help="Folder of generated pictures, or a .
 Extractor = Annotated[
     str,
     typer.Option(
-        "--extractor", "-e", help="Network for features; or inception, clip:MODEL, dinov2:MODEL."
+        "--extractor",
+        "-e",
+        help="Network for features: efficientnet-lite0-native, "
+        "efficientnet-lite0, inception, clip:MODEL or dinov2:MODEL.",
     ),
+]
+Lpips = Annotated[
+    Path | None, typer.Option(help="Weights of LPIPS (.safetensors); leaves it out by default.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Resize = Annotated[

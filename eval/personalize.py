@@ -74,7 +74,7 @@ def personalize(
     yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     backend: Backend = "torch",
     graphs: Graphs = None,
 ) -> None:

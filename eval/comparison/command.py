@@ -12,6 +12,8 @@ from ..options import (
     Background,
     BatchSize,
     Device,
+    Dtype,
+    Lpips,
     MadeBy,
     Model,
     Negative,
@@ -65,6 +67,14 @@ def compare(
     ridge: Annotated[
         Path | None, typer.Option(help="A map made by `alignment --fit`, for the alignment.")
     ] = None,
+    score: Annotated[
+        list[str],
+        typer.Option(
+            help="pickscore:MODEL, hpsv2:MODEL, aesthetic:MODEL, clip-iqa:MODEL (folder or hub "
+            "name): what people would prefer, with the share of wins over CFG; repeat."
+        ),
+    ] = NONE,
+    lpips: Lpips = None,
     negative: Negative = None,
     batch_size: BatchSize = 8,
     equal_nfe: Annotated[
@@ -83,6 +93,7 @@ def compare(
     model: Model = None,
     device: Device = "auto",
     parallel: Parallel = "samples",
+    dtype: Dtype = "auto",
 ) -> None:
     """Compare guidance settings: pictures, every metric, one HTML report; resumable.
 
@@ -103,7 +114,9 @@ def compare(
     from ...pipelines.fitting.runs import Runs
     from ...pipelines.processes import processes
     from ..estimate import ask
-    from ..metrics.alignment import load_scorer
+    from ..metrics.alignment import Alignment, load_scorer
+    from ..metrics.lpips import LPIPS
+    from ..metrics.preference import kinds_of, load_preference
     from ..pictures import Pictures, Reading
     from .comparison import compare as run
     from .comparison import grid, with_baselines
@@ -119,12 +132,17 @@ def compare(
         batch_size,
         {"negative_prompt": negative or None},
     )
-    alignment = load_scorer(clip, ridge).to(device) if clip or ridge else None
+    kinds = kinds_of(score)
+    scorers: dict[str, Alignment] = {}
+    if clip or ridge:
+        scorers["alignment"] = load_scorer(clip, ridge).to(device)
+    scorers |= {kind: load_preference(name, device) for kind, name in kinds.items()}
+    distance = None if lpips is None else LPIPS(lpips).to(device)
     main = processes().is_main_process
     network, real, reading = None, None, Reading(recursive, resize, background)
     if reference is not None:
         real, network = open_reference(reference, extractor, device, reading, made_by)
-    pipe = load_on(device, model)
+    pipe = load_on(device, model, dtype)
     add_tokens(pipe, token)
     todo = missing(pipe, with_baselines(plan), output / "pictures", parallel)
     runs = Runs(pipe, texts, max(*scale, 2.0), batch_size=batch_size)
@@ -140,7 +158,8 @@ def compare(
         output,
         reference=real,
         extractor=network,
-        alignment=alignment,
+        scorers=scorers,
+        lpips=distance,
         reading=reading,
         equal_nfe=equal_nfe,
         report=report,

@@ -13,22 +13,25 @@ With ``matched`` every setting is compared once more, at the scale at which that
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ...guidance.files import atomic, write_json, write_text
 from ...pipelines.processes import processes
 from ..metrics.alignment import Alignment
-from ..metrics.extractors import EfficientNetLite0, Extractor
+from ..metrics.extractors import Extractor, load_extractor
+from ..metrics.lpips import LPIPS
+from ..metrics.per_picture import NO_SCORERS
 from ..pictures import Pictures, Reading
 from ..record import figures_context
 from .answer import answer
 from .cost import steps_for_nfe
-from .evaluation import evaluate, independent, paired_differences, rounded
+from .evaluation import evaluate, independent, paired_differences, preferences, rounded
 from .lines import lines_to_copy
 from .matched import at_equal_strength, matched_settings
 from .plan import BASELINE, Plan, Samples, Setting
@@ -65,7 +68,8 @@ def compare(
     output: Path | str,
     reference: Reference | None = None,
     extractor: Extractor | None = None,
-    alignment: Alignment | None = None,
+    scorers: Mapping[str, Alignment] = NO_SCORERS,
+    lpips: LPIPS | None = None,
     reading: Reading | None = None,
     equal_nfe: bool = True,
     report: bool = True,
@@ -84,8 +88,10 @@ def compare(
             goes on where it stopped, and one of other settings shares its pictures.
         reference: Real pictures, with shape (N, 3, H, W), in [0, 1], those of a folder, or a file
             of their features; without them the metrics that compare distributions are left out.
-        extractor: Pictures to features; default: EfficientNet-Lite0. Used with `reference` only.
-        alignment: What scores pictures by their prompts; None leaves it out.
+        extractor: Pictures to features; default: `load_extractor`'s. Used with `reference` only.
+        scorers: What scores pictures by their prompts, by name: ``alignment``, or a kind of
+            `preference`, of which the share of wins over the baseline is told as well.
+        lpips: LPIPS to the baseline; None leaves it out.
         reading: How the pictures made are read to be measured, resized like those of a folder.
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
@@ -122,18 +128,21 @@ def compare(
     if not processes().is_main_process:
         return []
 
-    gallery, real = None, None
+    gallery = real = shares = None
     if reference is not None:
-        extractor = extractor or EfficientNetLite0().to(pipe.device)
-        gallery, means = measure_reference(reference, extractor, progress)
+        extractor = extractor or load_extractor(device=pipe.device)
+        gallery, means, shares = measure_reference(reference, extractor, progress)
         real = {name: mean if name == "n" else rounded(mean) for name, mean in means.items()}
     rows, resampled = [], {}
+    plain_scores: dict[Setting, dict[str, Tensor]] = {}
     everything = [*made, *fewer]
     for i, samples in enumerate(tqdm(everything, "metrics", unit="setting", disable=not progress)):
         same = matches.get(samples.setting, []) if i >= len(made) else []
         like = same[0] if same else samples.setting
         baseline = baselines[like.beside, like.steps]
         kind = "baseline" if i >= len(asked) else "matched" if like.matched else "grid"
+        if baseline.setting not in plain_scores:
+            plain_scores[baseline.setting] = preferences(baseline, scorers, reading)
         row, resampled[samples.setting.label] = evaluate(
             samples,
             None if baseline is samples else baseline,
@@ -143,7 +152,10 @@ def compare(
             str(pipe.resolve_guidance(samples.setting.guidance)),
             extractor,
             gallery,
-            alignment,
+            scorers,
+            plain_scores[baseline.setting],
+            lpips,
+            shares,
             reading,
         )
         rows.append(row)
@@ -157,7 +169,8 @@ def compare(
         "real": real,
         "reference": reference.summary() if isinstance(reference, Pictures) else None,
         "extractor": getattr(extractor, "name", None) if reference is not None else None,
-        "alignment": getattr(alignment, "name", None),
+        "alignment": getattr(scorers.get("alignment"), "name", None),
+        "scores": {kind: one.name for kind, one in scorers.items()},
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "context": figures_context(),

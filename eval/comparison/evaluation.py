@@ -13,13 +13,21 @@ from torch import Tensor
 
 from ..metrics.alignment import Alignment
 from ..metrics.bootstrap import Resamples, moved_interval
+from ..metrics.chroma import chroma_distance
 from ..metrics.extractors import Extractor
 from ..metrics.feature_files import Features
 from ..metrics.frechet import frechet_distance, frechet_resamples
-from ..metrics.images import TO_BASELINE
 from ..metrics.kid import kernel_distance
-from ..metrics.per_picture import mean_and_interval, measure
-from ..metrics.precision_recall import density_coverage, precision_recall
+from ..metrics.lpips import LPIPS
+from ..metrics.per_picture import (
+    NO_SCORERS,
+    SIMILARITIES,
+    mean_and_interval,
+    measure,
+    wins,
+)
+from ..metrics.precision_recall import neighbour_metrics
+from ..metrics.preference import KINDS
 from ..metrics.resampled import kernel_resamples, neighbour_resamples
 from ..pictures import Pictures, Reading
 from .paired import differences
@@ -28,6 +36,7 @@ from .plan import Samples
 RESAMPLES = 2000
 DISTANCE_RESAMPLES = 100  # of metrics of whole sets, which cost more
 NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
+NO_SCORES: Mapping[str, Tensor] = {}
 SHARES = ("precision", "recall", "coverage")  # at most 1
 
 
@@ -47,7 +56,10 @@ def evaluate(
     guidance: str = "",
     extractor: Extractor | None = None,
     gallery: Tensor | Features | None = None,
-    alignment: Alignment | None = None,
+    scorers: Mapping[str, Alignment] = NO_SCORERS,
+    plain: Mapping[str, Tensor] = NO_SCORES,
+    lpips: LPIPS | None = None,
+    chroma: Tensor | None = None,
     reading: Reading | None = None,
 ) -> tuple[dict[str, Any], dict[str, Resampled]]:
     """All figures of a setting, ready for JSON, and what `paired_differences` needs of it.
@@ -64,7 +76,11 @@ def evaluate(
         extractor: Pictures to features, None without a reference.
         gallery: Features of the reference, with shape (N, D), on the CPU, or their mean and
             covariance, or None.
-        alignment: What scores pictures by their prompts, or None.
+        scorers: By name, what scores pictures by their prompts.
+        plain: Scores of the baseline's pictures by some of them, with shape (N,), for the share of
+            pictures that score higher than the baseline's of the same prompt and noise.
+        lpips: LPIPS to the baseline, or None.
+        chroma: Shares of the reference's pixels by chroma, with shape (280,), or None.
         reading: How pictures are read.
     """
     reading = reading or Reading()
@@ -72,10 +88,13 @@ def evaluate(
         Pictures(samples.paths, reading),
         None if baseline is None else Pictures(baseline.paths, reading),
         samples.prompts,
-        alignment,
+        scorers,
         None if gallery is None else extractor,
+        lpips=lpips,
     )
-    features = values.pop("features", None)
+    features, shares = values.pop("features", None), values.pop("chroma_shares")
+    if baseline is not None:
+        values |= {f"{kind}_wins": wins(values[kind], other) for kind, other in plain.items()}
     groups = independent(samples.prompts)
     setting = samples.setting
     row: dict[str, Any] = {
@@ -100,11 +119,12 @@ def evaluate(
     }
     drawn = Resamples.of(groups, RESAMPLES) if len(set(groups)) > 1 else None
     resampled: dict[str, Resampled] = {}
+    of_baseline = {*SIMILARITIES, *(f"{kind}_wins" for kind in plain)}
     for name, value in values.items():
         mean, ends = mean_and_interval(value, groups)
         row[name] = rounded(mean)
         row[f"{name}_interval"] = None if ends is None else [rounded(end) for end in ends]
-        if drawn and name not in TO_BASELINE and mean is not None and value.isfinite().all():
+        if drawn and name not in of_baseline and mean is not None and value.isfinite().all():
             resampled[name] = Resampled(mean, drawn.means(value))
     if "psnr" in values:
         row["n_equal"] = int(values["psnr"].isinf().sum())
@@ -121,7 +141,36 @@ def evaluate(
                 rounded(low if name == "kid" else max(low, 0.0)),
                 rounded(min(high, 1.0) if name in SHARES else high),
             ]
+    if drawn and chroma is not None:
+        one = chroma_resamples(chroma, shares, drawn)
+        low, high = moved_interval(one.draws, one.value)
+        row["chroma_distance"] = rounded(one.value)
+        row["chroma_distance_interval"] = [rounded(max(low, 0.0)), rounded(high)]
+        resampled["chroma_distance"] = one
     return row, resampled
+
+
+def chroma_resamples(real: Tensor, shares: Tensor, drawn: Resamples) -> Resampled:
+    """Distance of chroma to real pictures (see `metrics.chroma`), and its resamples.
+
+    Args:
+        real: Shares of the real pictures' pixels, with shape (280,).
+        shares: The same of each generated picture, with shape (N, 280).
+        drawn: Resamples of the generated pictures.
+    """
+    counts = drawn.counts()
+    means = counts @ shares / counts.sum(1, keepdim=True)
+    return Resampled(float(chroma_distance(real, shares.mean(0))), chroma_distance(real, means))
+
+
+def preferences(
+    samples: Samples, scorers: Mapping[str, Alignment], reading: Reading | None = None
+) -> dict[str, Tensor]:
+    """Scores of a setting's pictures by the kinds of `metrics.preference`, with shape (N,)."""
+    kinds = {name: one for name, one in scorers.items() if name in KINDS}
+    pictures = Pictures(samples.paths, reading or Reading())
+    found = measure(pictures, None, samples.prompts, kinds) if kinds else {}
+    return {kind: found[kind] for kind in kinds}
 
 
 def paired_differences(
@@ -197,10 +246,10 @@ def distribution_metrics(
         values["kid"] = kernel_distance(rows, fake).value
         draws["kid"] = kernel_resamples(rows, fake, drawn)
     if least > NEIGHBOUR:
-        values |= precision_recall(rows, fake, NEIGHBOUR)._asdict()
+        wide = DENSITY_NEIGHBOUR if least > DENSITY_NEIGHBOUR else None
+        for found in neighbour_metrics(rows, fake, NEIGHBOUR, wide):
+            values |= {} if found is None else found._asdict()
         draws |= neighbour_resamples(rows, fake, drawn, NEIGHBOUR, DENSITY_NEIGHBOUR)
-    if least > DENSITY_NEIGHBOUR:
-        values |= density_coverage(rows, fake, DENSITY_NEIGHBOUR)._asdict()
     return {name: Resampled(value, draws[name]) for name, value in values.items()}
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...pipelines.processes import processes
+from ..metrics.chroma import chroma_shares
 from ..metrics.extractors import Extractor, load_extractor
 from ..metrics.feature_files import Features
-from ..metrics.images import PER_PICTURE
+from ..metrics.per_picture import PER_PICTURE
 from ..pictures import Pictures, Reading
 from ..terminal import note
 
@@ -69,16 +70,17 @@ def check_reference(reference: Reference) -> None:
 
 def measure_reference(
     reference: Reference, extractor: Extractor, progress: bool = False
-) -> tuple[Tensor | Features, dict[str, Any]]:
+) -> tuple[Tensor | Features, dict[str, Any], Tensor | None]:
     """Features, and what is measured of each picture, a batch at a time; `progress` shows a bar.
 
     Returns:
         Features, with shape (N, D), on the CPU, or a file's mean and covariance where it keeps
-        nothing else; and ``n``, and of pictures the means of `PER_PICTURE`.
+        nothing else; ``n``, and of pictures the means of `PER_PICTURE`; and of pictures the shares
+        of their pixels by chroma, with shape (280,).
     """
     if isinstance(reference, Features):
         kept = reference if reference.values is None else reference.values
-        return kept, {"n": reference.count}
+        return kept, {"n": reference.count}, None
     batches: Iterable[Tensor]
     batches = reference.split(BATCH) if isinstance(reference, Tensor) else reference.batches(BATCH)
     found: dict[str, list[Tensor]] = {}
@@ -87,7 +89,8 @@ def measure_reference(
         found.setdefault("features", []).append(extractor(batch).cpu())
         for name, metric in PER_PICTURE.items():
             found.setdefault(name, []).append(metric(batch))
+        found.setdefault("chroma_shares", []).append(chroma_shares(batch))
     values = {name: torch.cat(parts) for name, parts in found.items()}
-    features = values.pop("features")
+    features, shares = values.pop("features"), values.pop("chroma_shares").mean(0)
     means: dict[str, Any] = {name: float(value.mean()) for name, value in values.items()}
-    return features, means | {"n": len(features)}
+    return features, means | {"n": len(features)}, shares

@@ -8,17 +8,18 @@ weaker than CLIP, knows only what it was fitted on, and its values compare with 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .extractors import HubFeatures, from_pretrained
+from .hub import CLIPFeatures, from_pretrained
 from .ridge import RidgeAlignment
 
-__all__ = ["Alignment", "CLIPAlignment", "RidgeAlignment", "load_scorer"]
+__all__ = ["Alignment", "CLIPAlignment", "CLIPWithText", "RidgeAlignment", "load_scorer"]
 
 
 class Alignment(Protocol):
@@ -34,41 +35,71 @@ class Alignment(Protocol):
         """A value a picture, shape (N,), of pictures (N, 3, H, W) in [0, 1] and N texts."""
 
 
-class CLIPAlignment(HubFeatures):
-    """CLIP score.
+class CLIPWithText(CLIPFeatures):
+    """A CLIP model's embeddings of pictures and of texts.
 
     Args:
         model: Folder or hub name.
+        options: For `from_pretrained`.
 
     Raises:
-        FileNotFoundError, ValueError: see `extractors.from_pretrained`.
+        FileNotFoundError, ValueError: see `hub.from_pretrained`.
     """
 
-    def __init__(self, model: str) -> None:
-        super().__init__("clip", model)
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(model, **options)
         from transformers import AutoTokenizer
 
         self.tokenizer = from_pretrained(AutoTokenizer, model)
+        self.told: set[str] = set()
 
     @torch.inference_mode()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings of N texts, not normalised, with shape (N, D).
+
+        What is longer than the model's context (77 tokens, with the two that begin and end it) is
+        cut off, as for published figures; a warning names each such prompt once.
+        """
+        most = self.network.config.text_config.max_position_embeddings
+        for prompt in dict.fromkeys(prompts):
+            if (
+                prompt not in self.told
+                and (count := len(self.tokenizer(prompt)["input_ids"])) > most
+            ):
+                self.told.add(prompt)
+                warnings.warn(
+                    f"CLIP reads {most} tokens, this prompt has {count} and is scored by its "
+                    f"beginning: {prompt!r}",
+                    stacklevel=2,
+                )
+        text = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        ).to(self.network.device)
+        return self.network.text_projection(self.network.text_model(**text).pooler_output).float()
+
+    @torch.inference_mode()
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine of each picture and its prompt, shape (N,).
+
+        Raises:
+            ValueError: as many prompts as pictures are needed.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures, but {len(prompts)} prompts")
+        return nn.functional.cosine_similarity(self(images), self.texts(prompts))
+
+
+class CLIPAlignment(CLIPWithText):
+    """CLIP score."""
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """100 max(cos, 0) of each picture and its prompt, shape (N,).
 
         Args:
             images: Pictures, with shape (N, 3, H, W), in [0, 1].
-            prompts: N texts; more than the model's context is cut off, as for published figures.
+            prompts: N texts; of longer ones than the model's context, see `texts`.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures, but {len(prompts)} prompts")
-        text = self.tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=self.network.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.network.device)
-        vectors = self.network.text_projection(self.network.text_model(**text).pooler_output)
-        return 100 * torch.cosine_similarity(self(images), vectors.float()).clamp(min=0)
+        return 100 * self.cosines(images, prompts).clamp(min=0)
 
 
 def load_scorer(

@@ -15,14 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kid import checked_pair, kernel_sum
+from .blocks import own_sum, pair_sum, prepared
+from .features import checked_features
 
 SIGMA = 10.0
 SCALE = 1000.0
 
 
 def cmmd(real: Tensor, fake: Tensor) -> float:
-    """1000 times the squared MMD of embeddings of unit length, diagonal included, in float64.
+    """1000 times the squared MMD of embeddings of unit length, diagonal included.
+
+    Products in float32 blocks, kernels and their sums in float64.
 
     Args:
         real: Embeddings, with shape (N, D); they are brought to unit length here.
@@ -31,14 +34,12 @@ def cmmd(real: Tensor, fake: Tensor) -> float:
     Raises:
         ValueError: no pictures, NaN, or different dimensions.
     """
-    pair = checked_pair(real, fake, least=1)
-    real, fake = (torch.nn.functional.normalize(x, dim=1) for x in pair)
+    unit = [torch.nn.functional.normalize(checked_features(x), dim=1) for x in (real, fake)]
+    one, other = prepared(*unit)
 
-    def gaussian(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        return (squares.clamp(min=0) / (-2 * SIGMA**2)).exp()
+    def gaussian(dots: Tensor) -> Tensor:
+        return ((dots - 1).clamp(max=0) / SIGMA**2).exp()  # |a - b|^2 = 2 - 2 a.b
 
-    def mean(a: Tensor, b: Tensor) -> float:
-        return float(kernel_sum(a, b, gaussian)) / (len(a) * len(b))
-
-    return SCALE * (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake))
+    n, m = len(one), len(other)
+    own = (own_sum(one, gaussian) + n) / n**2 + (own_sum(other, gaussian) + m) / m**2
+    return SCALE * (own - 2 * pair_sum(one, other, gaussian) / (n * m))

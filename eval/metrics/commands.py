@@ -20,6 +20,7 @@ from ..options import (
     Fake,
     Folder,
     Json,
+    Lpips,
     MadeBy,
     Real,
     Recursive,
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     from ..pictures import Pictures, Reading
     from .features import Features
 
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file, a line a picture in the order of names; default: from the pictures of "
+        "Pilotage, A1111 or ComfyUI."
+    ),
+]
 CMMD_EXTRACTOR = "clip:openai/clip-vit-large-patch14-336"
 
 
@@ -44,13 +52,24 @@ def _sources(real: Features, fake: Features) -> dict[str, Any]:
     return found | {"n_real": real.count, "n_fake": fake.count}
 
 
-def _read(folder: Path, reading: Reading) -> Pictures:
+def read_folder(folder: Path, reading: Reading) -> Pictures:
     """The pictures of a folder, checked; what is there is told on the standard error."""
     from ..pictures import Pictures
 
     pictures = Pictures.of(folder, reading)
     note(pictures.found())
     return pictures.check()
+
+
+def texts_of(prompts: Path | None, pictures: Pictures) -> list[str]:
+    """A prompt a picture: the lines of a file, else what the pictures carry."""
+    from ..metadata import prompt_of
+
+    files = pictures.files
+    texts = read_prompts(prompts) if prompts is not None else [prompt_of(file) for file in files]
+    if len(texts) != len(files):
+        raise ValueError(f"{prompts} has {len(texts)} prompts for {len(files)} pictures")
+    return texts
 
 
 def fid(
@@ -65,7 +84,7 @@ def fid(
     recursive: Recursive = False,
     background: Background = "white",
     made_by: MadeBy = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Fréchet distance between two sets of pictures (FID with --extractor inception)."""
@@ -99,11 +118,12 @@ def kid(
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Kernel distance between two sets of pictures (KID with --extractor inception)."""
     from ..pictures import Reading
+    from .blocks import on_device
     from .features import load_pair
     from .kid import kernel_distance
 
@@ -111,7 +131,8 @@ def kid(
     least = (count, count)
     settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
     one, two = load_pair(*settings, least=least)
-    found = kernel_distance(one.rows(), two.rows(), subsets or None, subset_size)
+    real_rows, fake_rows = (on_device(x.rows(), device) for x in (one, two))
+    found = kernel_distance(real_rows, fake_rows, subsets or None, subset_size)
     std = {} if found.std is None else {"std": found.std}
     values = {"kid": found.value, **std, **_sources(one, two)}
     report(values, json, one.pictures, two.pictures)
@@ -125,17 +146,19 @@ def cmmd(
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """CMMD between two sets of pictures, on CLIP embeddings."""
     from ..pictures import Reading
+    from .blocks import on_device
     from .cmmd import cmmd as distance
     from .features import load_pair
 
     settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
     one, two = load_pair(*settings)
-    values = {"cmmd": distance(one.rows(), two.rows()), **_sources(one, two)}
+    real_rows, fake_rows = (on_device(x.rows(), device) for x in (one, two))
+    values = {"cmmd": distance(real_rows, fake_rows), **_sources(one, two)}
     report(values, json, one.pictures, two.pictures)
 
 
@@ -151,68 +174,81 @@ def precision_recall(
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Precision, recall, density and coverage of generated pictures."""
     from ..pictures import Reading
+    from .blocks import on_device
     from .features import load_pair
-    from .precision_recall import density_coverage, precision_recall
+    from .precision_recall import neighbour_metrics
 
     least = (max(k, k_coverage) + 1, k + 1)
     settings = real, fake, extractor, device, batch_size, Reading(recursive, resize, background)
     pair = load_pair(*settings, least=least)
-    rows = pair[0].rows(), pair[1].rows()
-    values = precision_recall(*rows, k)._asdict() | density_coverage(*rows, k_coverage)._asdict()
+    real_rows, fake_rows = (on_device(x.rows(), device) for x in pair)
+    shares, wide = neighbour_metrics(real_rows, fake_rows, k, k_coverage)
+    assert shares is not None and wide is not None
+    values = shares._asdict() | wide._asdict()
     report(values | _sources(*pair), json, *(features.pictures for features in pair))
 
 
 def saturation(
     folder: Folder,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of real pictures, for the distance of chroma.")
+    ] = None,
     batch_size: BatchSize = 32,
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
     json: Json = None,
 ) -> None:
-    """Saturation, contrast and colourfulness of pictures, with 95 % intervals.
+    """Saturation, contrast, colourfulness, chroma, clipped pixels, with 95 % intervals.
 
-    High guidance scales raise all three; the same pictures without guidance, or real ones, say how
-    much is right.
+    High guidance scales raise them, the first not always; the same pictures without guidance, or
+    real ones, say how much is right.
     """
     from ..pictures import Reading
+    from .chroma import chroma_distance
     from .per_picture import PER_PICTURE, means, measure
 
-    pictures = _read(folder, Reading(recursive, resize, background))
-    report(means(measure(pictures, batch_size=batch_size), PER_PICTURE), json, pictures)
+    reading = Reading(recursive, resize, background)
+    folders = [read_folder(place, reading) for place in (folder, reference) if place is not None]
+    values, *others = (measure(pictures, batch_size=batch_size) for pictures in folders)
+    found = means(values, PER_PICTURE)
+    for real in others:
+        shares = (x["chroma_shares"].mean(0) for x in (real, values))
+        found["chroma_distance"] = float(chroma_distance(*shares))
+        found |= {f"{name}_of_reference": float(real[name].mean()) for name in PER_PICTURE}
+    report(found, json, *folders)
 
 
 def similarity(
     folder: Folder,
     baseline: Annotated[Path, typer.Argument(help="Folder of pictures with the same names.")],
+    lpips: Lpips = None,
     batch_size: BatchSize = 32,
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """SSIM and PSNR of pictures to those of the same name in another folder."""
+    """SSIM, PSNR, MS-SSIM (from 176 pixels on) and LPIPS to pictures of the same name."""
     from ..pictures import Reading
+    from .lpips import LPIPS
     from .per_picture import similarity as compared
 
-    pair = [_read(each, Reading(recursive, resize, background)) for each in (folder, baseline)]
-    report(compared(pair[0], pair[1], batch_size), json, *pair)
+    network = None if lpips is None else LPIPS(lpips).to(device)
+    reading = Reading(recursive, resize, background)
+    pair = [read_folder(each, reading) for each in (folder, baseline)]
+    report(compared(pair[0], pair[1], batch_size, network), json, *pair)
 
 
 def alignment(
     folder: Folder,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, a line a picture in the order of names; default: from the pictures of "
-            "Pilotage, A1111 or ComfyUI."
-        ),
-    ] = None,
+    prompts: Prompts = None,
     clip: Annotated[str | None, typer.Option(help="CLIP folder or hub name.")] = None,
     ridge: Annotated[Path | None, typer.Option(help="A map made with --fit.")] = None,
     fit: Annotated[Path | None, typer.Option(help="Fit a map and write it here.")] = None,
@@ -220,7 +256,7 @@ def alignment(
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """How well pictures show what their prompts say: CLIP score, or a weaker map without a hub."""
@@ -229,26 +265,23 @@ def alignment(
     if fit is not None:
         check_target(fit)
 
-    from ..metadata import prompt_of
     from ..pictures import Reading
     from .alignment import load_scorer
     from .extractors import load_extractor
     from .per_picture import mean_and_interval, measure
     from .ridge import RidgeAlignment
 
-    pictures = _read(folder, Reading(recursive, resize, background))
-    files = pictures.files
-    texts = read_prompts(prompts) if prompts is not None else [prompt_of(file) for file in files]
-    if len(texts) != len(files):
-        raise ValueError(f"{prompts} has {len(texts)} prompts for {len(files)} pictures")
+    pictures = read_folder(folder, Reading(recursive, resize, background))
+    texts = texts_of(prompts, pictures)
     if fit is not None:
         network = load_extractor(DEFAULT_EXTRACTOR, device)
         found = measure(pictures, extractor=network, batch_size=batch_size)
         RidgeAlignment.fit(found["features"], texts, extractor=network).save(fit)
-        report({"fitted": str(fit), "n": len(files)}, json, pictures)
+        report({"fitted": str(fit), "n": len(texts)}, json, pictures)
         return
     scorer = load_scorer(clip, ridge).to(device)
-    scores = measure(pictures, None, texts, scorer, None, batch_size)["alignment"]
+    named = {"alignment": scorer}
+    scores = measure(pictures, None, texts, named, None, batch_size)["alignment"]
     mean, ends = mean_and_interval(scores)
     values = {"alignment": mean, "by": scorer.name, "n": len(scores), "interval": ends}
     report(values, json, pictures)
@@ -263,7 +296,7 @@ def statistics(
     resize: Resize = None,
     recursive: Recursive = False,
     background: Background = "white",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Keep mean and covariance of a folder's features in a file, for later comparisons."""
@@ -273,7 +306,7 @@ def statistics(
     from .extractors import load_extractor
     from .features import folder_features
 
-    pictures = _read(folder, Reading(recursive, resize, background))
+    pictures = read_folder(folder, Reading(recursive, resize, background))
     network = load_extractor(extractor, device=device)
     found = folder_features(pictures, network, batch_size, features)
     found.save(output)

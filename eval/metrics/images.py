@@ -6,7 +6,7 @@ Pictures are tensors (N, 3, H, W) in [0, 1], RGB.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -33,7 +33,12 @@ def to_tensor(images: Iterable[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
-def _checked(images: Tensor) -> Tensor:
+def checked_pictures(images: Tensor) -> Tensor:
+    """Pictures as they are.
+
+    Raises:
+        ValueError: another shape than (N, 3, H, W), or NaN.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected RGB pictures (N, 3, H, W), got shape {tuple(images.shape)}")
     if not images.isfinite().all():
@@ -47,7 +52,7 @@ def saturation(images: Tensor) -> Tensor:
     S = (max - min) / max over the colour channels of a pixel, 0 for black. The APG paper does not
     say which saturation it reports; this definition is ours.
     """
-    images = _checked(images)
+    images = checked_pictures(images)
     high, low = images.amax(1), images.amin(1)
     return ((high - low) / high.where(high > 0, 1)).flatten(1).mean(1)
 
@@ -58,7 +63,7 @@ def contrast(images: Tensor) -> Tensor:
     The population deviation over pixels. As for `saturation`, the definition is ours.
     """
     weights = torch.tensor(LUMA, dtype=images.dtype, device=images.device)
-    luma = torch.einsum("nchw,c->nhw", _checked(images), weights)
+    luma = torch.einsum("nchw,c->nhw", checked_pictures(images), weights)
     return luma.flatten(1).std(1, correction=0)
 
 
@@ -68,7 +73,7 @@ def colourfulness(images: Tensor) -> Tensor:
     With rg = R - G and yb = (R + G) / 2 - B: the length of their deviations plus 0.3 times the
     length of their means, over the pixels. The paper's words: 0 none, 33 moderate, 109 extreme.
     """
-    red, green, blue = (_checked(images) * 255).unbind(1)
+    red, green, blue = (checked_pictures(images) * 255).unbind(1)
     rg, yb = (red - green).flatten(1), ((red + green) / 2 - blue).flatten(1)
     deviation = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
     return deviation + 0.3 * (rg.mean(1).square() + yb.mean(1).square()).sqrt()
@@ -114,7 +119,7 @@ def _checked_pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"shapes differ: {tuple(images.shape)} and, of the reference, {tuple(reference.shape)}"
         )
-    return _checked(images).double(), _checked(reference).double()
+    return checked_pictures(images).double(), checked_pictures(reference).double()
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -140,11 +145,3 @@ def _blurred(images: Tensor) -> Tensor:
             total.add_(part, alpha=height / sum(heights))
         blurred = total
     return blurred
-
-
-PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {
-    "saturation": saturation,
-    "contrast": contrast,
-    "colourfulness": colourfulness,
-}
-TO_BASELINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ssim": ssim, "psnr": psnr}

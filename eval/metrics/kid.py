@@ -4,21 +4,19 @@ r"""Kernel distances: unbiased squared MMD with a cubic kernel (KID; Bińkowski 
 
 arXiv:1801.01401. Unbiased, so small N may be compared with large N; it can be below zero.
 torchmetrics has the same for sets of equal size whose kernel matrices fit into memory; this one
-takes unequal sizes in chunks. Published figures average 100 subsets of 1,000 (torch-fidelity's
-setting), and often state KID x 1000.
+takes unequal sizes in blocks (see `blocks`): products in float32, kernels and their sums in
+float64. Published figures average 100 subsets of 1,000 (torch-fidelity's setting), and often state
+KID x 1000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .features import checked_features
-
-CHUNK = 2048
+from .blocks import Rows, own_sum, pair_sum, prepared
 
 
 class KID(NamedTuple):
@@ -28,36 +26,21 @@ class KID(NamedTuple):
     std: float | None
 
 
-def checked_pair(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both features as float64, on the same device.
-
-    Raises:
-        ValueError: as `checked_features`, or different dimensions.
-    """
-    real, fake = checked_features(real, least), checked_features(fake, least)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of different dimensions: {real.shape[1]} and {fake.shape[1]}")
-    return real, fake.to(real.device)
+def cubic(dots: Tensor, dimension: int) -> Tensor:
+    """The cubic kernel of dot products of features with so many dimensions, in their place."""
+    return dots.div_(dimension).add_(1).pow_(3)
 
 
-def kernel_sum(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum of kernel(a, b) over all pairs, a chunk of rows at a time."""
-    return torch.stack([kernel(part, b).sum() for part in a.split(CHUNK)]).sum()
-
-
-def cubic(a: Tensor, b: Tensor) -> Tensor:
-    """The cubic kernel of all pairs, with shape (N, M)."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
+def own_mean(rows: Rows) -> float:
+    """Mean of the kernel over all pairs of different pictures of a set."""
+    count = len(rows)
+    return own_sum(rows, lambda dots: cubic(dots, rows.dimension)) / (count * (count - 1))
 
 
 def _mmd(real: Tensor, fake: Tensor) -> float:
-    n, m = len(real), len(fake)
-
-    def own(x: Tensor) -> Tensor:
-        diagonal = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
-        return (kernel_sum(x, x, cubic) - diagonal) / (len(x) * (len(x) - 1))
-
-    return float(own(real) + own(fake) - 2 * kernel_sum(real, fake, cubic) / (n * m))
+    one, other = prepared(real, fake, least=2)
+    cross = pair_sum(one, other, lambda dots: cubic(dots, one.dimension))
+    return own_mean(one) + own_mean(other) - 2 * cross / (len(one) * len(other))
 
 
 def kernel_distance(
@@ -67,7 +50,7 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> KID:
-    """Unbiased squared MMD with the cubic kernel, in float64.
+    """Unbiased squared MMD with the cubic kernel.
 
     Args:
         real: Features, with shape (N, D).
@@ -79,7 +62,6 @@ def kernel_distance(
     Raises:
         ValueError: fewer than two pictures, fewer than `subset_size`, NaN, different dimensions.
     """
-    real, fake = checked_pair(real, fake, least=2)
     if subsets is None:
         return KID(_mmd(real, fake), None)
     if subsets < 1 or not 2 <= subset_size <= min(len(real), len(fake)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -12,29 +12,47 @@ from torch import Tensor
 from ..pictures import Pictures
 from .alignment import Alignment
 from .bootstrap import interval
+from .chroma import chroma, chroma_shares
+from .clipping import clipped
 from .extractors import Extractor
-from .images import PER_PICTURE, TO_BASELINE
+from .images import colourfulness, contrast, psnr, saturation, ssim
+from .lpips import LPIPS
+from .ms_ssim import large_enough, ms_ssim
+
+PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {
+    "saturation": saturation,
+    "contrast": contrast,
+    "colourfulness": colourfulness,
+    "chroma": chroma,
+    "clipped": clipped,
+}
+TO_BASELINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ssim": ssim, "psnr": psnr}
+SIMILARITIES = (*TO_BASELINE, "ms_ssim", "lpips")  # the last two where they can be measured
+NO_SCORERS: Mapping[str, Alignment] = {}
 
 
 def measure(
     pictures: Pictures,
     baseline: Pictures | None = None,
     prompts: Sequence[str] | None = None,
-    alignment: Alignment | None = None,
+    scorers: Mapping[str, Alignment] = NO_SCORERS,
     extractor: Extractor | None = None,
     batch_size: int = 64,
+    lpips: LPIPS | None = None,
 ) -> dict[str, Tensor]:
-    """Saturation, contrast and colourfulness of pictures, and what else they can be compared with.
+    """Colour statistics of pictures, and what else they can be compared with.
 
     Args:
         pictures: N pictures.
-        baseline: N others, for SSIM and PSNR.
-        prompts, alignment: N texts and what scores pictures by them, for the alignment.
+        baseline: N others, for SSIM, PSNR, MS-SSIM (of pictures that are large enough) and LPIPS.
+        prompts, scorers: N texts, and by name what scores pictures by them.
         extractor: For the features.
         batch_size: Pictures at once.
+        lpips: None leaves it out.
 
     Returns:
-        Name -> values on the CPU, with shape (N,); ``features`` with shape (N, D).
+        Name -> values on the CPU, with shape (N,); ``features`` with shape (N, D) and
+        ``chroma_shares`` with shape (N, 280).
 
     Raises:
         ValueError: as for `Pictures.batches`, or pictures and baseline have different sizes.
@@ -43,6 +61,7 @@ def measure(
     others = None if baseline is None else baseline.batches(batch_size)
     for number, batch in enumerate(pictures.batches(batch_size)):
         found = {name: metric(batch) for name, metric in PER_PICTURE.items()}
+        found["chroma_shares"] = chroma_shares(batch)
         part = slice(number * batch_size, number * batch_size + len(batch))
         if others is not None:
             other = next(others)
@@ -52,8 +71,12 @@ def measure(
                     f"width): {tuple(batch.shape[2:])} and {tuple(other.shape[2:])}"
                 )
             found |= {name: metric(batch, other) for name, metric in TO_BASELINE.items()}
-        if alignment is not None and prompts is not None:
-            found["alignment"] = alignment.score(batch, prompts[part])
+            if large_enough(batch):
+                found["ms_ssim"] = ms_ssim(batch, other)
+            if lpips is not None:
+                found["lpips"] = lpips(batch, other)
+        if prompts is not None:
+            found |= {name: one.score(batch, prompts[part]) for name, one in scorers.items()}
         if extractor is not None:
             found["features"] = extractor(batch)
         for name, value in found.items():
@@ -91,15 +114,16 @@ def means(values: dict[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def similarity(pictures: Pictures, baseline: Pictures, batch_size: int = 32) -> dict[str, Any]:
-    """Mean SSIM and PSNR to the pictures of the same names below their folders, intervals, N.
+def wins(scores: Tensor, others: Tensor) -> Tensor:
+    """1 where a picture's score is higher than the other's, 0 where lower, .5 where equal; (N,)."""
+    return (scores > others).double() + (scores == others).double() / 2
 
-    Meant for the same seeds and prompts under two settings: how much does a setting change? Equal
-    pictures have no finite PSNR; ``n_equal`` counts them, and the mean of the PSNR leaves them out
-    (None if none is left).
+
+def check_names(pictures: Pictures, baseline: Pictures) -> None:
+    """Refuse folders whose pictures do not have the same names below them.
 
     Raises:
-        ValueError: the folders' file names or picture sizes differ.
+        ValueError: names one that is missing.
     """
     for one, other in ((pictures, baseline), (baseline, pictures)):
         names = {one.name(file) for file in one.files}
@@ -108,5 +132,22 @@ def similarity(pictures: Pictures, baseline: Pictures, batch_size: int = 32) -> 
                 f"{one.folder} has no {min(missing)}, which {other.folder} has ({len(missing)} "
                 "such files)"
             )
-    values = measure(pictures, baseline, batch_size=batch_size)
-    return means(values, TO_BASELINE) | {"n_equal": int(values["psnr"].isinf().sum())}
+
+
+def similarity(
+    pictures: Pictures, baseline: Pictures, batch_size: int = 32, lpips: LPIPS | None = None
+) -> dict[str, Any]:
+    """Mean SSIM, PSNR, MS-SSIM, LPIPS to the pictures of the same names below their folders.
+
+    With their intervals and N. Meant for the same seeds and prompts under two settings: how much
+    does a setting change? Equal pictures have no finite PSNR; ``n_equal`` counts them, and the mean
+    of the PSNR leaves them out (None if none is left). MS-SSIM is left out of pictures that are too
+    small for it.
+
+    Raises:
+        ValueError: the folders' file names or picture sizes differ.
+    """
+    check_names(pictures, baseline)
+    values = measure(pictures, baseline, batch_size=batch_size, lpips=lpips)
+    names = [name for name in SIMILARITIES if name in values]
+    return means(values, names) | {"n_equal": int(values["psnr"].isinf().sum())}

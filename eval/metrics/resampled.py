@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import dots, prepared, slices
 from .bootstrap import Resamples
-from .kid import checked_pair, cubic
-from .precision_recall import radii
-
-CHUNK = 512  # generated pictures at once
+from .kid import cubic, own_mean
+from .precision_recall import neighbourhoods
 
 
 def kernel_resamples(real: Tensor, fake: Tensor, resamples: Resamples) -> Tensor:
@@ -26,30 +25,20 @@ def kernel_resamples(real: Tensor, fake: Tensor, resamples: Resamples) -> Tensor
     Raises:
         ValueError: as `kernel_distance`.
     """
-    real, fake = checked_pair(real, fake, least=2)
-    counts = resamples.counts().to(fake)  # (R, M)
-    own = torch.zeros(len(counts), dtype=counts.dtype, device=counts.device)
-    cross = torch.zeros_like(own)
-    for start in range(0, len(fake), CHUNK):
-        part, times = fake[start : start + CHUNK], counts[:, start : start + CHUNK]
-        kernel = cubic(part, fake)
-        kernel.diagonal(start).zero_()
+    one, other = prepared(real, fake, least=2)
+    device, dimension = other.given.device, other.dimension
+    counts = resamples.counts().to(device)  # (R, M)
+    own, cross = torch.zeros(2, len(counts), dtype=torch.float64, device=device)
+    for rows in slices(len(other), len(other)):
+        times = counts[:, rows]
+        kernel = cubic(dots(other, rows, other), dimension)
+        kernel.diagonal(rows.start).zero_()
         own += ((counts @ kernel.T) * times).sum(1)
-        cross += times @ cubic(part, real).mean(1)
+    for rows in slices(len(other), len(one)):
+        cross += counts[:, rows] @ cubic(dots(other, rows, one), dimension).mean(1)
     total = counts.sum(1)
     pairs = total.square() - counts.square().sum(1)
-    constant = (_kernel_total(real) / (len(real) * (len(real) - 1))).to(own)
-    return (constant + own / pairs - 2 * cross / total).cpu()
-
-
-def _kernel_total(x: Tensor) -> Tensor:
-    """Sum of the kernel over all pairs of different pictures."""
-    total = torch.zeros((), dtype=x.dtype, device=x.device)
-    for start in range(0, len(x), CHUNK):
-        kernel = cubic(x[start : start + CHUNK], x)
-        kernel.diagonal(start).zero_()
-        total += kernel.sum()
-    return total
+    return (own_mean(one) + own / pairs - 2 * cross / total).cpu()
 
 
 def neighbour_resamples(
@@ -75,30 +64,28 @@ def neighbour_resamples(
     Raises:
         ValueError: as `precision_recall`.
     """
-    real, fake = checked_pair(real, fake, least=2)
-    counts = resamples.counts().to(fake)  # (R, M)
-    total, group = counts.sum(1), resamples.group.to(fake.device)
-    least = min(len(real), len(fake))
-    near = (radii(real, k), radii(fake, k)) if least > k else None
-    wide = radii(real, k_density) if least > k_density else None
+    one, other = prepared(real, fake, least=2)
+    device = other.given.device
+    counts = resamples.counts().to(device)  # (R, M)
+    total, group = counts.sum(1), resamples.group.to(device)
+    least = min(len(one), len(other))
+    ks = k if least > k else None, k_density if least > k_density else None
     sums = {name: torch.zeros_like(total) for name in ("precision", "density")}
     # Pictures of each group near each real one: groups are left out by taking theirs away.
-    shape = (resamples.times.shape[1], len(real))
-    around = {name: torch.zeros(shape, device=real.device) for name in ("recall", "coverage")}
-    for start in range(0, len(fake), CHUNK):
-        part = slice(start, start + CHUNK)
-        distances = torch.cdist(fake[part], real, compute_mode="donot_use_mm_for_euclid_dist")
-        if near is not None:
-            sums["precision"] += counts[:, part] @ (distances <= near[0]).any(1).to(counts)
-            around["recall"].index_add_(0, group[part], (distances <= near[1][part, None]).float())
-        if wide is not None:
-            within = distances <= wide
-            sums["density"] += counts[:, part] @ within.sum(1).to(counts) / k_density
-            around["coverage"].index_add_(0, group[part], within.float())
+    shape = (resamples.times.shape[1], len(one))
+    around = {name: torch.zeros(shape, device=device) for name in ("recall", "coverage")}
+    for near in neighbourhoods(one, other, *ks):
+        times, groups = counts[:, near.part], group[near.part]
+        if near.in_real is not None and near.in_fake is not None:
+            sums["precision"] += times @ near.in_real.any(1).to(counts)
+            around["recall"].index_add_(0, groups, near.in_fake.float())
+        if near.in_wide is not None:
+            sums["density"] += times @ near.in_wide.sum(1).to(counts) / k_density
+            around["coverage"].index_add_(0, groups, near.in_wide.float())
     found = {name: (value / total).cpu() for name, value in sums.items()}
     for name, near_by in around.items():
         every = near_by.sum(0)
         left_out = (every - near_by > 0).double().mean(1).cpu()
         found[name] = resamples.linear(float((every > 0).double().mean()), left_out)
-    names = ["precision", "recall"] * (near is not None)
-    return {name: found[name] for name in names + ["density", "coverage"] * (wide is not None)}
+    names = ["precision", "recall"] * (ks[0] is not None)
+    return {name: found[name] for name in names + ["density", "coverage"] * (ks[1] is not None)}

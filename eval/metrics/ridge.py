@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...guidance.files import atomic
-from .extractors import EfficientNetLite0, Extractor
+from ..options import DEFAULT_EXTRACTOR
+from .efficientnet import NETWORKS
+from .extractors import Extractor, load_extractor
 from .features import checked_features
 
 
@@ -97,7 +99,7 @@ class RidgeAlignment(nn.Module):
             pictures: Pictures (N, 3, H, W) in [0, 1], or their features (N, D).
             captions: N texts.
             ridge: Weight of the penalty for a standardised feature, times N.
-            extractor: Pictures to features; default: EfficientNet-Lite0.
+            extractor: Pictures to features; default: `load_extractor`'s.
             encoder: Texts to vectors; default: MiniLM.
 
         Raises:
@@ -107,7 +109,7 @@ class RidgeAlignment(nn.Module):
             raise ValueError(f"{len(pictures)} pictures, but {len(captions)} captions")
         if not 0 < ridge < float("inf"):
             raise ValueError(f"ridge must be positive and finite, got {ridge}")
-        extractor, encoder = extractor or EfficientNetLite0(), encoder or SentenceEncoder()
+        extractor, encoder = extractor or load_extractor(), encoder or SentenceEncoder()
         features = _features(pictures, extractor, least=2)
         vectors = encoder(captions).double().to(features.device)
         shift, scale = features.mean(0), features.std(0)
@@ -130,7 +132,9 @@ class RidgeAlignment(nn.Module):
     def similarity(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine of every picture (or its features) and every prompt, shape (N, M)."""
         if pictures.ndim == 4:
-            self.extractor = self.extractor or EfficientNetLite0().to(self.matrix.device)
+            own = self.tags["extractor"]
+            own = own if own in NETWORKS else DEFAULT_EXTRACTOR
+            self.extractor = self.extractor or load_extractor(own, self.matrix.device)
             self._same("extractor", self.extractor.name)
             self._same("preprocessing", self.extractor.preprocessing)
         features = _features(pictures, self.extractor).to(self.matrix)

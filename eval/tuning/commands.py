@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from ..options import BatchSize, Device, Model, Negative, Scale, Seed, Steps, check_target
+from ..options import BatchSize, Device, Dtype, Model, Negative, Scale, Seed, Steps, check_target
 from ..prompts import read_prompts
 from ..terminal import Yes, is_quiet
 
@@ -51,6 +51,7 @@ def fit(
     yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Fit LinearAG's coefficients on trajectories of ordinary guidance; resumable.
 
@@ -72,7 +73,7 @@ def fit(
         raise ValueError("--then forecast is fitted with --on-policy")
     if on_policy and len(scale) > 1:
         raise ValueError("--on-policy fits one guidance scale")
-    texts, pipe = load(prompts, output, model, device)
+    texts, pipe = load(prompts, output, model, device, dtype)
     own: dict[str, Any] = {} if ridge is None else {"ridge": ridge}
     runs = Runs(pipe, texts, scale[0], steps, negative, seed, batch_size, not is_quiet())
     folder = output.with_name(f"{output.name}.batches")
@@ -114,6 +115,7 @@ def calibrate(
     yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Find Adaptive Guidance's threshold for a wanted cost (--nfe) or quality (--ssim)."""
     from ...guidance import Always, resolve
@@ -125,7 +127,7 @@ def calibrate(
     follows: Then = one_of("--then", then, get_args(Then))
     if not isinstance(resolve(rule).policy, Always):
         raise ValueError(f"--rule is a rule alone, such as cfg or apg, got {rule!r}")
-    texts, pipe = load(prompts, output, model, device)
+    texts, pipe = load(prompts, output, model, device, dtype)
     own = pipe.resolve_guidance(rule).rule
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, not is_quiet(), own)
     # One run that records, the reference, and those of one or two spaces, of bisection if need be.
@@ -165,6 +167,7 @@ def search(
     yes: Yes = False,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Find the cheapest schedule of evaluated, estimated and skipped steps above a quality.
 
@@ -181,7 +184,7 @@ def search(
     if between is not None and not fitted:
         raise ValueError("--between is for --fitted")
     other: Between = one_of("--between", between or "forecast", get_args(Between))
-    texts, pipe = load(prompts, output, model, device)
+    texts, pipe = load(prompts, output, model, device, dtype)
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, not is_quiet())
     # See `policy_search.search`; a step with gradients costs four without.
     tried = rounds + (2 if fitted else 6) * steps
@@ -213,7 +216,9 @@ def ask_for(runs: Runs, pictures: int, yes: bool) -> None:
     ask(runs, pictures, pictures * runs.num_inference_steps, yes)
 
 
-def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[list[str], Any]:
+def load(
+    prompts: Path, output: Path, model: str | None, device: str, dtype: str
+) -> tuple[list[str], Any]:
     """The prompts of a file and the guided pipeline of a folder or hub name, on its device.
 
     Raises:
@@ -227,7 +232,7 @@ def load(prompts: Path, output: Path, model: str | None, device: str) -> tuple[l
         raise ValueError(f"--output is a file NAME.json, got {output}")
     check_target(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    return texts, load_on(device, model)
+    return texts, load_on(device, model, dtype)
 
 
 def one_of(option: str, value: str, known: tuple[Known, ...]) -> Known:

@@ -28,7 +28,7 @@ from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.alignment import RidgeAlignment
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import write_figures
 from pilotage.guidance import available
@@ -108,7 +108,7 @@ def main() -> None:
     prompts, seeds = share([d.text for d in held], args.samples)
     pipe = load_embedded().to(state.device)
     columns = settings(pipe)
-    extractor = EfficientNetLite0().to(state.device)
+    extractor = EfficientNetLite("efficientnet-lite0").to(state.device)
     folder = args.work / f"{len(prompts)}x{len(seeds)}"
     rows = compare(
         pipe,
@@ -116,7 +116,7 @@ def main() -> None:
         folder,
         reference=to_tensor(emoji.pictures(args.archive, held)),
         extractor=extractor,
-        alignment=fit_alignment(args.archive, everyday, extractor),
+        scorers={"alignment": fit_alignment(args.archive, everyday, extractor)},
     )
     if not state.is_main_process:
         return

@@ -37,7 +37,7 @@ from examples.studies.timing import (
 from pilotage.eval.comparison.comparison import compare
 from pilotage.eval.comparison.plan import Plan, Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import figures_context, write_figures, write_json
 from pilotage.eval.tuning.calibration import agreement, cost_curve
@@ -182,14 +182,14 @@ def kept_rows(pipe, columns: list[Setting], path: Path) -> list[dict[str, Any]]:
 def pictures(pipe, drawings, columns: list[Setting], archive: Path, work: Path, fewer: bool):
     """Make and judge the pictures of some settings: rows without times."""
     held = [d for d in drawings if d.split == "pair"]
-    extractor = EfficientNetLite0()
+    extractor = EfficientNetLite("efficientnet-lite0")
     cells = compare(
         pipe,
         Plan([d.text for d in held], columns, range(SEEDS), BATCH),
         work / "pictures",
         reference=to_tensor(emoji.pictures(archive, held)),
         extractor=extractor,
-        alignment=fit_alignment(archive, drawings, extractor),
+        scorers={"alignment": fit_alignment(archive, drawings, extractor)},
         equal_nfe=fewer,
     )
     date, rows = figures_context()["date"], []

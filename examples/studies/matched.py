@@ -25,7 +25,7 @@ from pilotage.eval.comparison.matched import matched_settings
 from pilotage.eval.comparison.plan import BASELINE, Plan, Samples, Setting
 from pilotage.eval.comparison.sampling import generate
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import write_figures
 from pilotage.guidance import CFGZeroStar
@@ -95,7 +95,7 @@ def main() -> None:
     everyday = emoji.load(args.archive, everyday=True)
     held = [d for d in everyday if d.split == "pair"]
     texts = [d.text for d in held][:: max(len(held) // args.prompts, 1)][: args.prompts]
-    pipe, extractor = load_embedded(), EfficientNetLite0()
+    pipe, extractor = load_embedded(), EfficientNetLite("efficientnet-lite0")
     plan = Plan(texts, settings(), batch_size=args.batch_size)
     folder = args.work / str(len(texts))
     matched = matched_settings(pipe, plan, folder / "matching.json")

@@ -23,7 +23,7 @@ from examples.emoji import data as emoji
 from examples.studies.timing import evaluations_of, seconds_in_turn
 from pilotage.eval.comparison.sampling import Setting
 from pilotage.eval.embedded import embedded_folder, load_embedded
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import contrast, saturation, ssim, to_tensor
 from pilotage.eval.record import write_figures
 
@@ -106,7 +106,7 @@ def measure(archive: Path) -> dict:
                 f"{name} {scale}: the trace says {sum(nfe[name, scale])} network evaluations, "
                 f"{counter.rows} rows reached the UNet"
             )
-    extractor = EfficientNetLite0()
+    extractor = EfficientNetLite("efficientnet-lite0")
     gallery = extractor(real)
     guided = extractor(images["cfg", AG_SCALE])
     generator = torch.Generator().manual_seed(0)

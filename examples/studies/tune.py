@@ -20,7 +20,7 @@ from rich.table import Table
 from examples.emoji import data as emoji
 from examples.studies.spine import AG_SCALE, STEPS, generate, retrieval
 from pilotage.eval.embedded import load_embedded
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import contrast, saturation, to_tensor
 from pilotage.guidance import APG
 
@@ -69,7 +69,7 @@ def main() -> None:
     chosen = trained[:: len(trained) // args.prompts][: args.prompts]
     prompts, concepts = [d.text for d in chosen], [d.concept for d in chosen]
     real = to_tensor(emoji.pictures(args.archive, chosen))
-    extractor = EfficientNetLite0()
+    extractor = EfficientNetLite("efficientnet-lite0")
     gallery = extractor(real)
     pipe = load_embedded()
     pipe.set_progress_bar_config(disable=True)

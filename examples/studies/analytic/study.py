@@ -172,9 +172,9 @@ def measure_teleport(
     output: Path,
 ) -> dict[str, Any]:
     """Part ``teleport``: on "fashion_mnist", or on the embedded text-to-image model ("emoji")."""
-    from pilotage.eval.metrics.extractors import EfficientNetLite0
+    from pilotage.eval.metrics.efficientnet import EfficientNetLite
 
-    extractor = EfficientNetLite0()
+    extractor = EfficientNetLite("efficientnet-lite0")
     if name == "fashion_mnist":
         pipe = load_unet()
         stock, sampler = agreement.ddim(pipe.scheduler, 20), teleport.unconditional(pipe.unet)

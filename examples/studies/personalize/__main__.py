@@ -53,7 +53,7 @@ from examples.studies.personalize.methods import (
 from examples.studies.personalize.subjects import Subject
 from pilotage.eval.embedded import load_embedded
 from pilotage.eval.metrics.alignment import RidgeAlignment
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.efficientnet import EfficientNetLite
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import figures_context, write_figures, write_json
 from pilotage.pipelines.personalization.personalizer import Personalizer
@@ -83,7 +83,7 @@ class Study:
             one.set_progress_bar_config(disable=True)
         self.full, self.int8 = Personalizer(pipe), Personalizer(small)
         self.width = sum(self.full.networks.widths)
-        self.extractor = EfficientNetLite0()
+        self.extractor = EfficientNetLite("efficientnet-lite0")
 
     def sweep(self) -> dict[str, Any]:
         """The script's zoodip at every rate on the development subjects, and the best rate.

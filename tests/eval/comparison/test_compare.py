@@ -227,7 +227,7 @@ def test_a_file_of_features_says_what_its_pictures_say(monkeypatch, tmp_path, ph
     options = [*prompts, "-g", "cfg", "-w", 3, "--steps", 1, "--resize", 64]
     cells = []
     for given in (photos, kept, plain):
-        by = ["--made-by", "efficientnet-lite0"] if given == plain else []
+        by = ["--made-by", "efficientnet-lite0-native"] if given == plain else []
         output = tmp_path / "out"
         assert run(monkeypatch, *options, "--reference", given, *by, "-o", output) == 0
         written = json.loads((output / "cells.json").read_text())
@@ -253,7 +253,7 @@ def test_a_reference_is_measured_in_batches(monkeypatch):
         return images.mean((2, 3))
 
     images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    features, means = reference.measure_reference(images, extractor)
+    features, means, shares = reference.measure_reference(images, extractor)
     assert sizes == [4, 4, 2] and torch.equal(features, images.mean((2, 3)))
     assert means["saturation"] == pytest.approx(float(saturation(images).mean()))
 

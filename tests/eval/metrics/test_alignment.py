@@ -1,75 +1,25 @@
 """Extractors and alignment: tiny CLIP and DINOv2 models from folders, the sentence encoder."""
 
-import json
 import sys
 import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2Model,
-)
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Model
 
 from pilotage.eval.metrics.alignment import CLIPAlignment, RidgeAlignment
 from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.ridge import SentenceEncoder
 
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-SIZES |= {"num_attention_heads": 2}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
 
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Folder of a CLIP model with random weights."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    words = [chr(c) for c in range(97, 123)]
-    vocabulary = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        max_position_embeddings=8,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
-        **SIZES,
-    )
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, **SIZES)
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12
-    )
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessorPil(**CROP).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    Dinov2Model(
-        Dinov2Config(image_size=16, patch_size=8, **SIZES | {"hidden_size": 10})
-    ).save_pretrained(folder)
-    BitImageProcessorPil(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **CROP).save_pretrained(
-        folder
-    )
-    return str(folder)
 
 
 def seen(images, mean, std):
@@ -98,20 +48,39 @@ def test_clip_features(clip):
 
 
 def test_dino_features(dino):
+    """Of pictures of 224 pixels: DINOv2's class token, with Meta's position embeddings."""
     extractor = load_extractor(f"dinov2:{dino}")
-    images = rand(2, 3, 16, 16)
+    images = rand(2, 3, 224, 224)
+    model = Dinov2Model.from_pretrained(dino).eval()
+    grid = model.embeddings.position_embeddings[:, 1:].view(1, 2, 2, 10).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(
+        grid, scale_factor=(28 + 0.1) / 2, mode="bicubic", antialias=False
+    )
+    positions = grid.permute(0, 2, 3, 1).reshape(1, 28 * 28, 10)
     with torch.no_grad():
-        states = (
-            Dinov2Model.from_pretrained(dino)
-            .eval()(seen(images, IMAGENET_MEAN, IMAGENET_STD))
-            .last_hidden_state
-        )
+        patches = model.embeddings.patch_embeddings(seen(images, IMAGENET_MEAN, IMAGENET_STD))
+        tokens = torch.cat([model.embeddings.cls_token.expand(2, 1, 10), patches], 1)
+        tokens += torch.cat([model.embeddings.position_embeddings[:, :1], positions], 1)
+        states = model.layernorm(model.encoder(tokens).last_hidden_state)
     torch.testing.assert_close(extractor(images), states[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_dino_squashes_pictures_as_pil_does(dino):
+    """As dgm-eval: the whole picture, whatever its shape, from 8 bits to 8 bits."""
+    extractor = load_extractor(f"dinov2:{dino}")
+    images = rand(1, 3, 90, 300)
+    pixels = (images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    small = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)
+    squashed = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
+    assert torch.equal(extractor(images), extractor(squashed))
+    assert extractor.preprocessing == "PIL bicubic to 224x224, ImageNet mean and deviation"
 
 
 def test_clip_score(clip):
     scorer = CLIPAlignment(clip)
     images, prompts = rand(4, 3, 16, 16), ["a fox", "key", "a very long prompt indeed", "key"]
+    with pytest.warns(UserWarning, match="reads 8 tokens, this prompt has 23 .*'a very long"):
+        scorer.texts(prompts)
     model = CLIPModel.from_pretrained(clip).eval()
     tokens = CLIPTokenizer.from_pretrained(clip)(
         prompts, padding=True, truncation=True, max_length=8, return_tensors="pt"
@@ -119,7 +88,9 @@ def test_clip_score(clip):
     with torch.no_grad():
         text = model.text_projection(model.text_model(**tokens).pooler_output)
     expected = 100 * torch.cosine_similarity(clip_embeddings(clip, images), text).clamp(min=0)
-    torch.testing.assert_close(scorer.score(images, prompts), expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # each prompt is named once
+        torch.testing.assert_close(scorer.score(images, prompts), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="4 pictures, but 3 prompts"):
         scorer.score(images, prompts[:3])
 

@@ -2,10 +2,12 @@
 
 import types
 
+import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from pilotage.eval.metrics.extractors import EfficientNetLite0, describe
+from pilotage.eval.metrics.extractors import load_extractor
+from pilotage.eval.metrics.hub import describe
 from pilotage.eval.metrics.images import to_tensor
 
 
@@ -21,8 +23,10 @@ def drawing(shape, size, colour):
     return image
 
 
-def test_same_shape_is_nearest_across_sizes_and_batches():
-    extractor = EfficientNetLite0()
+@pytest.mark.parametrize("name", ["efficientnet-lite0-native", "efficientnet-lite0"])
+def test_same_shape_is_nearest_across_sizes_and_batches(name):
+    extractor = load_extractor(name)
+    assert extractor.name == name
     shapes = ("disc", "square", "grid")
     small = to_tensor([drawing(shape, 18, "red") for shape in shapes])
     large = to_tensor([drawing(shape, 24, "red") for shape in shapes])

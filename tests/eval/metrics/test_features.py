@@ -237,5 +237,5 @@ def test_other_tags_are_refused(tmp_path, field):
 
 @pytest.mark.parametrize("name", ["resnet", "clip", "dinov2:", "efficientnet-lite0:x"])
 def test_unknown_extractor(name):
-    with pytest.raises(ValueError, match="known are efficientnet-lite0, inception"):
+    with pytest.raises(ValueError, match="known are efficientnet-lite0-native, eff"):
         load_extractor(name)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
-from pilotage.eval.metrics import kid as kid_module
-from pilotage.eval.metrics import precision_recall as precision_module
+from pilotage.eval.metrics import blocks
+from pilotage.eval.metrics.blocks import prepared
 from pilotage.eval.metrics.cmmd import cmmd
 from pilotage.eval.metrics.kid import kernel_distance
 from pilotage.eval.metrics.precision_recall import density_coverage, precision_recall, radii
@@ -38,18 +38,18 @@ def gaussian(x, y):
     return math.exp(-math.fsum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / 200)
 
 
-@pytest.mark.parametrize("chunk", [4, 2048])
-def test_kid_is_the_double_loop(monkeypatch, chunk):
-    monkeypatch.setattr(kid_module, "CHUNK", chunk)
+@pytest.mark.parametrize("block", [40, 2**22])
+def test_kid_is_the_double_loop(monkeypatch, block):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     a, b = randn(13, 5), randn(9, 5, seed=1) + 0.3
     expected = loops(a, b, cubic, own_pairs=False)
-    assert kernel_distance(a, b).value == pytest.approx(expected, rel=1e-11)
+    assert kernel_distance(a, b).value == pytest.approx(expected, rel=1e-6)
     assert kernel_distance(a, b).std is None
 
 
 def test_kid_is_torchmetrics_for_equal_sizes():
     a, b = randn(40, 7), 1.2 * randn(40, 7, seed=1)
-    assert kernel_distance(a, b).value == pytest.approx(float(poly_mmd(a, b)), rel=1e-10)
+    assert kernel_distance(a, b).value == pytest.approx(float(poly_mmd(a, b)), rel=1e-6)
 
 
 def test_kid_is_unbiased():
@@ -70,7 +70,7 @@ def test_kid_subsets():
     assert parts == kernel_distance(a, b, subsets=50, subset_size=30)
     assert parts.std > 0 and abs(parts.value - whole.value) < 4 * parts.std / 50**0.5
     one = kernel_distance(a, b, subsets=3, subset_size=50)  # all of b, in another order
-    assert one.value == pytest.approx(sum(_subset_values(a, b, 3, 50)) / 3, rel=1e-9)
+    assert one.value == pytest.approx(sum(_subset_values(a, b, 3, 50)) / 3, rel=1e-6)
     with pytest.raises(ValueError, match="cannot be drawn from 60 and 50"):
         kernel_distance(a, b, subsets=5, subset_size=51)
     for subsets, size in ((0, 30), (5, 1)):
@@ -90,8 +90,8 @@ def test_cmmd_is_the_double_loop():
     a, b = 8 * randn(11, 6), 8 * randn(8, 6, seed=1) + 2
     x, y = (v / v.norm(dim=1, keepdim=True) for v in (a, b))
     expected = 1000 * loops(x, y, gaussian, own_pairs=True)
-    assert cmmd(a, b) == pytest.approx(expected, rel=1e-9)
-    assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    assert cmmd(a, b) == pytest.approx(expected, rel=1e-6)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", [kernel_distance, cmmd, precision_recall, density_coverage])
@@ -115,9 +115,9 @@ def test_too_few_pictures():
             metric(randn(5, 3), randn(5, 3), k=0)
 
 
-@pytest.mark.parametrize("chunk", [7, 1024])
-def test_precision_recall_of_manifolds(monkeypatch, chunk):
-    monkeypatch.setattr(precision_module, "CHUNK", chunk)
+@pytest.mark.parametrize("block", [300, 2**22])
+def test_precision_recall_of_manifolds(monkeypatch, block):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     a = randn(40, 3)
     assert precision_recall(a, a) == (1, 1)
     assert precision_recall(a, a + 100) == (0, 0)
@@ -143,7 +143,7 @@ def test_radii_are_sorted_distances():
     a = randn(9, 2)
     distances = torch.stack([(a - row).norm(dim=1) for row in a]).sort(1).values
     for k in (1, 3, 8):
-        torch.testing.assert_close(radii(a, k), distances[:, k])
+        torch.testing.assert_close(radii(*prepared(a), k)[0], distances[:, k])
 
 
 def test_balls_against_loops():

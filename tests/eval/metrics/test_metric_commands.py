@@ -13,13 +13,18 @@ import torch
 from PIL import Image
 
 from pilotage.eval.cli import COMMANDS
-from pilotage.eval.metrics import extractors, ridge
+from pilotage.eval.metrics import extractors
+from pilotage.eval.metrics.chroma import chroma, chroma_distance, chroma_shares
+from pilotage.eval.metrics.clipping import clipped
 from pilotage.eval.metrics.cmmd import cmmd
+from pilotage.eval.metrics.fd_infinity import fd_infinity
 from pilotage.eval.metrics.features import folder_features
 from pilotage.eval.metrics.frechet import frechet_distance
 from pilotage.eval.metrics.images import psnr, saturation, ssim
 from pilotage.eval.metrics.kid import kernel_distance
 from pilotage.eval.metrics.precision_recall import precision_recall
+from pilotage.eval.metrics.preference import load_preference
+from pilotage.eval.metrics.vendi import vendi_score
 from pilotage.eval.options import report
 from pilotage.eval.pictures import Pictures, load_pictures
 
@@ -29,7 +34,7 @@ from ..test_cli import run
 class Coarse(torch.nn.Module):
     """Pictures of 4 x 4 pixels as features, in the place of a network."""
 
-    name, preprocessing = "efficientnet-lite0", "none"
+    name, preprocessing = "efficientnet-lite0-native", "none"
 
     def forward(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
@@ -43,8 +48,7 @@ def network():
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Two folders of eight pictures."""
-    for module in (extractors, ridge):
-        monkeypatch.setattr(module, "EfficientNetLite0", Coarse)
+    monkeypatch.setattr(extractors, "EfficientNetLite", lambda name: Coarse())
     generator = np.random.default_rng(0)
     for name, high in (("real", 256), ("fake", 128)):
         (tmp_path / name).mkdir()
@@ -210,6 +214,75 @@ def test_similarity_and_saturation(monkeypatch, tmp_path, folders):
     assert found["saturation"] == pytest.approx(float(saturation(a).mean()), rel=1e-6)
 
 
+def test_saturation_beside_real_pictures(monkeypatch, tmp_path, folders):
+    real, fake = folders
+    a, b = load_pictures(real), load_pictures(fake)
+    found = values(monkeypatch, tmp_path, "saturation", fake, "--reference", real)
+    assert found["chroma"] == pytest.approx(float(chroma(b).mean()), rel=1e-5)
+    assert found["chroma_of_reference"] == pytest.approx(float(chroma(a).mean()), rel=1e-5)
+    assert found["clipped"] == pytest.approx(float(clipped(b).mean()), rel=1e-5)
+    shares = chroma_shares(a).mean(0), chroma_shares(b).mean(0)
+    assert found["chroma_distance"] == pytest.approx(float(chroma_distance(*shares)), rel=1e-6)
+
+
+def test_fd_infinity(monkeypatch, tmp_path, sources, features, capsys):
+    found = values(monkeypatch, tmp_path, "fd-infinity", *sources, "--points", 3)
+    expected = fd_infinity(*features, points=3)
+    assert found["fd_infinity"] == pytest.approx(expected.value, rel=1e-5)
+    assert found["fd"] == pytest.approx(frechet_distance(*features), rel=1e-5)
+    assert "the smallest part has 2 pictures for 48 features" in capsys.readouterr().err
+
+
+def test_vendi(monkeypatch, tmp_path, sources, features):
+    found = values(monkeypatch, tmp_path, "vendi", sources[1])
+    assert found["vendi"] == pytest.approx(vendi_score(features[1]), rel=1e-5) and found["n"] == 8
+
+
+def test_nearest_names_the_pairs(monkeypatch, tmp_path, folders, capsys):
+    real, fake = folders
+    copied = fake / "copied.png"
+    copied.write_bytes((real / "5.png").read_bytes())
+    found = values(monkeypatch, tmp_path, "nearest", real, fake, "--held-out", fake)
+    assert found["closest"][0] == {"picture": "copied.png", "training": "5.png", "distance": 0}
+    assert len(found["closest"]) == 9 and found["nearest_smallest"] == 0
+    distances = [pair["distance"] for pair in found["closest"]]
+    assert distances == sorted(distances)
+    assert found["nearest_median"] == found["held_out_median"] == distances[4]
+    assert (found["n_train"], found["n"], found["n_held_out"]) == (8, 9, 9)
+    assert "copied.png  5.png  0" in capsys.readouterr().out
+
+
+def test_nearest_of_files_gives_rows(monkeypatch, tmp_path, folders):
+    real, fake = folders
+    for folder, name in ((real, "real.npz"), (fake, "fake.npz")):
+        command = "statistics", folder, "-o", tmp_path / name, "--features"
+        assert run(monkeypatch, *command) == 0
+    by_name = values(monkeypatch, tmp_path, "nearest", real, fake)
+    files = tmp_path / "real.npz", tmp_path / "fake.npz"
+    by_row = values(monkeypatch, tmp_path, "nearest", *files, "--closest", 3)
+    for row, named in zip(by_row["closest"], by_name["closest"], strict=False):
+        assert (f"{row['picture']}.png", f"{row['training']}.png") == (
+            named["picture"],
+            named["training"],
+        )
+    assert len(by_row["closest"]) == 3
+
+
+def test_score_and_wins(monkeypatch, tmp_path, folders, clip):
+    real, fake = folders
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("abcdefgh"))
+    options = ["--score", f"pickscore:{clip}", "--prompts", prompts, "--baseline", real]
+    found = values(monkeypatch, tmp_path, "score", fake, *options, "--batch-size", 3)
+    scorer = load_preference(f"pickscore:{clip}")
+    own, other = (scorer.score(load_pictures(x), list("abcdefgh")) for x in (fake, real))
+    assert found["pickscore"] == pytest.approx(float(own.mean()), rel=1e-4)
+    assert found["pickscore_wins"] == pytest.approx(float((own > other).double().mean()))
+    assert found["n"] == 8
+    same = values(monkeypatch, tmp_path, "score", real, *options)
+    assert same["pickscore_wins"] == 0.5  # as often higher as lower
+
+
 def test_alignment(monkeypatch, tmp_path, folders):
     real, fake = folders
     prompts, path = tmp_path / "prompts.txt", tmp_path / "map.safetensors"
@@ -236,6 +309,12 @@ def test_alignment(monkeypatch, tmp_path, folders):
         (["fid", "{real}", "{fake}", "--background", "whitish"], "unknown color specifier"),
         (["similarity", "{real}", "{tmp}/one"], "has no 1.png"),
         (["statistics", "{real}", "-o", "x.txt"], "must end in .npz"),
+        (["similarity", "{real}", "{real}", "--lpips", "{tmp}/x"], "no LPIPS weights at {tmp}/x"),
+        (["score", "{real}", "--score", "clip:x"], "unknown score 'clip:x'; there are: pickscore"),
+        (["score", "{real}", "--score", "hpsv2:x"], "0.png does not carry its prompt"),
+        (["score", "{real}", "--score", "aesthetic:x"], "aesthetic.safetensors: put it beside"),
+        (["score", "{real}", "--score", "hpsv2:x", "--score", "hpsv2:y"], "every kind of score"),
+        (["score", "{real}", "--score", "hpsv2:x", "--baseline", "{tmp}/one"], "has no 1.png"),
         (["alignment", "{real}"], "name one of --clip, --ridge and --fit"),
         (["alignment", "{real}", "--fit", "x"], "0.png does not carry its prompt"),
         (["alignment", "{real}", "--fit", "x", "--prompts", "{tmp}/bad.npz"], "in UTF-8"),
@@ -255,7 +334,7 @@ def test_errors_are_one_line(monkeypatch, tmp_path, folders, capsys, arguments, 
     places = {"real": real, "fake": fake, "tmp": tmp_path}
     assert run(monkeypatch, *(a.format(**places) for a in arguments)) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message.format(**places) in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -264,6 +343,8 @@ def test_errors_are_one_line(monkeypatch, tmp_path, folders, capsys, arguments, 
         (["fid", "{real}", "{tmp}/bad.npz"], "bad.npz is damaged"),
         (["fid", "{real}", "{tmp}/one"], "at least 2 pictures are needed, {tmp}/one has 1"),
         (["fid", "{real}", "{fake}", "--resamples", "1"], "at least 2 resamples"),
+        (["fd-infinity", "{real}", "{fake}"], "at least 30 pictures are needed"),
+        (["vendi", "{tmp}/plain.npz"], "statistics only"),
         (["fid", "{real}", "{tmp}/plain.npz", "--resamples", "5"], "statistics only"),
         (["kid", "{real}", "{tmp}/plain.npz"], "statistics only"),
         (["kid", "{real}", "{fake}", "--subsets", "3"], "at least 1000 pictures are needed"),
