@@ -151,6 +151,7 @@ def compare(
     times = 2 if matched else 1  # of each setting, another one as strong
     ask(runs, times * sum(sizes), times * needed, yes)
     loading = ["--model", model] if model else []
+    loading += ["--dtype", dtype] if dtype != "auto" else []
     loading += [word for path in token or () for word in ("--token", str(path))]
     run(
         pipe,

@@ -10,7 +10,7 @@ from ...guidance.files import atomic
 
 FOLDER = "thumbnails"
 LARGEST = 384  # pixels
-QUALITY = 75
+QUALITY = 70
 LIGHT = 20_000  # bytes; a picture that has no more is shown itself
 
 

@@ -12,13 +12,12 @@ start-up, so that ``pip install --no-deps torch-fidelity`` is enough.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -74,14 +73,6 @@ def fidelity_modules() -> Iterator[None]:
         for name in [n for n in sys.modules if n.split(".")[0] == package]:
             del sys.modules[name]
         sys.modules.update(before)
-
-
-@functools.cache
-def torchmetrics(name: str) -> types.ModuleType:
-    """A module of torchmetrics, which imports parts of torch-fidelity where that is installed."""
-    installed = importlib.util.find_spec("torch_fidelity") is not None
-    with fidelity_modules() if installed else nullcontext():
-        return importlib.import_module(f"torchmetrics.{name}")
 
 
 class Inception(nn.Module):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import Device, Model, Token, check_tokens
+from ..options import Device, Dtype, Model, Token, check_tokens
 from .address import LOOPBACK
 
 
@@ -24,6 +24,7 @@ def ui(
     token: Token = None,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """A page in the browser: try settings side by side, compare, make a word, denoise.
 
@@ -45,4 +46,4 @@ def ui(
 
     from .serve import serve
 
-    serve(host, port, open_browser, model, device, token or ())
+    serve(host, port, open_browser, model, device, dtype, token or ())

@@ -83,7 +83,7 @@ def comparison(
             "--steps": steps,
             "--seeds": seeds,
             "--negative": negative or None,
-            "--model": studio.model,
+            **studio.loading,
             "-o": "outputs/compare",
         },
     )

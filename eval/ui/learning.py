@@ -136,7 +136,7 @@ def learn(
             "--template": template,
             "--preview-prompt": template,
             "--seed": seed,
-            "--model": studio.model,
+            **studio.loading,
         },
     )
     return streamed(work, studio.lock)

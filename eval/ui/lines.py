@@ -25,21 +25,20 @@ def command(name: str, argument: str, options: Mapping[str, Any]) -> str:
 
 
 def python(
-    arguments: Mapping[str, Any], seed: int, device: str, model: str | None, words: Sequence[str]
+    arguments: Mapping[str, Any], seed: int, loading: Sequence[str | None], words: Sequence[str]
 ) -> str:
     """Lines of Python that make a picture.
 
     Args:
         arguments: Of the pipeline's call.
         seed: Of the picture.
-        device: Where the pipeline is.
-        model: Folder or hub name; None: the embedded model.
+        loading: Arguments of `load_on`: device; folder or hub name; precision.
         words: Files of learned words.
     """
     lines = ["import torch", "from pilotage.eval.embedded import load_on"]
     if words:
         lines.append("from pilotage.pipelines import add_token")
-    lines += ["", f"pipe = load_on({device!r}, {model!r})"]
+    lines += ["", f"pipe = load_on({', '.join(map(repr, loading))})"]
     lines += [f"add_token(pipe, {file!r})" for file in words]
     lines += ["image = pipe("]
     lines += [f"    {name}={value!r}," for name, value in arguments.items()]

@@ -21,6 +21,7 @@ def serve(
     open_browser: bool,
     model: str | None,
     device: str,
+    dtype: str = "auto",
     tokens: Sequence[Path] = (),
 ) -> None:
     """Load the model and serve the page until Ctrl-C.
@@ -31,6 +32,7 @@ def serve(
         open_browser: Open the page.
         model: Folder or hub name; None: the embedded model.
         device: What to compute on.
+        dtype: Precision of the weights, see `load_on`.
         tokens: Files of learned words.
 
     Raises:
@@ -38,7 +40,9 @@ def serve(
         ValueError: the model cannot be used here.
     """
     port = free_port(host, port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell's script starts programs in the background deaf to Ctrl-C.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="pilotage-ui-", ignore_cleanup_errors=True) as folder:
         keep_private(Path(folder))
         from ..embedded import load_on
@@ -46,7 +50,7 @@ def serve(
         from .studio import Studio
 
         try:
-            studio = Studio(load_on(device, model), Path(folder), model, tokens)
+            studio = Studio(load_on(device, model, dtype), Path(folder), model, dtype, tokens)
             page, address = launch(studio, host, port)
             try:
                 typer.echo(f"{address}  (Ctrl-C ends it)")

@@ -106,6 +106,7 @@ class Studio:
         pipe: A guided text-to-image pipeline, on its device.
         folder: For everything written; whoever made it deletes it.
         model: Folder or hub name of the pipeline; None: the embedded model.
+        dtype: The precision that it was loaded with, as `load_on` takes it.
         tokens: Files of learned words that the pipeline is to know.
 
     Raises:
@@ -113,14 +114,19 @@ class Studio:
     """
 
     def __init__(
-        self, pipe: Any, folder: Path, model: str | None = None, tokens: Iterable[Path] = ()
+        self,
+        pipe: Any,
+        folder: Path,
+        model: str | None = None,
+        dtype: str = "auto",
+        tokens: Iterable[Path] = (),
     ) -> None:
         parameters = inspect.signature(type(pipe).__call__).parameters
         if "prompt" not in parameters or "guidance" not in parameters:
             raise ValueError(
                 f"the page is for text-to-image models; {type(pipe).__name__} takes no prompt"
             )
-        self.pipe, self.folder, self.model = pipe, folder, model
+        self.pipe, self.folder, self.model, self.dtype = pipe, folder, model, dtype
         self.lock = threading.Lock()
         self.methods = methods(pipe)
         self.words: dict[str, Path] = {}
@@ -128,6 +134,16 @@ class Studio:
             self.know(file)
         self._plain: dict[Any, Samples] = {}
         pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def loading(self) -> dict[str, str | None]:
+        """Options with which commands load the same pipeline; None leaves one out."""
+        device = str(self.pipe.device)
+        return {
+            "--model": self.model,
+            "--dtype": None if self.dtype == "auto" else self.dtype,
+            "--device": None if device == str(device_of("auto")) else device,
+        }
 
     def picture(self, wish: Wish) -> Generator[Step | None, None, Picture]:
         """Make a picture; yields `Step` as it goes, None where there is no news."""
@@ -250,7 +266,6 @@ class Studio:
         return rows
 
     def _command(self, wish: Wish, words: dict[str, Path]) -> str:
-        device = str(self.pipe.device)
         options = {
             "-g": wish.guidance,
             "-w": wish.scale,
@@ -258,8 +273,7 @@ class Studio:
             "--seed": wish.seed,
             "--negative": wish.negative or None,
             "--token": [str(file) for file in self._shown(words)],
-            "--model": self.model,
-            "--device": None if device == str(device_of("auto")) else device,
+            **self.loading,
             "-o": "picture.png",
         }
         return lines.command("generate", wish.prompt, options)
@@ -275,7 +289,9 @@ class Studio:
         if settings["negative_prompt"] is not None:
             arguments["negative_prompt"] = [settings["negative_prompt"]]
         files = [str(file) for file in self._shown(words)]
-        return lines.python(arguments, wish.seed, str(self.pipe.device), self.model, files)
+        loading = [str(self.pipe.device), self.model]
+        loading += [] if self.dtype == "auto" else [self.dtype]
+        return lines.python(arguments, wish.seed, loading, files)
 
     def _shown(self, words: dict[str, Path]) -> list[Path]:
         """Files of words under the names they have when downloaded; of others, their paths."""

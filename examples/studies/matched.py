@@ -106,7 +106,7 @@ def main() -> None:
     judges = {
         "extractor": extractor,
         "gallery": extractor(to_tensor(emoji.pictures(args.archive, held))),
-        "alignment": fit_alignment(args.archive, everyday, extractor),
+        "scorers": {"alignment": fit_alignment(args.archive, everyday, extractor)},
     }
     nominal = [one for one in made if one.setting.matched is None and one.setting.method in RULES]
     same = [one for one in made if one.setting.matched is not None]

@@ -11,7 +11,8 @@ of the checkout, and the tests beside the file (`TESTS`) are run on it until one
 What no test notices is either a test that is missing or a change that makes no difference: those
 are listed with the reason in ``mutants.toml`` beside this file. A change is drawn by its line, so
 that the sample stays as it is where the code does; a result holds as long as the function that it
-is in does not change. Results are kept in ``cache/mutants.json``: a run that was ended goes on.
+is in does not change. Results are kept in ``cache/mutants.json``: a run that was ended goes on, and
+one elsewhere tries what the stored figures do not say.
 """
 
 from __future__ import annotations
@@ -177,9 +178,14 @@ class Mutant:
         return tests_of(self.file)
 
 
+def place_of(file: str) -> str:
+    """The name in `TESTS` that a file belongs to."""
+    return max((name for name in TESTS if file.startswith(name)), key=len)
+
+
 def tests_of(file: str) -> tuple[str, ...]:
     """Arguments of pytest for the tests beside a file."""
-    return TESTS[max((name for name in TESTS if file.startswith(name)), key=len)]
+    return TESTS[place_of(file)]
 
 
 def digest(*parts: Any) -> str:
@@ -382,6 +388,24 @@ def reasons() -> dict[tuple[str, str, str, str], str]:
     return {(e["file"], e["function"], e["line"], e["change"]): e["reason"] for e in listed}
 
 
+def held(sample: list[Mutant]) -> dict[str, str]:
+    """Outcomes that the stored figures tell: of functions and tests that are the same."""
+    if not (ROOT / OUTPUT).is_file():
+        return {}
+    stored = json.loads((ROOT / OUTPUT).read_text())
+    told: dict[tuple, set[str]] = defaultdict(set)
+    for row in stored["mutants"]:
+        told[row["file"], row["function"], row["line"], row["change"], row["text"]].add(
+            row["outcome"]
+        )
+    found = {}
+    for mutant in sample:
+        outcomes = told[*mutant.named, mutant.text]  # of lines that are there twice, of both
+        if len(outcomes) == 1 and stored["tests"].get(place_of(mutant.file)) == list(mutant.tests):
+            found[mutant.key] = outcomes.pop()
+    return found
+
+
 def main() -> int:
     """Try the sample; write the figures; 1 if a change is neither noticed nor explained."""
     parser = argparse.ArgumentParser(
@@ -395,7 +419,7 @@ def main() -> int:
             print(f"{mutant.file} {mutant.function}\n  - {mutant.line}\n  + {mutant.change}")
         print(Counter(mutant.file.rpartition("/")[0] for mutant in sample), len(sample))
         return 0
-    cache = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
+    cache = held(sample) | (json.loads(CACHE.read_text()) if CACHE.is_file() else {})
     cached = {m.key: cache[m.key] for m in sample if cache.get(m.key) in ("caught", "timeout")}
     open_ = [m for m in sample if m.named not in known and m.key not in cached]
     print(f"{len(sample)} drawn, {len(open_)} to try")

@@ -29,7 +29,7 @@ from pilotage.eval.comparison.evaluation import evaluate, paired_differences
 from pilotage.eval.comparison.plan import Samples, Setting
 from pilotage.eval.comparison.report import render
 from pilotage.eval.comparison.thumbnails import thumbnail
-from pilotage.eval.metrics.extractors import EfficientNetLite0
+from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.images import to_tensor
 from pilotage.eval.record import add_figures, figures_context
 
@@ -87,7 +87,7 @@ def under_settings(
 
 def page(pictures: Sequence[Image.Image], settings: Sequence[Setting], folder: Path) -> Path:
     """The report of pictures that are given, as `compare` writes it."""
-    extractor = EfficientNetLite0()
+    extractor = load_extractor()
     gallery = torch.cat([extractor(to_tensor([picture])) for picture in pictures])
     samples = list(under_settings(pictures, settings, folder))
     rows, resampled = [], {}

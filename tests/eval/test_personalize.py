@@ -71,7 +71,7 @@ def test_writes_a_token_and_continues(monkeypatch, tmp_path, pictures, capsys):
         ({"images": "gone"}, "gone is not a folder"),
         ({"--held-out": "gone"}, "gone is not a folder"),
         ({"--initializer": "gone.safetensors"}, "no token file gone.safetensors"),
-        ({"--dtype": "int4"}, "dtype is one of fp32, bf16, fp16, got 'int4'"),
+        ({"--dtype": "int4"}, "dtype is one of auto, fp32, bf16, fp16, got 'int4'"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, tmp_path, pictures, capsys, change, message):

@@ -243,4 +243,4 @@ def test_metrics_of_what_is_read(tmp_path):
     expected = {
         m.__name__: m(tensor(image)).tolist() for m in (saturation, contrast, colourfulness)
     }
-    assert values(tmp_path) == expected
+    assert values(tmp_path).items() >= expected.items()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pilotage.eval.cli import main
+from pilotage.eval.embedded import load_on
 from pilotage.eval.ui.comparing import comparison
 from pilotage.eval.ui.denoising import sample
 from pilotage.eval.ui.learning import learn
@@ -49,6 +50,17 @@ WISHES = {
 @pytest.mark.parametrize("name", WISHES)
 def test_copied_lines_make_the_same_picture(studio, monkeypatch, tmp_path, name):
     made = make(studio, **WISHES[name])
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, made.command)
+    assert (tmp_path / "picture.png").read_bytes() == made.samples.paths[0].read_bytes()
+    (tmp_path / "picture.png").unlink()
+    exec(made.python, {})
+    assert np.array_equal(Image.open(tmp_path / "picture.png"), made.image)
+
+
+def test_copied_lines_say_the_precision(monkeypatch, tmp_path):
+    studio = Studio(load_on("cpu", None, "bf16"), tmp_path, dtype="bf16")
+    made = make(studio, "cfg", steps=2)
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, made.command)
     assert (tmp_path / "picture.png").read_bytes() == made.samples.paths[0].read_bytes()
