@@ -1,4 +1,4 @@
-"""Fashion-MNIST as Debian packages it, and the small network of this repository trained on it."""
+"""Fashion-MNIST as Debian packages it, and the small networks of this repository trained on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 PLACES = (Path("/usr/share/datasets/fashion-mnist"), Path("cache/fashion-mnist"))
-MODEL = Path("examples/fashion_mnist/model")
+MODELS = {
+    "plain": Path("examples/fashion_mnist/model"),
+    "classes": Path("examples/fashion_mnist/classes"),
+}
 FILES = {"train": "train", "test": "t10k"}
 CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
@@ -78,10 +81,25 @@ def load_unet(dtype: torch.dtype = torch.float32) -> Any:
     """
     from diffusers import DDPMPipeline
 
+    return DDPMPipeline.from_pretrained(_folder("plain"), torch_dtype=dtype)
+
+
+def load_classes(dtype: torch.dtype = torch.float32) -> Any:
+    """The class-conditional `ClassPipeline` trained on Fashion-MNIST (28 x 28, linear beta).
+
+    Raises:
+        FileNotFoundError: neither in the working directory nor in the checkout installed from.
+    """
+    from examples.fashion_mnist.pipeline import ClassPipeline
+
+    return ClassPipeline.from_pretrained(_folder("classes"), torch_dtype=dtype)
+
+
+def _folder(network: str) -> Path:
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (root / MODEL / "model_index.json").is_file():
-            return DDPMPipeline.from_pretrained(root / MODEL, torch_dtype=dtype)
+        if (root / MODELS[network] / "model_index.json").is_file():
+            return root / MODELS[network]
     raise FileNotFoundError(
-        f"the Fashion-MNIST network ({MODEL}) is not here: run inside a checkout of Pilotage, "
-        "or train it (python -m examples.fashion_mnist.train)"
+        f"the Fashion-MNIST network ({MODELS[network]}) is not here: run inside a checkout of "
+        f"Pilotage, or train it (python -m examples.fashion_mnist.train train {network})"
     )
