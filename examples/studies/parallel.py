@@ -192,7 +192,8 @@ def times(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def tiny(folder: Path) -> dict[str, Any]:
-    """The pipelines of the tests, in two processes and in one."""
+    """The pipelines of the tests, in two processes and in one; all with one thread."""
+    torch.set_num_threads(1)
     for process in together.start(2, "everything", folder):
         if process.communicate() and process.returncode:
             raise RuntimeError("the tiny pipelines failed: run tests/pipelines/seam")
