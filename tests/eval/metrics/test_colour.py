@@ -1,5 +1,6 @@
 """Clipped pixels, chroma and its distance to real pictures."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
@@ -49,6 +50,20 @@ def test_dark_colours_are_saturated_but_not_strong():
     dark, bright = flat(6, 0, 0), flat(255, 0, 0)
     assert saturation(dark) == saturation(bright) == 1
     assert chroma(dark) < 10 < chroma(bright)
+
+
+def test_dark_colours_are_those_of_the_standard():
+    """CIE 15 in its other constants (kappa, epsilon), below and above where the root begins."""
+    for level in (1, 6, 12, 20, 28):
+        colour = np.array([level, 0, level / 2]) / 255
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
+        matrix = np.array([*matrix, [0.0193339, 0.1191920, 0.9503041]])
+        share = matrix @ linear / matrix.sum(1)
+        f = np.where(share > 216 / 24389, np.cbrt(share), (24389 / 27 * share + 16) / 116)
+        expected = np.hypot(500 * (f[0] - f[1]), 200 * (f[1] - f[2]))
+        found = chroma(flat(level, 0, level / 2)).item()
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_shares_and_their_distance():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pilotage.eval.metrics.extractors import load_extractor
 from pilotage.eval.metrics.feature_files import Features
-from pilotage.eval.metrics.features import FeatureStatistics, folder_features
+from pilotage.eval.metrics.features import FeatureStatistics, finite_features, folder_features
 from pilotage.eval.pictures import Pictures, Reading
 
 
@@ -46,6 +46,13 @@ def test_preprocessing_says_how_pictures_were_read(tmp_path):
     assert found.preprocessing == "shorter side to 8 (bicubic), middle 8x8, then none"
     found = features_of(tmp_path, reading=Reading(resize="clean:8", background="black"))
     assert found.preprocessing == "transparency on black, clean-fid's bicubic to 8x8, then none"
+
+
+def test_features_that_are_not_finite_are_named():
+    features = torch.zeros(9, 2)
+    features[2:] = torch.nan
+    with pytest.raises(ValueError, match=r"in rows \[2, 3, 4, 5, 6\]"):
+        finite_features(features)
 
 
 def test_nan_features_name_the_file(tmp_path):
