@@ -185,7 +185,7 @@ def test_the_command_takes_a_folder_of_photos(tmp_path, method):
     for name, mode, size in (("a.jpg", "RGB", (640, 480)), ("b.png", "RGBA", (300, 500))):
         rough = torch.randint(0, 256, (6, 6, len(mode)), generator=draw, dtype=torch.uint8)
         Image.fromarray(rough.numpy(), mode).resize(size).save(folder / name)
-    call = ["denoise", str(folder), "-m", method, "-o", str(out), "--steps", "2"]
+    call = ["denoise", str(folder), "-m", method, "-o", str(out), "--steps", "2", "--force"]
     small = CliRunner().invoke(app, [*call, "--size", "9"])
     assert small.exit_code == 0, small.output
     picture = Image.open(out)
