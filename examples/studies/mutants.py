@@ -51,6 +51,7 @@ GUIDANCE = (
     *(f"--ignore=tests/guidance/{name}" for name in ("analytic", "ops", "zeroth_order")),
 )
 RUN = tuple(f"tests/guidance/test_{name}.py" for name in ("run", "measured", "contracts"))
+PAIRED = "tests/eval/comparison/test_paired.py"
 ALIGNMENT = "tests/eval/metrics/test_alignment.py"  # one test needs the package as installed
 SEAM = ("tests/pipelines/seam/test_guards.py", "tests/pipelines/seam/test_features.py")
 # Code -> the tests beside it, as arguments of pytest: the longest name that a file begins with.
@@ -72,6 +73,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pipelines/seam/patterns": ("tests/pipelines/seam/test_patterns.py", *SEAM[:1]),
     "eval/metrics": ("tests/eval/metrics", f"--deselect={ALIGNMENT}::test_similarity_beside_it"),
+    "eval/metrics/bootstrap": ("tests/eval/metrics/test_frechet.py", PAIRED),
+    "eval/metrics/resampled": (PAIRED,),
 }
 
 # What is exchanged for what, of Cosmic Ray's operators: what a slip might be. (A shift for a

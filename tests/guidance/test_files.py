@@ -13,7 +13,7 @@ from pilotage.guidance.files import atomic, write_json, write_text
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
-    path = tmp_path / "new" / "a.txt"
+    path = tmp_path / "new" / "folder" / "a.txt"
     write_text(path, "one")
     with pytest.raises(RuntimeError), atomic(path) as partial:
         partial.write_text("half")

@@ -85,6 +85,7 @@ def test_what_a_missing_plug_in_would_read(tmp_path, module, suffix, content, me
     """Where the package is not installed; the head is of a real file, which the plug-in knows."""
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content + b"\0\0\0\0mif1")
+    (text := tmp_path / "text.png").write_text("no picture of any kind")
     code = f"""
 import sys
 sys.modules["{module}"] = None
@@ -93,6 +94,9 @@ for read in (read_head, read_image):
     try: read("{path}")
     except ValueError as error: assert "{message}" in str(error), error
     else: raise AssertionError
+try: read_image("{text}")
+except ValueError as error: assert "damaged, or no picture" in str(error), error
+else: raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
