@@ -54,6 +54,13 @@ def beta(p):
 SHAPES = {"linear": lambda p: 2 * p, "cosine": lambda p: 1 - math.cos(math.pi * p), "beta": beta}
 
 
+def test_beta_is_nothing_at_both_ends():
+    """So a run of two steps has no shape, and keeps its scale."""
+    assert ScaleSchedule("beta").factors(2) == (1.0, 1.0)
+    first, middle, last = ScaleSchedule("beta").factors(3)
+    assert first == last == 0 and middle == pytest.approx(3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_over_the_steps(shape):
     values = [SHAPES[shape](t / (T - 1)) for t in range(T)]

@@ -129,6 +129,20 @@ def test_smc_is_the_authors_code(shape, decay, gain):
             np.testing.assert_allclose(found[row].numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_noise_levels_on_the_device_are_those_on_the_host():
+    """One level for every sample, below, at, within, at and above the ends of the window."""
+    rule, levels = HiGS(noise_low=0.4, noise_high=0.9), (0.2, 0.4, 0.65, 0.9, 0.95)
+    draw = torch.Generator().manual_seed(0)
+    cond, uncond, x_t, old = torch.randn(4, len(levels), 3, 6, 5, generator=draw).double()
+    share = torch.tensor(levels, dtype=torch.float64).view(-1, 1, 1, 1)
+    level = NoiseLevel(1 - share, share, "flow")
+    together, _ = guide(rule, level, cond, uncond, x_t, old)
+    for i, one in enumerate(levels):
+        rows = [part[i : i + 1] for part in (cond, uncond, x_t, old)]
+        alone, _ = guide(rule, level_of(one, "flow"), *rows)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
 @pytest.mark.parametrize("rule", [Momentum(0.0), HiGS(0.0), TAG(1.0), SMC(gain=0.0)], ids=str)
 def test_neutral_setting_is_cfg(rule):
     state, level = None, level_of(0.6, "flow")
