@@ -66,6 +66,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pipelines/schedulers": ("tests/pipelines/schedulers",),
     "guidance/run": (*RUN, "tests/guidance/policies"),
     "pipelines/seam": SEAM,
+    "pipelines/seam/batched": ("tests/pipelines/seam/test_batched.py",),
+    **dict.fromkeys(
+        ("pipelines/seam/deferred", "pipelines/seam/exchange", "pipelines/seam/parallel"),
+        ("tests/pipelines/seam/test_parallel.py", "tests/pipelines/seam/test_batched.py"),
+    ),
     "pipelines/seam/learning": ("tests/pipelines/seam/test_learning.py", *SEAM[:1]),
     "pipelines/seam/noise_levels": (
         "tests/pipelines/seam/test_noise_levels.py",
