@@ -1,5 +1,6 @@
 """Branches in one call of the network, where a pipeline makes one a branch."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,8 @@ def test_merged_inputs():
     both = merged([made(1.0), made(2.0)])
     assert both.args[0].shape == (4, 5) and both.args[1].ndim == 0
     assert both.args[2][:, 0, 0].tolist() == [1, 1, 2, 2]
+    same = np.zeros(3)  # what is one object is not compared: arrays have no single answer
+    assert merged([made(1.0, sizes=same), made(2.0, sizes=same)]).kwargs["sizes"] is same
     with pytest.raises(Unlike, match="their sizes differ"):
         merged([made(1.0, sizes=(1, 2)), made(2.0, sizes=(1, 3))])
     with pytest.raises(Unlike, match="only some of them are given mask"):
