@@ -1,14 +1,15 @@
 """Branches shared out among processes: as in one process, and errors where they disagree."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pilotage.guidance import APG
-from pilotage.pipelines import guided
-from pilotage.pipelines.seam.parallel import shared_out
+from pilotage.pipelines import LayoutError, guided
+from pilotage.pipelines.seam.parallel import ParallelDriver, shared_out
 
 from ...families import FAMILIES
 from ..checks import replaced
@@ -160,3 +161,33 @@ def test_rows_are_shared_out_evenly():
     assert shared_out(units, 2) == [[0, 1, 2], [3, 4]]
     assert shared_out(units[:1], 3) == [[0], [], []]
     assert shared_out([[0, 1], [2, 3], [4, 5]], 2) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_what_a_network_says_of_rows_alone_is_told():
+    """Its errors on a whole call are its own; on a share of one, all processes hear of them."""
+    told = []
+
+    def tell(value):
+        told.append(value)
+        return [None, value]
+
+    def alone(keep):
+        raise ValueError("an odd number of rows")
+
+    def evaluated(own, splits=()):
+        driver = SimpleNamespace(
+            splits=set(splits),
+            exchange=SimpleNamespace(tell=tell),
+            indivisible=lambda call, cause: f"cannot be shared: {cause}",
+        )
+        call = SimpleNamespace(rows=2, alone=alone)
+        return ParallelDriver.evaluated(driver, call, own, (2, 1, 1))
+
+    with pytest.raises(ValueError, match="^an odd number of rows$"):
+        evaluated([0, 1])
+    with pytest.raises(ValueError, match="^an odd number of rows$"):
+        evaluated([0], [(2, 1, 1)])  # it did so once: this is another error
+    assert not told
+    with pytest.raises(LayoutError, match="^cannot be shared: an odd number of rows$"):
+        evaluated([0])
+    assert told == ["an odd number of rows"]
