@@ -169,12 +169,12 @@ def test_what_a_network_says_of_rows_alone_is_told():
 
     def tell(value):
         told.append(value)
-        return [None, value]
+        return ["another's reason" if value is None else None, value]
 
     def alone(keep):
         raise ValueError("an odd number of rows")
 
-    def evaluated(own, splits=()):
+    def evaluated(own, splits=(), alone=alone):
         driver = SimpleNamespace(
             splits=set(splits),
             exchange=SimpleNamespace(tell=tell),
@@ -190,4 +190,6 @@ def test_what_a_network_says_of_rows_alone_is_told():
     assert not told
     with pytest.raises(LayoutError, match="^cannot be shared: an odd number of rows$"):
         evaluated([0])
-    assert told == ["an odd number of rows"]
+    with pytest.raises(LayoutError, match="^cannot be shared: another's reason$"):
+        evaluated([0], alone=lambda keep: torch.zeros(1))
+    assert told == ["an odd number of rows", None]
