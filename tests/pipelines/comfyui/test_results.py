@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pilotage.guidance.registry import NAMES
 from pilotage.pipelines.comfyui import methods
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "comfyui.json"
@@ -17,7 +18,8 @@ def results():
 
 def test_every_sampler_and_rule_agrees_with_float64(results):
     assert len(results["samplers"]) == 42
-    assert results["rules"].keys() == methods("rule").keys()
+    own = {name for name in methods("rule") if NAMES[name].__module__.startswith("pilotage.")}
+    assert results["rules"].keys() == own  # other tests register rules of their own
     errors = [s["max_error"] for s in results["samplers"].values()]
     assert results["max_error"] == max(*errors, *results["rules"].values()) <= 1e-4
 
