@@ -1,9 +1,7 @@
 """The report in a real browser. Needs Chromium and the `browser` extra: ``pytest -m browser``."""
 
 import io
-import os
 import re
-import shutil
 
 import pytest
 from PIL import Image
@@ -11,19 +9,10 @@ from PIL import Image
 from pilotage.eval.comparison.curves import CURVES, charts
 from pilotage.eval.comparison.report import render
 
+from ...chromium import chromium
 from .comparisons import PROMPTS, SETTINGS, made_up
 
 pytestmark = pytest.mark.browser
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SEEDS = (0, 7)
 PHONE = {"width": 390, "height": 800}
 A4 = (595, 842)  # points
@@ -33,14 +22,8 @@ LOADED = "image => image.complete && image.naturalWidth > 0"
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "Chromium is needed: apt-get install chromium, or name it in CHROMIUM"
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
