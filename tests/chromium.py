@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 
 ARGUMENTS = [
     "--headless",
@@ -14,6 +15,21 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+LIMIT = 120  # seconds: of a machine that hangs, not one that is busy
+
+
+def until(page, function, arg=None):
+    """Wait until a function of the page returns true.
+
+    Playwright's ``wait_for_function`` compiles its text in the page at every try, which a policy
+    without ``unsafe-eval`` refuses from the second one on.
+    """
+    last = time.monotonic() + LIMIT
+    while not page.evaluate(function, arg):
+        assert time.monotonic() < last, f"not true within {LIMIT} s: {function}"
+        page.wait_for_timeout(50)
 
 
 @contextlib.contextmanager

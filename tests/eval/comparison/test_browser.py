@@ -9,7 +9,7 @@ from PIL import Image
 from pilotage.eval.comparison.curves import CURVES, charts
 from pilotage.eval.comparison.report import render
 
-from ...chromium import chromium
+from ...chromium import chromium, until
 from .comparisons import PROMPTS, SETTINGS, made_up
 
 pytestmark = pytest.mark.browser
@@ -87,7 +87,7 @@ def test_charts_and_pictures_are_shown(opened, tmp_path):
     assert pictures.count() == len(SETTINGS) * len(PROMPTS) * len(SEEDS)
     for image in [*drawn.all(), *page.locator(".strip img").all(), pictures.last]:
         image.scroll_into_view_if_needed()
-        page.wait_for_function(LOADED, arg=image.element_handle())
+        until(page, LOADED, image.element_handle())
 
 
 def test_pictures_load_when_they_come_near(opened, requests):
@@ -96,10 +96,10 @@ def test_pictures_load_when_they_come_near(opened, requests):
     url = last.evaluate("image => image.src")
     first = page.locator(".pictures img").first
     first.scroll_into_view_if_needed()
-    page.wait_for_function(LOADED, arg=first.element_handle())
+    until(page, LOADED, first.element_handle())
     assert first.evaluate("image => image.src") in requests and url not in requests
     last.scroll_into_view_if_needed()
-    page.wait_for_function(LOADED, arg=last.element_handle())
+    until(page, LOADED, last.element_handle())
     assert url in requests
 
 
@@ -170,7 +170,7 @@ def test_hidden_columns_are_said(opened):
     hidden = int(hint.text_content().split()[0])
     assert 0 < hidden < len(SETTINGS)
     page.locator(".scroll").first.evaluate("box => { box.scrollLeft = 10_000; }")
-    page.wait_for_function("hint => hint.textContent === ''", arg=hint.element_handle())
+    until(page, "hint => hint.textContent === ''", hint.element_handle())
     first = page.locator(".pictures tbody th").first  # stays where it is
     assert first.bounding_box()["x"] >= 0
 
@@ -205,7 +205,7 @@ def test_the_picture_that_is_chosen_is_shown_in_full(opened, requests):
     assert not any(url.endswith(file) for url in requests)
     chosen.click()
     assert shown(page) == (f"{PROMPTS[1]} · seed 0", "cfg w=7.5", "ag w=7.5")
-    page.wait_for_function("end => document.getElementById('second').src.endsWith(end)", arg=file)
+    until(page, "end => document.getElementById('second').src.endsWith(end)", file)
     assert page.locator("#file-second").get_attribute("href").endswith(file)
 
 
@@ -286,8 +286,9 @@ def test_printing_waits_for_all_pictures(opened):
     page = opened(seeds=range(60))
     page.evaluate("""() => {
         const whole = image => !image.src || image.complete && image.naturalWidth > 0;
-        window.print = () => { window.loaded = [...document.images].every(whole); };
+        window.printed = new Promise(printed => {
+            window.print = () => printed([...document.images].every(whole));
+        });
     }""")
     page.get_by_role("button", name="Print").click()
-    page.wait_for_function("'loaded' in window")
-    assert page.evaluate("window.loaded")
+    assert page.evaluate("window.printed")
