@@ -13,22 +13,26 @@ from ..pipelines import guided
 from .hub import located
 from .options import DTYPES
 
-FOLDER = Path("examples/emoji/model")
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def embedded_folder() -> Path:
-    """Folder of the embedded model: in the working directory, else in the checkout installed from.
+    """Folder of the embedded model: in the checkout that runs, else the package `pilotage-emoji`.
 
     Raises:
-        FileNotFoundError: neither is there (a wheel does not contain the model).
+        FileNotFoundError: neither is there. Says how to install it.
     """
-    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if (root / FOLDER / "model_index.json").is_file():
-            return root / FOLDER
-    raise FileNotFoundError(
-        f"the embedded model ({FOLDER}) is not here: run inside a checkout of Pilotage, "
-        "or name another model"
-    )
+    folder = CHECKOUT / "examples" / "emoji" / "model"
+    if (folder / "model_index.json").is_file():
+        return folder
+    try:
+        from pilotage_emoji import FOLDER
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            "the embedded model is a package of its own, which is not installed: "
+            "pip install pilotage-emoji, or name another model"
+        ) from error
+    return FOLDER
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:

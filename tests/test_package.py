@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,9 @@ from pilotage.eval import embedded
 from .structure import FOLDERS, LAYERS, ROOT, circles, imports, modules, packages, parsed, sources
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TEXTS = ("pyproject.toml", "README.md", "LICENSE")
+TEXTS = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md")
+EMOJI = Path("examples/emoji")
+EMOJI_TEXTS = ("pyproject.toml", "README.md", "LICENSE", "NOTICE.md")
 # Parts of guidance that know nothing of rules, policies and runs, and what of it they may use.
 APART = ("pilotage.guidance.analytic", "pilotage.guidance.zeroth_order")
 SHARED = tuple(f"pilotage.guidance.{name}" for name in ("device", "files", "images", "prediction"))
@@ -58,18 +62,105 @@ def copy_of_sources(folder):
     return folder
 
 
-def build_wheel(folder):
-    """Build offline, from a copy, with the setuptools that is installed."""
-    source = copy_of_sources(folder / "source")
+def copy_of_emoji(folder):
+    """The package of the embedded model, its weights cut to nothing: they are not built from."""
+    for path in (ROOT / EMOJI).rglob("*"):
+        name = path.relative_to(ROOT / EMOJI)
+        if "__pycache__" in name.parts or path.is_dir():
+            continue
+        if name.parts[0] == "model" or path.name in EMOJI_TEXTS:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            empty = path.suffix == ".safetensors"
+            (folder / name).write_bytes(b"" if empty else path.read_bytes())
+    return folder
+
+
+def build(source, folder):
+    """Build an sdist and a wheel from it, offline, with the setuptools that is installed."""
+    code = f"from setuptools import build_meta as b; b.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", folder, source], check=True, capture_output=True, text=True)
+    subprocess.run([*command, "-w", folder, sdist], check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
-    return wheel
+    return sdist, wheel
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+def distributions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    return build(copy_of_sources(folder / "source"), folder)
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions):
+    return distributions[1]
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emoji")
+    return build(copy_of_emoji(folder / "source"), folder)
+
+
+def files_of(sdist):
+    """What an sdist holds, without what setuptools adds."""
+    with tarfile.open(sdist) as archive:
+        names = [member.name.partition("/")[2] for member in archive if member.isfile()]
+    return {n for n in names if n not in ("PKG-INFO", "setup.cfg") and ".egg-info/" not in n}
+
+
+def metadata_of(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode()), set(archive.namelist())
+
+
+def test_sdists_hold_what_is_built_and_no_more(distributions, emoji):
+    code = {path.relative_to(ROOT).as_posix() for path in sources()}
+    assert files_of(distributions[0]) == {*code, "src/pilotage/py.typed", *TEXTS}
+    model = (path for path in (ROOT / EMOJI / "model").rglob("*") if path.is_file())
+    names = {path.relative_to(ROOT / EMOJI).as_posix() for path in model}
+    assert files_of(emoji[0]) == {n for n in names if "__pycache__" not in n} | {*EMOJI_TEXTS}
+
+
+def test_metadata(distributions, emoji):
+    needed = []
+    for (_, wheel), name, licences in (
+        (distributions, "pilotage", {"LICENSE"}),
+        (emoji, "pilotage-emoji", {"LICENSE", "NOTICE.md"}),
+    ):
+        metadata, files = metadata_of(wheel)
+        assert metadata["Name"] == name and metadata["License-Expression"] == "Apache-2.0"
+        assert metadata["Description-Content-Type"] == "text/markdown"
+        assert metadata.get_payload().startswith("# ")
+        assert set(metadata.get_all("License-File")) == licences
+        info = next(n for n in files if n.endswith("METADATA")).removesuffix("METADATA")
+        assert {f"{info}licenses/{licence}" for licence in licences} <= files
+        assert f"{name.replace('-', '_')}/py.typed" in files
+        needed += metadata.get_all("Requires-Dist") or []
+    assert 'pilotage-emoji>=1; extra == "emoji"' in needed
+    assert (ROOT / "LICENSE").read_bytes() == (ROOT / EMOJI / "LICENSE").read_bytes()
+
+
+def test_a_release_has_the_addresses_of_its_repository(tmp_path):
+    """PyPI shows the README without the files beside it."""
+    for name in (".ci/addresses", "README.md", "pyproject.toml", "examples/emoji/pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    repository = "https://example.org/someone/pilotage"
+    subprocess.run([sys.executable, tmp_path / ".ci/addresses", repository, "v9"], check=True)
+    text = (tmp_path / "README.md").read_text()
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text)
+    assert len(links) == len(re.findall(r"\]\(", text))
+    for picture, link in links:
+        assert link.startswith("https://")
+        if link.startswith(repository):
+            way, _, name = link.removeprefix(f"{repository}/").partition("/v9/")
+            assert way == ("raw" if picture else "blob") and (ROOT / name.split("#")[0]).exists()
+    for folder in (tmp_path, tmp_path / EMOJI):
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        assert project["urls"]["Repository"] == repository
 
 
 def test_wheel_holds_only_pilotage(wheel):
@@ -82,11 +173,23 @@ def test_wheel_holds_only_pilotage(wheel):
     assert len(shipped) == len(sources()) and "pilotage/py.typed" in names
 
 
-def test_what_needs_a_checkout_says_so(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "pilotage" / "eval" / "embedded.py"))
-    with pytest.raises(FileNotFoundError, match="checkout"):
+def test_the_embedded_model_is_that_of_the_checkout_or_the_package(monkeypatch, tmp_path, emoji):
+    assert embedded.embedded_folder() == ROOT / EMOJI / "model"
+    monkeypatch.setattr(embedded, "CHECKOUT", tmp_path)
+    monkeypatch.setitem(sys.modules, "pilotage_emoji", None)  # as if it were not installed
+    with pytest.raises(FileNotFoundError, match="pip install pilotage-emoji"):
         embedded.embedded_folder()
+    with zipfile.ZipFile(emoji[1]) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.delitem(sys.modules, "pilotage_emoji")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = embedded.embedded_folder()
+    assert folder == tmp_path / "pilotage_emoji"
+    shipped, kept = (
+        {p.relative_to(root) for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+        for root in (folder, ROOT / EMOJI / "model")
+    )
+    assert shipped == kept
 
 
 @pytest.mark.parametrize("way", ["wheel", "lenient", "strict"])

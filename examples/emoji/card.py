@@ -17,9 +17,9 @@ It exists to measure guidance on something real and small, not to make pictures 
 
 | | |
 |---|---|
-| denoiser trained on | {pictures} pictures of {concepts} concepts (licences: `../NOTICE.md`) |
+| denoiser trained on | {pictures} pictures of {concepts} concepts (licences: `NOTICE.md`) |
 | autoencoder trained on | the training split of all concepts |
-| held out | concepts and (concept, style) pairs of `../splits.json` |
+| held out | concepts and (concept, style) pairs of `examples/emoji/splits.json` |
 | parameters | UNet {unet:.1f} M, text encoder {text_encoder:.1f} M, autoencoder {vae:.1f} M |
 | autoencoder | {a_steps} steps in {a_minutes} minutes |
 | … its losses | final {a_loss:.4f}, held-out PSNR {psnr:.1f} dB |
@@ -36,8 +36,8 @@ anew, each by `python -m examples.studies.NAME`.
 """
 FULLY_TRAINED = "**Fully trained**: on the whole set, with an accelerator."
 NOT_FULLY_TRAINED = """**Not fully trained**: this is the run for a machine without an
-accelerator, on everyday concepts only (`../everyday.txt`). Other concepts give blobs. The full run
-is the same recipe with `--preset gpu`, on one GPU:
+accelerator, on everyday concepts only (`examples/emoji/everyday.txt`). Other concepts give blobs.
+The full run is the same recipe with `--preset gpu`, on one GPU:
 
     python -m examples.emoji.data prepare
     python -m examples.emoji.train autoencoder --preset gpu --minutes 5
