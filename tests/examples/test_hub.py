@@ -38,7 +38,7 @@ def with_block(pipe, block):
     blocks.sub_blocks.insert("guidance", block, 0)
     quiet(blocks)
     longer = blocks.init_pipeline()
-    longer.update_components(**pipe.components)
+    longer.register_components(**pipe.components)
     longer.__class__ = type(pipe)
     return longer
 
