@@ -1,4 +1,4 @@
-"""The embedded model of Pilotage as the package `pilotage-emoji`: weights and settings, no code."""
+"""The embedded model of Pilotage as the package `pilotage-emoji`."""
 
 from pathlib import Path
 
