@@ -57,7 +57,9 @@ def on_files(files: Files, config) -> Files:
         head = HEAD.format(name=name, state=STATE[executed])
         made |= {f"{name}.md": f"{title}\n{head}{rest}"}
         made |= {f"{name}.ipynb": jupytext.writes(notebook, fmt="ipynb")}
-        made |= {Path(path).name: data for path, data in resources.get("outputs", {}).items()}
+        for path, data in resources.get("outputs", {}).items():
+            if path.endswith(".png"):  # pictures come as JPEG as well
+                made[Path(path).name] = data
     for name, content in made.items():
         files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files

@@ -70,8 +70,8 @@ for method in ("optimal", "wiener", "pspc"):
 # %% [markdown]
 # `optimal` gives the folder's own pictures back: the exact optimum only remembers. `wiener` mixes
 # all of them into ghosts. `pspc` is the interesting one: every place is plausible, the whole is
-# new, here a patchwork of faces. A trained network lies between the last two: [how much of a
-# network they explain](../../docs/results/analytic.md).
+# new, here a patchwork of faces.
+# [How much of a trained network such denoisers explain](../../docs/results/analytic.md)
 #
 # ## Denoise a picture
 #
@@ -103,13 +103,13 @@ for sigma in (0.3, 1.0):
 
 # %% [markdown]
 # From left to right: the picture, the noisy one, `optimal`, `wiener`, `pspc`. `optimal` can only
-# answer with a picture that it has, so it changes the face. The other two follow what they are
-# given.
+# answer with a picture that it has: at low noise its answer is further from the truth than the
+# noisy picture itself. `pspc` puts the face together from pieces of others, and is nearest.
 #
 # ## Where does a pixel come from?
 #
-# With `return_info=True` a denoiser also names the picture that each pixel mostly came from. Each
-# colour below is one file:
+# With `return_info=True` a denoiser also names the picture that each pixel mostly came from. On
+# the right every colour is a file:
 
 # %%
 # %matplotlib inline
@@ -119,7 +119,7 @@ result, info = denoisers["pspc"](left_out + noise, 1.0, return_info=True)
 sources = info.top[0, 0]
 figure, axes = plt.subplots(1, 2, figsize=(6, 3))
 axes[0].imshow(as_images([result])[0])
-axes[1].imshow(sources, cmap="tab20")
+axes[1].imshow(sources, cmap="nipy_spectral")
 for axis in axes:
     axis.axis("off")
 plt.show()

@@ -132,14 +132,14 @@ print("alone and in a batch the same:", torch.equal(alone, together))
 # `"ramp+forecast"` skips steps; neither needed a line from you.
 
 # %%
-from pilotage.guidance import load_guidance, save_guidance
+from pilotage.guidance import Guidance, load_guidance, save_guidance
 
 for name in ("ramp", "ramp+ag", "ramp+forecast"):
     images = draw(name)
     print(f"{name:14} evaluations of every picture: {pipe.guidance_trace.nfe}")
 show(images)
 
-save_guidance("mine.json", Ramp(power=2.0))
+save_guidance("mine.json", Guidance(Ramp(power=2.0)))
 print(load_guidance("mine.json"))
 
 # %% [markdown]

@@ -78,25 +78,25 @@ display(make_image_grid(images, rows=1, cols=len(images), resize=96))
 # %%
 from pilotage.eval.comparison.comparison import compare, grid
 from pilotage.eval.comparison.plan import Plan
-from pilotage.eval.comparison.reference import open_reference
+from pilotage.eval.pictures import Pictures
 
 plan = Plan(prompts, grid(["cfg", "apg", "ag"], [7.5, 15], [10]))
-rows = compare(pipe, plan, "which", open_reference(reference), progress=False)
+rows = compare(pipe, plan, "which", Pictures.of(reference), progress=False)
 for row in rows:
     print(
         f"{row['label']:22} evaluations {row['nfe']:4.1f}  contrast {row['contrast']:.3f}"
-        f"  Fréchet distance {row['fid']:.0f}"
+        f"  Fréchet distance {row['fd']:.0f}"
     )
 
 # %% [markdown]
 # Distances of so few pictures are large and uncertain; only those of one table can be compared.
-# Here are the pictures of the four settings at 15, a row each:
+# Here are the pictures of the settings at 15, a row each:
 
 # %%
 for row in rows:
     if row["w"] == 15:
         print(row["label"])
-        files = sorted(Path("which", row["pictures"]).glob("*.png"))
+        files = sorted(Path("which", row["folder"]).glob("*.png"))
         display(make_image_grid([Image.open(f) for f in files], rows=1, cols=len(files), resize=96))
 
 # %% [markdown]
@@ -117,8 +117,9 @@ for line in ("python", "command"):
 # large differences only, and the text says how many would be needed for the rest:
 
 # %%
+print(f"beside {answer['setting']}:")
 for one in answer["verdicts"]:
-    print(f"{one['setting']:22} {one['verdict']:12} than {answer['setting']}")
+    print(f"{one['setting']:22} {one['verdict']}")
 
 # %% [markdown]
 # **For your model:** 32 prompts or more and some hundred real pictures. Compare at equal
