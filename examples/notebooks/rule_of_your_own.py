@@ -84,8 +84,8 @@ show(draw("ramp"))
 #
 # ## Does it do what you meant?
 #
-# The record of a run tells. `scale factor` is the size of the update in units of plain CFG's; for
-# this rule it should rise in a straight line to 1:
+# The record of a run tells. `scale factor` is the size of the update in units of plain CFG's. With
+# a power of 1 it should rise to 1 in a straight line, with others along a curve:
 
 # %%
 import matplotlib.pyplot as plt
