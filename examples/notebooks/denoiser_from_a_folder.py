@@ -6,10 +6,10 @@
 # draw new pictures with it under any scheduler of diffusers, and ask it which picture a pixel came
 # from.
 #
-# **Install:** `pip install pilotage matplotlib`. No GPU and no network are needed. For **your own
-# pictures** set `folder` below to where they lie and leave out the cell that draws some: here the
-# *embedded model*, a small one that makes 64 × 64 emoji and comes with a checkout of Pilotage,
-# fills the folder, so start Jupyter inside a checkout.
+# **Install:** `pip install "pilotage[emoji]" matplotlib`. No GPU and no network are needed. For
+# **your own pictures** set `folder` below to where they lie and leave out the cell that draws
+# some: here the *embedded model*, a small one that makes 64 × 64 emoji and that `[emoji]`
+# installs, fills the folder.
 
 # %%
 from pathlib import Path

@@ -5,9 +5,9 @@
 # draw the same prompts with plain classifier-free guidance (CFG), with a rule that stays calm at
 # high scales, and with a policy that leaves network evaluations out.
 #
-# **Install:** `pip install pilotage matplotlib`. The notebook needs no GPU: it draws with the
-# *embedded model*, a small one that makes 64 × 64 emoji and comes with a checkout of Pilotage, so
-# start Jupyter inside one. For **your own model**, replace `load_embedded()` below with
+# **Install:** `pip install "pilotage[emoji]" matplotlib`. The notebook needs no GPU: it draws
+# with the *embedded model*, a small one that makes 64 × 64 emoji and that `[emoji]` installs. For
+# **your own model**, replace `load_embedded()` below with
 #
 # ```python
 # from diffusers import AutoPipelineForText2Image

@@ -7,9 +7,9 @@
 # pass, with int8 weights or on ONNX Runtime, and, with `max_rows=2`, in about the memory of
 # inference.
 #
-# **Install:** `pip install pilotage matplotlib`. The notebook needs no GPU: it uses the *embedded
-# model*, a small one that makes 64 × 64 emoji and comes with a checkout of Pilotage, so start
-# Jupyter inside one. For **your own model**, replace `load_embedded()` with
+# **Install:** `pip install "pilotage[emoji]" matplotlib`. The notebook needs no GPU: it uses the
+# *embedded model*, a small one that makes 64 × 64 emoji and that `[emoji]` installs. For **your
+# own model**, replace `load_embedded()` with
 # `guided(StableDiffusionPipeline.from_pretrained("your/model").to("cuda"))` (`guided` is in
 # `pilotage`, the rest in diffusers): Stable Diffusion 1, 2 or XL.
 

@@ -5,9 +5,9 @@
 # lines, and then a name that works in every pipeline, with every policy, in saved files and in
 # reports.
 #
-# **Install:** `pip install pilotage matplotlib`. The notebook needs no GPU: it draws with the
-# *embedded model*, a small one that makes 64 × 64 emoji and comes with a checkout of Pilotage, so
-# start Jupyter inside one. For **your own model**, replace `load_embedded()` with
+# **Install:** `pip install "pilotage[emoji]" matplotlib`. The notebook needs no GPU: it draws
+# with the *embedded model*, a small one that makes 64 × 64 emoji and that `[emoji]` installs. For
+# **your own model**, replace `load_embedded()` with
 # `guided(AutoPipelineForText2Image.from_pretrained("your/model").to("cuda"))` (`guided` is in
 # `pilotage`, the rest in diffusers).
 

@@ -5,9 +5,9 @@
 # draws all of them from the same noise, measures what they cost and how near they come to pictures
 # that you like, and recommends one if the pictures can tell.
 #
-# **Install:** `pip install "pilotage[eval]"`. The notebook needs no GPU: it draws with the
-# *embedded model*, a small one that makes 64 × 64 emoji and comes with a checkout of Pilotage, so
-# start Jupyter inside one. For **your own model**, replace `load_embedded()` with
+# **Install:** `pip install "pilotage[emoji,eval]"`. The notebook needs no GPU: it draws with the
+# *embedded model*, a small one that makes 64 × 64 emoji and that `[emoji]` installs. For **your
+# own model**, replace `load_embedded()` with
 # `guided(AutoPipelineForText2Image.from_pretrained("your/model").to("cuda"))` (`guided` is in
 # `pilotage`, the rest in diffusers).
 

@@ -39,7 +39,7 @@ def test_names_are_public(path):
 def test_first_cell_says_how_to_install_and_what_to_replace(path):
     first = path.read_text().split("\n# %%\n")[0]
     assert first.startswith("# %% [markdown]\n# # ")
-    for said in ("pip install ", "embedded model", "checkout", "**your own", "GPU"):
+    for said in ("pip install ", "embedded model", "[emoji", "**your own", "GPU"):
         assert said in first.replace("\n# ", " "), said
 
 
