@@ -251,6 +251,10 @@ Extractor = Annotated[
 Lpips = Annotated[
     Path | None, typer.Option(help="Weights of LPIPS (.safetensors); leaves it out by default.")
 ]
+Dreamsim = Annotated[
+    Path | None,
+    typer.Option(help="Weights of DreamSim (.safetensors); leaves it out by default."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Resize = Annotated[
     str | None,

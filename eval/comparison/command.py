@@ -12,6 +12,7 @@ from ..options import (
     Background,
     BatchSize,
     Device,
+    Dreamsim,
     Dtype,
     Lpips,
     MadeBy,
@@ -75,6 +76,7 @@ def compare(
         ),
     ] = NONE,
     lpips: Lpips = None,
+    dreamsim: Dreamsim = None,
     negative: Negative = None,
     batch_size: BatchSize = 8,
     equal_nfe: Annotated[
@@ -115,7 +117,7 @@ def compare(
     from ...pipelines.processes import processes
     from ..estimate import ask
     from ..metrics.alignment import Alignment, load_scorer
-    from ..metrics.lpips import LPIPS
+    from ..metrics.distances import load_distances
     from ..metrics.preference import kinds_of, load_preference
     from ..pictures import Pictures, Reading
     from .comparison import compare as run
@@ -137,7 +139,7 @@ def compare(
     if clip or ridge:
         scorers["alignment"] = load_scorer(clip, ridge).to(device)
     scorers |= {kind: load_preference(name, device) for kind, name in kinds.items()}
-    distance = None if lpips is None else LPIPS(lpips).to(device)
+    distances = load_distances(device, lpips=lpips, dreamsim=dreamsim)
     main = processes().is_main_process
     network, real, reading = None, None, Reading(recursive, resize, background)
     if reference is not None:
@@ -160,7 +162,7 @@ def compare(
         reference=real,
         extractor=network,
         scorers=scorers,
-        lpips=distance,
+        distances=distances,
         reading=reading,
         equal_nfe=equal_nfe,
         report=report,

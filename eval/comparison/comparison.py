@@ -25,8 +25,7 @@ from ...guidance.files import atomic, write_json, write_text
 from ...pipelines.processes import processes
 from ..metrics.alignment import Alignment
 from ..metrics.extractors import Extractor, load_extractor
-from ..metrics.lpips import LPIPS
-from ..metrics.per_picture import NO_SCORERS
+from ..metrics.per_picture import NO_DISTANCES, NO_SCORERS, Distance
 from ..pictures import Pictures, Reading
 from ..record import figures_context
 from .answer import answer
@@ -69,7 +68,7 @@ def compare(
     reference: Reference | None = None,
     extractor: Extractor | None = None,
     scorers: Mapping[str, Alignment] = NO_SCORERS,
-    lpips: LPIPS | None = None,
+    distances: Mapping[str, Distance] = NO_DISTANCES,
     reading: Reading | None = None,
     equal_nfe: bool = True,
     report: bool = True,
@@ -91,7 +90,7 @@ def compare(
         extractor: Pictures to features; default: `load_extractor`'s. Used with `reference` only.
         scorers: What scores pictures by their prompts, by name: ``alignment``, or a kind of
             `preference`, of which the share of wins over the baseline is told as well.
-        lpips: LPIPS to the baseline; None leaves it out.
+        distances: ``lpips`` and ``dreamsim`` to the baseline, as far as their weights are there.
         reading: How the pictures made are read to be measured, resized like those of a folder.
         equal_nfe: Add classifier-free guidance with fewer steps at the cost of cheaper methods.
         report: Write ``report.html``.
@@ -154,7 +153,7 @@ def compare(
             gallery,
             scorers,
             plain_scores[baseline.setting],
-            lpips,
+            distances,
             shares,
             reading,
         )

@@ -36,6 +36,7 @@ METRICS = {
     "psnr": "PSNR to CFG",
     "ms_ssim": "MS-SSIM to CFG",
     "lpips": "LPIPS to CFG",
+    "dreamsim": "DreamSim to CFG",
     "n_equal": "Equal to CFG",
     "effective_guidance": "Effective guidance",
     "nfe": "Evaluations",

@@ -18,10 +18,11 @@ from ..metrics.extractors import Extractor
 from ..metrics.feature_files import Features
 from ..metrics.frechet import frechet_distance, frechet_resamples
 from ..metrics.kid import kernel_distance
-from ..metrics.lpips import LPIPS
 from ..metrics.per_picture import (
+    NO_DISTANCES,
     NO_SCORERS,
     SIMILARITIES,
+    Distance,
     mean_and_interval,
     measure,
     wins,
@@ -58,7 +59,7 @@ def evaluate(
     gallery: Tensor | Features | None = None,
     scorers: Mapping[str, Alignment] = NO_SCORERS,
     plain: Mapping[str, Tensor] = NO_SCORES,
-    lpips: LPIPS | None = None,
+    distances: Mapping[str, Distance] = NO_DISTANCES,
     chroma: Tensor | None = None,
     reading: Reading | None = None,
 ) -> tuple[dict[str, Any], dict[str, Resampled]]:
@@ -79,7 +80,7 @@ def evaluate(
         scorers: By name, what scores pictures by their prompts.
         plain: Scores of the baseline's pictures by some of them, with shape (N,), for the share of
             pictures that score higher than the baseline's of the same prompt and noise.
-        lpips: LPIPS to the baseline, or None.
+        distances: ``lpips`` and ``dreamsim`` to the baseline, as far as their weights are there.
         chroma: Shares of the reference's pixels by chroma, with shape (280,), or None.
         reading: How pictures are read.
     """
@@ -90,7 +91,7 @@ def evaluate(
         samples.prompts,
         scorers,
         None if gallery is None else extractor,
-        lpips=lpips,
+        distances=distances,
     )
     features, shares = values.pop("features", None), values.pop("chroma_shares")
     if baseline is not None:

@@ -16,6 +16,7 @@ from ..options import (
     Background,
     BatchSize,
     Device,
+    Dreamsim,
     Extractor,
     Fake,
     Folder,
@@ -228,6 +229,7 @@ def similarity(
     folder: Folder,
     baseline: Annotated[Path, typer.Argument(help="Folder of pictures with the same names.")],
     lpips: Lpips = None,
+    dreamsim: Dreamsim = None,
     batch_size: BatchSize = 32,
     resize: Resize = None,
     recursive: Recursive = False,
@@ -235,15 +237,15 @@ def similarity(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """SSIM, PSNR, MS-SSIM (from 176 pixels on) and LPIPS to pictures of the same name."""
+    """SSIM, PSNR, MS-SSIM (from 176 pixels on), LPIPS, DreamSim to pictures of the same name."""
     from ..pictures import Reading
-    from .lpips import LPIPS
+    from .distances import load_distances
     from .per_picture import similarity as compared
 
-    network = None if lpips is None else LPIPS(lpips).to(device)
+    distances = load_distances(device, lpips=lpips, dreamsim=dreamsim)
     reading = Reading(recursive, resize, background)
     pair = [read_folder(each, reading) for each in (folder, baseline)]
-    report(compared(pair[0], pair[1], batch_size, network), json, *pair)
+    report(compared(pair[0], pair[1], batch_size, distances), json, *pair)
 
 
 def alignment(

@@ -13,13 +13,11 @@ stretches by (16 + 0.1) / 37; transformers stretches by 16 / 37.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .efficientnet import DEVIATION, MEAN
-from .hub import eight_bits, from_pretrained
+from .hub import from_pretrained, squashed
 
 SIDE = 224
 OFFSET = 0.1  # of Meta's interpolation of position embeddings
@@ -57,14 +55,8 @@ class DINOv2Features(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Features, shape (N, D), of pictures (N, 3, H, W) in [0, 1], rounded to 8 bits first."""
-        small = [
-            np.asarray(
-                Image.fromarray(picture.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            )
-            for picture in eight_bits(images).permute(0, 2, 3, 1)
-        ]
-        pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(self.mean.device)
-        return self.network(pixel_values=(pixels / 255 - self.mean) / self.std).pooler_output
+        pixels = squashed(images, SIDE).to(self.mean.device)
+        return self.network(pixel_values=(pixels - self.mean) / self.std).pooler_output
 
 
 def _stretched(embeddings: Tensor, side: int) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -64,6 +66,23 @@ def describe(processor: Any) -> str:
 def eight_bits(images: Tensor) -> Tensor:
     """Pictures in [0, 1] as the 8-bit files that published figures are made of, on the CPU."""
     return (images.detach().cpu() * 255).round().clamp(0, 255).byte()
+
+
+def squashed(images: Tensor, side: int) -> Tensor:
+    """Pictures as 8-bit squares by PIL's bicubic filter, whatever their shape.
+
+    Args:
+        images: With shape (N, 3, H, W), in [0, 1].
+        side: In pixels.
+
+    Returns:
+        With shape (N, 3, side, side), in [0, 1], on the CPU.
+    """
+    small = [
+        np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+        for picture in eight_bits(images).permute(0, 2, 3, 1).numpy()
+    ]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 255
 
 
 class CLIPFeatures(nn.Module):

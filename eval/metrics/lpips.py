@@ -18,11 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .images import checked_pictures
+from .weights import weights_of
 
 CONVERSION = (
     'python -c "import torch, torchmetrics as t; from safetensors.torch import save_file; '
@@ -68,7 +67,13 @@ class LPIPS(nn.Module):
         self.heads = nn.ParameterList(torch.empty(1, c[2], 1, 1) for c in CONVOLUTIONS)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
-        self.load_state_dict(_read(Path(file)))
+        found = {}
+        with weights_of("LPIPS", file, CONVERSION) as weights:
+            for number, (place, *_) in enumerate(CONVOLUTIONS):
+                for part in ("weight", "bias"):
+                    found[f"layers.{number}.{part}"] = weights[f"features.{place}.{part}"]
+                found[f"heads.{number}"] = weights[f"lin{number}.model.1.weight"]
+            self.load_state_dict(found)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -101,22 +106,3 @@ class LPIPS(nn.Module):
             if number in POOLED:
                 both = nn.functional.max_pool2d(both, 3, 2)
         return total
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """Weights by their names here."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no LPIPS weights at {file}; to make the file: {CONVERSION}")
-    try:
-        weights = load_file(file)
-        found = {}
-        for number, (place, *_) in enumerate(CONVOLUTIONS):
-            for part in ("weight", "bias"):
-                found[f"layers.{number}.{part}"] = weights[f"features.{place}.{part}"]
-            found[f"heads.{number}"] = weights[f"lin{number}.model.1.weight"]
-        return found
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{file} does not hold the weights of LPIPS as safetensors ({error}); to make the "
-            f"file: {CONVERSION}"
-        ) from error

@@ -16,7 +16,6 @@ from .chroma import chroma, chroma_shares
 from .clipping import clipped
 from .extractors import Extractor
 from .images import colourfulness, contrast, psnr, saturation, ssim
-from .lpips import LPIPS
 from .ms_ssim import large_enough, ms_ssim
 
 PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,8 +26,11 @@ PER_PICTURE: dict[str, Callable[[Tensor], Tensor]] = {
     "clipped": clipped,
 }
 TO_BASELINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ssim": ssim, "psnr": psnr}
-SIMILARITIES = (*TO_BASELINE, "ms_ssim", "lpips")  # the last two where they can be measured
+Distance = Callable[[Tensor, Tensor], Tensor]  # two times (N, 3, H, W) in [0, 1] -> (N,)
+# The last three where they can be measured.
+SIMILARITIES = (*TO_BASELINE, "ms_ssim", "lpips", "dreamsim")
 NO_SCORERS: Mapping[str, Alignment] = {}
+NO_DISTANCES: Mapping[str, Distance] = {}
 
 
 def measure(
@@ -38,17 +40,18 @@ def measure(
     scorers: Mapping[str, Alignment] = NO_SCORERS,
     extractor: Extractor | None = None,
     batch_size: int = 64,
-    lpips: LPIPS | None = None,
+    distances: Mapping[str, Distance] = NO_DISTANCES,
 ) -> dict[str, Tensor]:
     """Colour statistics of pictures, and what else they can be compared with.
 
     Args:
         pictures: N pictures.
-        baseline: N others, for SSIM, PSNR, MS-SSIM (of pictures that are large enough) and LPIPS.
+        baseline: N others, for SSIM, PSNR, MS-SSIM (of pictures that are large enough) and
+            `distances`.
         prompts, scorers: N texts, and by name what scores pictures by them.
         extractor: For the features.
         batch_size: Pictures at once.
-        lpips: None leaves it out.
+        distances: ``lpips`` and ``dreamsim``, as far as their weights are there.
 
     Returns:
         Name -> values on the CPU, with shape (N,); ``features`` with shape (N, D) and
@@ -73,8 +76,7 @@ def measure(
             found |= {name: metric(batch, other) for name, metric in TO_BASELINE.items()}
             if large_enough(batch):
                 found["ms_ssim"] = ms_ssim(batch, other)
-            if lpips is not None:
-                found["lpips"] = lpips(batch, other)
+            found |= {name: distance(batch, other) for name, distance in distances.items()}
         if prompts is not None:
             found |= {name: one.score(batch, prompts[part]) for name, one in scorers.items()}
         if extractor is not None:
@@ -135,9 +137,12 @@ def check_names(pictures: Pictures, baseline: Pictures) -> None:
 
 
 def similarity(
-    pictures: Pictures, baseline: Pictures, batch_size: int = 32, lpips: LPIPS | None = None
+    pictures: Pictures,
+    baseline: Pictures,
+    batch_size: int = 32,
+    distances: Mapping[str, Distance] = NO_DISTANCES,
 ) -> dict[str, Any]:
-    """Mean SSIM, PSNR, MS-SSIM, LPIPS to the pictures of the same names below their folders.
+    """Mean SSIM, PSNR, MS-SSIM and distances to the pictures of the same names below their folders.
 
     With their intervals and N. Meant for the same seeds and prompts under two settings: how much
     does a setting change? Equal pictures have no finite PSNR; ``n_equal`` counts them, and the mean
@@ -148,6 +153,6 @@ def similarity(
         ValueError: the folders' file names or picture sizes differ.
     """
     check_names(pictures, baseline)
-    values = measure(pictures, baseline, batch_size=batch_size, lpips=lpips)
+    values = measure(pictures, baseline, batch_size=batch_size, distances=distances)
     names = [name for name in SIMILARITIES if name in values]
     return means(values, names) | {"n_equal": int(values["psnr"].isinf().sum())}

@@ -67,7 +67,7 @@ def table(
             baseline = None if samples is plain else plain
             name = samples.setting.method
             found[name], resampled[name] = evaluate(samples, baseline, output, **judges)
-        pairs = paired_differences(resampled, len(plain.prompts))
+        pairs = paired_differences(resampled, len(set(plain.prompts)))
         pairs = [one for one in pairs if one["setting"] == BASELINE]  # it comes first
         for name, row in found.items():
             kept = {k: row[k] for k in KEPT if k in row}

@@ -16,7 +16,7 @@ from examples.studies.analytic import golden
 from examples.studies.analytic.agreement import ddim, explain, held_out, scores, trajectory
 from examples.studies.analytic.jacobian import jacobian, mass_radius, reading, wiener_matrix
 from examples.studies.analytic.study import PARTS, UNITS, merged, selected
-from examples.studies.analytic.teleport import settings, verdict
+from examples.studies.analytic.teleport import measure, settings, verdict
 from pilotage.eval.cli import app
 from pilotage.guidance.analytic import DatasetStatistics, decode, floats
 from pilotage.pipelines import AnalyticDenoiserModel
@@ -151,17 +151,38 @@ def test_radius_of_mass():
     assert mass_radius(full, (1, 3, 3))[:2].tolist() == [0.0, 2.0]
 
 
-def test_verdict_takes_the_largest_saving_that_is_no_worse(statistics):
+def test_verdict_takes_the_largest_saving_that_is_not_clearly_worse(statistics):
     rows = settings(DDIMScheduler(**LINEAR), statistics, (20, 15), (10.0,))
     assert [steps for _, _, steps in rows] == [20, 15, 20]
-    base = {"name": "", "fd_interval": [9.0, 11.0], "pictures": None}
-    stock = base | {"nfe": 20, "fd": 10.0, "sigma_skip": None}
-    mild = base | {"nfe": 16, "fd": 10.5, "sigma_skip": 10.0}
-    bold = base | {"nfe": 10, "fd": 12.0, "sigma_skip": 1.0}
+    stock = {"name": "", "pictures": None, "nfe": 20, "fd": 10.0, "sigma_skip": None}
+    mild = stock | {"nfe": 16, "fd": 10.5, "sigma_skip": 10.0}
+    mild |= {"minus_stock": {"fd": 0.5, "interval": (-0.1, 1.1)}}
+    bold = mild | {"nfe": 10, "fd": 12.0, "minus_stock": {"fd": 2.0, "interval": (1.4, 2.6)}}
     found = verdict([stock, mild, bold])
-    assert found["no_worse"] and found["nfe_saved"] == pytest.approx(0.2)
+    assert not found["clearly_worse"] and found["nfe_saved"] == pytest.approx(0.2)
     assert found["fd_with"] == 10.5 and found["fd_without"] == 10.0
-    assert not verdict([stock, bold])["no_worse"]
+    assert verdict([stock, bold])["clearly_worse"]
+
+
+def test_distances_of_settings_are_compared_by_pairs():
+    """What pictures have in common is far more than what settings make of them."""
+    noise = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    real, common = noise[0], 10 * noise[1]
+    moved = {"stock": 0.0, "same": 0.0, "far": 2.0}
+
+    def sampler(scheduler, steps, first, count):
+        return common[first : first + count] + moved[steps]
+
+    rows = [(name, DDIMScheduler(), name) for name in moved]
+    groups = [i % 20 for i in range(40)]
+    stock, same, far = measure(sampler, rows, lambda x: x, real, groups, batch=16)
+    assert "minus_stock" not in stock and same["fd"] == stock["fd"]
+    assert same["minus_stock"]["fd"] == 0 and same["minus_stock"]["interval"] == (0, 0)
+    assert far["minus_stock"]["fd"] == pytest.approx(far["fd"] - stock["fd"])
+    mean = common.mean(0) - real.mean(0)  # the covariance is the same
+    assert far["minus_stock"]["fd"] == pytest.approx(float((4 * mean + 4).sum()))
+    low, high = far["minus_stock"]["interval"]
+    assert low < far["minus_stock"]["fd"] < high
 
 
 def write_idx(path, array):

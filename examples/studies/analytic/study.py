@@ -178,17 +178,17 @@ def measure_teleport(
     if name == "fashion_mnist":
         pipe = load_unet()
         stock, sampler = agreement.ddim(pipe.scheduler, 20), teleport.unconditional(pipe.unet)
-        real = data[: 2 * count].expand(-1, 3, -1, -1)
+        real, groups = data[: 2 * count].expand(-1, 3, -1, -1), [*range(count)]
     else:
         pictures, prompts = teleport.drawings(archive)
         pipe = load_embedded()
         pipe.set_progress_bar_config(disable=True)
         statistics = teleport.latent_statistics(pipe.vae, pictures)
         stock, sampler = pipe.scheduler, teleport.text_to_image(pipe, prompts, "apg", 4.0)
-        real = pictures[: 2 * count]
+        real, groups = pictures[: 2 * count], [i % len(prompts) for i in range(count)]
     rows = teleport.settings(stock, statistics, (20, 15), ("auto", 10.0, 5.0, 3.0, 2.0))
     features = extractor(real.float().div(255)).double()
-    results = teleport.measure(sampler, rows, extractor, features, count)
+    results = teleport.measure(sampler, rows, extractor, features, groups)
     images = torch.cat([row["pictures"] for row in results]) * 2 - 1
     sheet(images, output / f"teleport_{name}.png", 8)
     return {"teleport": {name: teleport.verdict(results) | {"pictures": count}}}

@@ -310,6 +310,10 @@ def test_alignment(monkeypatch, tmp_path, folders):
         (["similarity", "{real}", "{tmp}/one"], "has no 1.png"),
         (["statistics", "{real}", "-o", "x.txt"], "must end in .npz"),
         (["similarity", "{real}", "{real}", "--lpips", "{tmp}/x"], "no LPIPS weights at {tmp}/x"),
+        (
+            ["similarity", "{real}", "{real}", "--dreamsim", "{tmp}/x"],
+            "no DreamSim weights at {tmp}/x",
+        ),
         (["score", "{real}", "--score", "clip:x"], "unknown score 'clip:x'; there are: pickscore"),
         (["score", "{real}", "--score", "hpsv2:x"], "0.png does not carry its prompt"),
         (["score", "{real}", "--score", "aesthetic:x"], "aesthetic.safetensors: put it beside"),
