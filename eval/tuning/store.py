@@ -125,7 +125,8 @@ class TrialLog:
         choices, factors, nfe, quality, *fitted = entry
         fill: Fill = HoldDifference()
         if self.between:
-            fill = Coefficients(*fitted, identity=self.identity)
+            cond, uncond, guided, space = (*fitted, "native")[:4]  # version 0.1 kept no space
+            fill = Coefficients(cond, uncond, guided, space, self.identity)
         return Candidate(Schedule(tuple(choices), tuple(factors), fill), nfe, quality)
 
     def _write(self, path: Path) -> None:

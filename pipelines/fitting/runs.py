@@ -130,6 +130,7 @@ def read_tried(path: Path, plan: Mapping[str, Any], of: Callable[[Any], Found]) 
         # Version 0.1 kept its number, and had another word.
         old["identity"].pop("pilotage", None)
         old.setdefault("fill", old.get("stand_in"))
+        old.setdefault("finer", 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
     for name, value in json.loads(json.dumps(plan)).items():
