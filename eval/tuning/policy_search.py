@@ -67,6 +67,7 @@ def search(
             schedule that reaches the floor.
     """
     check_floor(quality_floor)
+    trials.check_guided()
     path = None if checkpoint is None else Path(checkpoint)
     if fitted and trials.rule is not None:
         raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")

@@ -2,14 +2,15 @@
 
     python -m examples.emoji.data prepare && python -m examples.studies.evaluations
 
-On the embedded model (DPM++ 2M, w = 7.5), 94 held-out (concept, style) pairs, one seed each. Every
-method is held against two pictures from the same noise: that of its own full run, and that of a run
-of 200 steps. Baselines are CFG with fewer steps: evenly spaced, at the very timesteps that the
-fitted schedule evaluates, at the best timesteps found for it on the training prompts, and under
-other solvers; where a cost is no whole number of steps they get the next step more. What is fitted
-or searched is so on 24 prompts of the training split (ours and the baseline's timesteps get as many
-tries, BudCache's mask more). Differences are paired over prompts; each family (ours against all
-rows of a cost, in one metric) has simultaneous intervals.
+On the embedded model (DPM++ 2M, w = 7.5, and one branch alone, w = 1), 94 held-out (concept, style)
+pairs, one seed each. Every method is held against two pictures from the same noise: that of its own
+full run, and that of a run of 200 steps. Baselines are CFG with fewer steps: evenly spaced, at the
+very timesteps that the fitted schedule evaluates, at the best timesteps found for it on the
+training prompts, and under other solvers; where a cost is no whole number of steps they get the
+next step more. What is fitted or searched is so on 24 prompts of the training split (ours and the
+baseline's timesteps get as many tries, BudCache's mask more). Differences are paired over prompts;
+each family (ours against all rows of a cost, in one metric) has simultaneous intervals. SSIM is
+over all pixels, the pictures mirrored at their borders.
 
 Resumable: what is fitted and every row's values lie in ``cache/evaluations``.
 """
@@ -65,10 +66,14 @@ from pilotage.guidance.fitting.record import Record
 from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 from pilotage.pipelines.fitting.runs import Runs
 
-SCALE, FINE, BATCH = 7.5, 200, 16
+FINE, BATCH = 200, 16
 HELD_OUT, FIT_PROMPTS, ROUNDS, MASKS, RESAMPLES = 94, 24, 12, 60, 2000
 FIT_SEED, MASK_SEED = 40_000, 41_000
-BUDGETS = {20: (24, 18, 12, 10), 50: (33, 25, 16)}
+COSTS = {  # guidance scale and steps of the full run -> network evaluations
+    (7.5, 20): (24, 18, 12, 10),
+    (7.5, 50): (33, 25, 16),
+    (1.0, 20): (12, 9, 6),
+}
 OURS = ("forecast", "placed", "placed, to 200 steps")
 METRICS = ("ssim", "psnr", "feature_distance")
 
@@ -97,21 +102,24 @@ class Study:
     Args:
         archive: Of the emoji.
         work: Folder of what is kept.
+        scale: w; at 1 a step evaluates one branch.
     """
 
-    def __init__(self, archive: Path, work: Path) -> None:
+    def __init__(self, archive: Path, work: Path, scale: float) -> None:
         drawings = emoji.load(archive, everyday=True)
         held = [d.text for d in emoji.load(archive) if d.split == "pair"]
         self.held = held[:: len(held) // HELD_OUT][:HELD_OUT]
         self.fits = training_prompts(drawings, FIT_PROMPTS, first=5)
         self.pipe = load_embedded()
-        self.own, self.work = self.pipe.scheduler, work
+        self.own, self.work, self.scale = self.pipe.scheduler, work, scale
+        self.branches = 2 if scale > 1 else 1
         self.extractor = EfficientNetLite("efficientnet-lite0-native")
         work.mkdir(parents=True, exist_ok=True)
 
     def runs(self, steps: int, prompts: list[str] | None = None, seed: int = FIT_SEED) -> Trials:
         """Runs of some prompts, by default those that are fitted on."""
-        return Trials(self.pipe, prompts or self.fits, SCALE, steps, None, seed, BATCH, False)
+        chosen = prompts or self.fits
+        return Trials(self.pipe, chosen, self.scale, steps, None, seed, BATCH, False)
 
     def pictures(self, method: Method, runs: Runs, **options: Any) -> tuple[Any, list[int]]:
         """What the method makes of some runs, and the evaluations of each."""
@@ -196,8 +204,8 @@ def load_pictures(path: Path) -> Tensor:
 
 def methods(study: Study, full: int, nfe: int) -> Iterator[Method]:
     """The rows of one cost, ours first."""
-    total, count = full, nfe // 2
-    more = -(-nfe // 2)  # a baseline in whole steps gets the next step more
+    total, count = full, nfe // study.branches
+    more = -(-nfe // study.branches)  # a baseline in whole steps gets the next step more
     first, period = study.kept(f"forecast-{full}-{nfe}", partial(best_forecast, study, full, nfe))
     yield Method("forecast", CFG() | forecast(first, period), full)
     places = study.kept(f"placed-{full}-{nfe}", partial(placed, study, full, nfe))
@@ -215,7 +223,7 @@ def methods(study: Study, full: int, nfe: int) -> Iterator[Method]:
     yield Method("cfg, same timesteps", steps=count, timesteps=tuple(grid[i] for i in places))
     best = study.kept(f"grid-{full}-{nfe}", partial(best_grid, study, full, more))
     yield Method("cfg, best timesteps", steps=more, timesteps=tuple(grid[i] for i in best))
-    some = full == 20 and nfe in (24, 12)  # the costs at which all are run
+    some = full == 20 and count in (12, 6)  # the costs at which all are run
     for name, scheduler in SOLVERS.items():
         if some or name == "UniPC":
             yield Method(f"cfg, {name}", steps=more, scheduler=scheduler)
@@ -224,9 +232,9 @@ def methods(study: Study, full: int, nfe: int) -> Iterator[Method]:
     yield Method("BudCache", held_at(mask, total, HoldDifference("native")), full)
     evenly = [i * total // count for i in range(count)]
     choices = held_at(evenly, total, HoldDifference()).choices_for(total)
-    yield Method(
-        "L2P-like", Schedule(choices, fill=linear_predictors(outputs(study, full), choices)), full
-    )
+    if study.branches > 1:
+        fill = linear_predictors(outputs(study, full), choices)
+        yield Method("L2P-like", Schedule(choices, fill=fill), full)
     if not some:
         return
     yield Method("Taylor, order 1", held_at(evenly, total, Taylor(1)), full)
@@ -234,7 +242,7 @@ def methods(study: Study, full: int, nfe: int) -> Iterator[Method]:
     yield Method("Adams-Bashforth", held_at(evenly, total, AdamsBashforth()), full)
     delta = study.kept(f"delta-{full}-{nfe}", partial(calibrated, study, full, nfe))
     yield Method("AdaptiveDiffusion", AdaptiveDiffusion(delta, most=8), full)
-    if nfe > full:
+    if count > full // 2 and study.branches > 1:
         share = (nfe - full) / full
         yield Method("gate", gate(first=share), full)
         yield Method("Step AG", Interval(stop_step=nfe - full), full)
@@ -249,7 +257,8 @@ def fitter(study: Study, full: int, finer: int) -> ScheduleFitter:
 
 def placed(study: Study, full: int, nfe: int) -> list[int]:
     """Where `place` puts the evaluations of a schedule fitted to the run of 200 steps."""
-    found = place(study.runs(full), nfe, fitter(study, full, FINE // full), rounds=ROUNDS)
+    twice = 2 * nfe // study.branches  # `place` counts two a step
+    found = place(study.runs(full), twice, fitter(study, full, FINE // full), rounds=ROUNDS)
     return [i for i, c in enumerate(found.best.schedule.choices) if c == "both"]
 
 
@@ -257,9 +266,10 @@ def best_forecast(study: Study, full: int, nfe: int) -> tuple[float, int]:
     """The settings of `forecast` of that cost with the best pictures, to the run of 200 steps."""
     runs, wanted = study.runs(full), to_tensor(fitter(study, full, FINE // full).pictures)
     found = {}
-    for first in range(1, nfe // 2):
+    count = nfe // study.branches
+    for first in range(1, count):
         for period in range(1, full):
-            if forecast(first / full, period).nfe(full) == nfe // 2 * 2:
+            if forecast(first / full, period).nfe(full) == 2 * count:
                 found[first] = first / full, period
                 break
     tried = list(found.values())[:: -(-len(found) // 5)]
@@ -302,7 +312,7 @@ def outputs(study: Study, full: int) -> Tensor:
     found: list[Tensor] = []
 
     def keep(cond: Tensor, uncond: Tensor) -> None:
-        found.append(uncond + SCALE * (cond - uncond))
+        found.append(uncond + study.scale * (cond - uncond))
 
     study.pictures(Method("", CFG() | Record(keep), full), study.runs(full), output_type="latent")
     return torch.cat(found, 1)
@@ -344,18 +354,19 @@ def compared(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """SSIM to the run of 200 steps over evaluations, 20 and 50 steps."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """SSIM to the run of 200 steps over evaluations."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
     shown = ("placed, to 200 steps", "forecast", "cfg, evenly spaced", "cfg, best timesteps",
              "cfg, UniPC", "BudCache")  # fmt: skip
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, full in zip(axes, BUDGETS, strict=False):
+    axes = figure.subplots(1, len(COSTS))
+    for ax, (w, full) in zip(axes, COSTS, strict=True):
+        here = [r for r in rows if (r["guidance_scale"], r["steps_of_full_run"]) == (w, full)]
         for name in shown:
-            of = [r for r in rows if r["method"] == name and r["steps_of_full_run"] == full]
+            of = [r for r in here if r["method"] == name]
             ax.plot([r["nfe"] for r in of], [r["ssim_200"] for r in of], "o-", label=name)
-        whole = next(r for r in rows if r["method"] == "cfg" and r["steps_of_full_run"] == full)
+        whole = next(r for r in here if r["method"] == "cfg")
         ax.axhline(whole["ssim_200"], color="grey", linestyle=":", label="the full run")
-        ax.set(xlabel="network evaluations", title=f"of {2 * full}")
+        ax.set(xlabel="network evaluations", title=f"w = {w:g}, of {whole['nfe']}")
     axes[0].set_ylabel("SSIM to 200 steps")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -369,10 +380,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/pictures/evaluations.png"))
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/results/evaluations.json"))
     args = parser.parse_args()
-    study, rows = Study(args.archive, args.work), []
-    costs = [(full, nfe) for full, budgets in BUDGETS.items() for nfe in budgets]
-    for full, nfe in tqdm(costs, unit="cost"):
-        family = []
+    rows = []
+    costs = [(w, full, nfe) for (w, full), budgets in COSTS.items() for nfe in budgets]
+    folders = {7.5: args.work, 1.0: args.work / "one-branch"}
+    studies = {w: Study(args.archive, folder, w) for w, folder in folders.items()}
+    for w, full, nfe in tqdm(costs, unit="cost"):
+        family, study = [], studies[w]
         for method in methods(study, full, nfe):
             named = method._replace(name=f"{nfe}-{method.name}")
             values = study.measured(named, full)
@@ -380,6 +393,7 @@ def main() -> None:
             family.append(
                 {
                     "method": method.name,
+                    "guidance_scale": w,
                     "guidance": guidance if len(guidance) < 200 else guidance.split("(")[0],
                     "steps_of_full_run": full,
                     "steps": method.steps,
@@ -390,11 +404,12 @@ def main() -> None:
             )
         compared(family)
         rows += family
-    for full in BUDGETS:
-        values = study.measured(Method("cfg", steps=full), full)
+    for w, full in COSTS:
+        values = studies[w].measured(Method("cfg", steps=full), full)
         means = {n: round(sum(v) / len(v), 5) for n, v in values.items() if n.endswith("_200")}
-        row = {"method": "cfg", "steps_of_full_run": full, "steps": full, "nfe": 2 * full}
-        rows.append(row | means)
+        cost = {"steps": full, "nfe": studies[w].branches * full}
+        row = {"method": "cfg", "guidance_scale": w, "steps_of_full_run": full}
+        rows.append(row | cost | means)
     write_figures(args.output, {"n": HELD_OUT, "fitted_on": FIT_PROMPTS, "rows": rows})
     draw(rows, args.plot)
 

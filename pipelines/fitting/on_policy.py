@@ -117,6 +117,8 @@ class ScheduleFitter:
             ValueError: the choices cannot be followed, or the scheduler's steps are random or not
                 affine in the network's output.
         """
+        if "estimate" in choices:
+            self.runs.check_guided()
         if len(choices) != self.total:
             raise ValueError(f"{len(choices)} choices for a run of {self.total} steps")
         kept, left_out = held_out(len(self.runs.prompts))
