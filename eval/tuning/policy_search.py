@@ -119,9 +119,12 @@ def place(
     if trials.rule is not None:
         raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
     total, path = trials.evaluations(), None if checkpoint is None else Path(checkpoint)
-    count = nfe // NFE["both"]
+    branches = trials.branches
+    count = nfe // branches
     if not 2 <= count <= total:
-        raise ValueError(f"a run of {total} steps has 4 to {2 * total} evaluations, got {nfe}")
+        raise ValueError(
+            f"a run of {total} steps has {2 * branches} to {branches * total} evaluations, got {nfe}"
+        )
     with trials.bar("placing", "schedule", rounds) as bar:
         measure = partial(_fitted, trials, lambda: fitter)
         log = TrialLog(trials, bar, path, "forecast", measure, fitter.finer)
@@ -177,7 +180,8 @@ def _fitted(trials: Trials, fitter: Callable[[], ScheduleFitter], schedule: Sche
     quality = trials.quality(to_tensor(pictures), to_tensor(fitter().pictures)).mean().item()
     fill = found.coefficients
     fitted = Schedule(choices, fill=fill, identity=fill.identity)
-    return Candidate(fitted, float(schedule.nfe(len(choices))), quality)
+    nfe = schedule.nfe(len(choices)) * trials.branches / NFE["both"]
+    return Candidate(fitted, nfe, quality)
 
 
 def _move(log: TrialLog, total: int, floor: float, rounds: int, between: Between) -> None:

@@ -257,8 +257,7 @@ def fitter(study: Study, full: int, finer: int) -> ScheduleFitter:
 
 def placed(study: Study, full: int, nfe: int) -> list[int]:
     """Where `place` puts the evaluations of a schedule fitted to the run of 200 steps."""
-    twice = 2 * nfe // study.branches  # `place` counts two a step
-    found = place(study.runs(full), twice, fitter(study, full, FINE // full), rounds=ROUNDS)
+    found = place(study.runs(full), nfe, fitter(study, full, FINE // full), rounds=ROUNDS)
     return [i for i, c in enumerate(found.best.schedule.choices) if c == "both"]
 
 

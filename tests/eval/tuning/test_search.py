@@ -151,6 +151,10 @@ def test_evaluations_are_placed_for_a_cost(pipe, tmp_path):
     assert place(trials, 7, fitter, **options) == found
     with pytest.raises(ValueError, match="has 4 to 12 evaluations, got 3"):
         place(trials, 3, fitter)
+    one = Trials(pipe, PROMPTS, guidance_scale=1.0, num_inference_steps=4, progress=False)
+    assert place(one, 3, ScheduleFitter(one, output_type="pil"), rounds=2).best.nfe == 3
+    with pytest.raises(ValueError, match="needs a guidance_scale > 1"):
+        search(one)
     fitter.finer = 2
     with pytest.raises(ValueError, match="its finer differs"):
         place(trials, 6, fitter, **options)
