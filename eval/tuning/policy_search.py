@@ -122,9 +122,8 @@ def place(
     branches = trials.branches
     count = nfe // branches
     if not 2 <= count <= total:
-        raise ValueError(
-            f"a run of {total} steps has {2 * branches} to {branches * total} evaluations, got {nfe}"
-        )
+        least, most = 2 * branches, branches * total
+        raise ValueError(f"a run of {total} steps has {least} to {most} evaluations, got {nfe}")
     with trials.bar("placing", "schedule", rounds) as bar:
         measure = partial(_fitted, trials, lambda: fitter)
         log = TrialLog(trials, bar, path, "forecast", measure, fitter.finer)
