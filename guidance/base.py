@@ -215,8 +215,10 @@ class Decision:
         factor: What w - 1 is multiplied with; a 0-d tensor if gradients are to flow through it.
         reuse: Weights of past predictions. Beside ("cond",) the sum is the *estimate* of the
             unconditional prediction; None: the conditional one stands alone. At a skipped step the
-            sum is the guided prediction. A function is given what the run keeps when the sum is
-            needed, the conditional prediction of this step included.
+            sum is the guided prediction. Beside both branches it is a *correction*: the sum,
+            which has the guided prediction of this step among its terms, takes the place of that
+            prediction. A function is given what the run keeps when the sum is needed, the
+            predictions of this step that it is made of included.
     """
 
     evaluate: tuple[str, ...] = ("cond", "uncond")
@@ -230,10 +232,11 @@ class Decision:
             )
         if not (self.reuse is None or isinstance(self.reuse, Weights) or callable(self.reuse)):
             raise TypeError(f"reuse is Weights, a function or None, got {self.reuse!r}")
-        if self.reuse is None if self.skips else self.reuse and "uncond" in self.evaluate:
-            raise ValueError(
-                "a skipped step reuses past predictions, one that evaluates both branches does not"
-            )
+        if self.reuse is None and self.skips:
+            raise ValueError("a skipped step reuses past predictions: give it weights")
+        summed = self.reuse.terms() if self.corrects and isinstance(self.reuse, Weights) else ()
+        if any(kind != "guided" for kind, _, _ in summed):
+            raise ValueError("a correction is a sum of guided predictions")
 
     @property
     def skips(self) -> bool:
@@ -244,6 +247,11 @@ class Decision:
     def estimates(self) -> bool:
         """Whether the unconditional prediction is estimated."""
         return self.evaluate == ("cond",) and self.reuse is not None
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the guided prediction is corrected."""
+        return "uncond" in self.evaluate and self.reuse is not None
 
     @property
     def scales(self) -> bool:
@@ -341,8 +349,8 @@ class Policy:
 class Fill:
     """Base of what fills in for predictions that are not evaluated. Frozen dataclasses, too.
 
-    The estimate of an unconditional prediction, and the guided prediction of a skipped step, are
-    each one weighted sum of past predictions; a fill names the weights.
+    The estimate of an unconditional prediction, the guided prediction of a skipped step, and what
+    corrects that of an evaluated one are each one weighted sum; a fill names the weights.
 
     Attributes:
         name: The name in saved settings.
@@ -377,6 +385,17 @@ class Fill:
             ValueError: this step cannot be skipped.
         """
         raise NotImplementedError
+
+    def corrected(self, step: int) -> Weights | None:
+        """The sum of guided predictions that takes the place of that of `step`, which is evaluated.
+
+        Args:
+            step: Step within the run, from 0; its own prediction is among the terms.
+
+        Returns:
+            None: the step keeps its prediction as it is.
+        """
+        return None
 
     def check_total(self, total: int) -> None:
         """Refuse runs of a length that the weights do not fit.
@@ -483,7 +502,9 @@ class Guidance:
 
         A skipped step combines nothing: it reuses what the pipeline made.
         """
-        return not self.keeps_combination or any(d.estimates or d.scales for d in decisions)
+        return not self.keeps_combination or any(
+            d.estimates or d.corrects or d.scales for d in decisions
+        )
 
     def check_decisions(self, decisions: Sequence[Decision]) -> None:
         """Refuse decisions that the rule has no meaning for.
@@ -492,10 +513,10 @@ class Guidance:
             ValueError: the rule sets the scale of a step by its noise levels, and the policy
                 changes that scale or reuses what belongs to another step's.
         """
-        if self.rule.needs_next_level and any(d.skips or d.scales for d in decisions):
+        if self.rule.needs_next_level and any(d.skips or d.corrects or d.scales for d in decisions):
             raise ValueError(
                 f"'{self.rule}' sets its own scale at every step: it goes with policies that leave "
-                "branches out, not with scaled or skipped steps"
+                "branches out, not with scaled, corrected or skipped steps"
             )
 
     def __str__(self) -> str:

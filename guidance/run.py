@@ -39,6 +39,7 @@ class Plan:
         skipped: That evaluate nothing.
         estimated: Whose unconditional prediction is an estimate.
         guided: That are guided, by predictions or estimates.
+        corrected: Whose guided prediction is corrected.
         scaled: Whether w is changed for one of them.
     """
 
@@ -47,19 +48,23 @@ class Plan:
     skipped: list[int] = field(default_factory=list)
     estimated: list[int] = field(default_factory=list)
     guided: list[int] = field(default_factory=list)
+    corrected: list[int] = field(default_factory=list)
     scaled: bool = False
 
     @classmethod
-    def of(cls, decisions: Sequence[Decision]) -> Plan:
-        """The plan of some decisions."""
+    def of(cls, decisions: Sequence[Decision], one_branch: bool = False) -> Plan:
+        """The plan of some decisions; of one branch, nothing is guided."""
         listed = list(enumerate(decisions))
-        guided = [row for row, d in listed if "uncond" in d.evaluate or d.estimates]
+        both = [row for row, d in listed if "uncond" in d.evaluate and not one_branch]
+        estimated = [row for row, d in listed if d.estimates and not one_branch]
+        guided = sorted([*both, *estimated])
         return cls(
             list(decisions),
-            [row for row, d in listed if "uncond" in d.evaluate],
+            both,
             [row for row, d in listed if d.skips],
-            [row for row, d in listed if d.estimates],
+            estimated,
             guided,
+            [row for row, d in listed if d.corrects],
             any(decisions[row].scales for row in guided),
         )
 
@@ -148,7 +153,7 @@ class Run:
         self.begin(x_t, level, next_level)
         decisions, before = self.policy_state.decide(self.step), self.last_plan.decisions
         if self.one_branch:
-            decisions = [d if d.skips else COND for d in decisions]
+            decisions = [d if d.skips or d.corrects else COND for d in decisions]
         if len(decisions) != len(before) or not all(map(operator.is_, decisions, before)):
             self.last_plan = self._checked(decisions)  # mostly it is what was decided last
         self.now = self.last_plan
@@ -163,7 +168,7 @@ class Run:
                 f"{self.step.index}, got {decisions!r}"
             )
         self.guidance.check_decisions(decisions)
-        plan = Plan.of(decisions)
+        plan = Plan.of(decisions, self.one_branch)
         if self.guidance.rule.one_branch and 0 < len(plan.skipped) < self.batch and self.one_branch:
             raise ValueError(
                 f"'{self.guidance}' skips step {self.step.index} of some samples; where one branch "
@@ -280,7 +285,9 @@ class Run:
                 guided = pred_cond.index_copy(0, index, guided)
             if after is not None:
                 guided = after(guided)
-        self._end(guided, x_t, result.finite if every else None)
+        finite = result.finite if every and not plan.corrected else None
+        guided = self._corrected(guided, x_t)
+        self._end(guided, x_t, finite)
         if self.observes:
             self.policy_state.observe(self.step, guided_rows, record.gamma, self.kept)
         self._forget()
@@ -315,7 +322,7 @@ class Run:
         Returns:
             The prediction, in a run of one branch what a rule for one branch made of it.
         """
-        self.now = NOTHING
+        self.now = replace(NOTHING, decisions=self.now.decisions, corrected=self.now.corrected)
         self._record()
         if self.one_branch and self.guidance.rule.one_branch:
             self.step = step = replace(self.step, x_t=x_t)
@@ -323,6 +330,7 @@ class Run:
             result = guide_step(self.guidance.rule, same, step, 1.0, self.rule_state)
             assert result.prediction is not None
             prediction, self.rule_state = result.prediction, result.state
+        prediction = self._corrected(prediction, x_t)
         self._end(prediction, x_t)
         self._forget()
         return prediction
@@ -358,6 +366,21 @@ class Run:
             estimate = estimate.index_copy(0, row_index(self.rows, cond.device), evaluated)
         every = len(guided) == self.batch
         return estimate if every else estimate[row_index(guided, cond.device)]
+
+    def _corrected(self, guided: Tensor, x_t: Tensor) -> Tensor:
+        """Guided predictions, with shape (B, \\*), those to be corrected replaced by their sums."""
+        rows = self.now.corrected
+        if not rows:
+            return guided
+        self._keep("guided", guided, x_t, set(self.every))
+        sums = self._sum_for(rows)
+        if self.guidance.policy.space == "x0":
+            sums = self._level().from_x0(sums, x_t)
+        sums = sums.to(guided.dtype)
+        if len(rows) == self.batch:
+            return sums
+        index = row_index(rows, guided.device)
+        return guided.index_copy(0, index, sums[index])
 
     def _sum_for(self, rows: Sequence[int]) -> Tensor:
         """Weighted sums of what was kept, with shape (B, \\*); those of `rows` mean something."""

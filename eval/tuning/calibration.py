@@ -82,6 +82,7 @@ def calibrate(
         ValueError: not exactly one target, or one that no threshold reaches.
     """
     check_targets(target_nfe, target_ssim)
+    trials.check_guided()
     lag = 0 if trials.pipe.device.type == "cpu" else 1
     proofs: dict[Space, Proof] = {}
 

@@ -142,7 +142,17 @@ def calibrate(
 
 def search(
     prompts: Prompts,
-    floor: Annotated[float, typer.Option(help="SSIM to plain guidance to be kept.")] = 0.9,
+    floor: Annotated[
+        float | None, typer.Option(help="SSIM to plain guidance to be kept; default: 0.9.")
+    ] = None,
+    nfe: Annotated[
+        int | None,
+        typer.Option(help="Instead of --floor: the best schedule of so many evaluations, fitted."),
+    ] = None,
+    finer: Annotated[
+        int,
+        typer.Option(min=1, help="With --nfe: aim at a run of so many times as many steps."),
+    ] = 1,
     fitted: Annotated[
         bool,
         typer.Option("--fitted", help="Fit to every schedule tried; 30 prompts or more."),
@@ -174,7 +184,8 @@ def search(
     In what it prints, B evaluates both branches, e estimates the unconditional one, - lets the
     conditional one stand alone, and a dot skips the step.
     """
-    from .policy_search import search
+    from ...pipelines.fitting.on_policy import ScheduleFitter
+    from .policy_search import place, search
     from .relaxed_search import relaxed_search
     from .store import Between
     from .trials import Trials
@@ -183,23 +194,32 @@ def search(
         raise ValueError("--fitted makes its own estimates: leave --relaxed out")
     if between is not None and not fitted:
         raise ValueError("--between is for --fitted")
+    if nfe is not None and (floor is not None or fitted or relaxed):
+        raise ValueError("--nfe goes without --floor, --fitted and --relaxed")
+    if nfe is None and finer > 1:
+        raise ValueError("--finer is for --nfe")
     other: Between = one_of("--between", between or "forecast", get_args(Between))
     texts, pipe = load(prompts, output, model, device, dtype)
     trials = Trials(pipe, texts, scale, steps, negative, seed, batch_size, not is_quiet())
     # See `policy_search.search`; a step with gradients costs four without.
     tried = rounds + (2 if fitted else 6) * steps
     relaxing = 4 * rounds * min(batch_size, len(texts)) + steps * len(texts)
-    ask_for(trials, relaxing if relaxed else tried * len(texts), yes)
-    if relaxed:
-        found = relaxed_search(trials, quality_floor=floor, iterations=max(rounds, 1))
+    placing = round((finer + rounds * (nfe or 0) / (2 * steps)) * len(texts))
+    ask_for(trials, placing if nfe else relaxing if relaxed else tried * len(texts), yes)
+    kept, wanted = output.with_name(f"{output.name}.tried"), 0.9 if floor is None else floor
+    if nfe is not None:
+        fitter = ScheduleFitter(trials, output_type="pil", finer=finer)
+        found = place(trials, nfe, fitter, rounds=rounds, checkpoint=kept)
+    elif relaxed:
+        found = relaxed_search(trials, quality_floor=wanted, iterations=max(rounds, 1))
     else:
         found = search(
             trials,
-            quality_floor=floor,
+            quality_floor=wanted,
             fitted=fitted,
             between=other,
             rounds=rounds,
-            checkpoint=output.with_name(f"{output.name}.tried"),
+            checkpoint=kept,
         )
     found.save(output)
     typer.echo("  NFE    SSIM")

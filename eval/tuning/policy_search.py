@@ -3,17 +3,19 @@
 Greedy removal of the evaluations that cost least, a few evenly spread ones, then evolution of the
 front, in which single steps may also be scaled to make up for others. With ``fitted=True`` every
 schedule tried gets weights of its own for its skipped or estimated steps, fitted on runs of it, and
-the search is for where to evaluate.
+the search is for where to evaluate. `place` looks for the best place of a given number.
 
 References:
     OUSAC, https://arxiv.org/abs/2512.14096 (scales that make up for steps without guidance)
+    BudCache, https://arxiv.org/abs/2606.13496 (schedules searched at a fixed number of evaluations)
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +28,7 @@ from .trials import Trials
 
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
+POWERS = (1.0, 1.3, 1.6)  # of the first places tried: k/K to such a power
 
 
 def search(
@@ -64,6 +67,7 @@ def search(
             schedule that reaches the floor.
     """
     check_floor(quality_floor)
+    trials.check_guided()
     path = None if checkpoint is None else Path(checkpoint)
     if fitted and trials.rule is not None:
         raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
@@ -71,7 +75,9 @@ def search(
         raise ValueError(f"between is {' or '.join(get_args(Between))}, got {between!r}")
     if fitted:
         with trials.bar("searching", "schedule") as bar:
-            log = TrialLog(trials, bar, path, between, _fitting(trials))
+            # Plain guidance runs only if there is something to fit.
+            fitter = cache(lambda: ScheduleFitter(trials, output_type="pil"))
+            log = TrialLog(trials, bar, path, between, partial(_fitted, trials, fitter))
             _move(log, trials.evaluations(), quality_floor, rounds, between)
         return log.conclude(quality_floor)
     total = trials.evaluations()
@@ -85,22 +91,96 @@ def search(
     return log.conclude(quality_floor)
 
 
-def _fitting(trials: Trials) -> Callable[[Schedule], Candidate]:
-    """Fits a schedule to the prompts of some trials and judges its pictures of them."""
+def place(
+    trials: Trials,
+    nfe: int,
+    fitter: ScheduleFitter,
+    *,
+    rounds: int = 30,
+    checkpoint: Path | str | None = None,
+) -> Search:
+    """Look for the best schedule of so many network evaluations, fitted to these prompts.
 
-    @cache  # plain guidance runs only if there is something to fit
-    def fitter() -> ScheduleFitter:
-        return ScheduleFitter(trials, output_type="pil")
+    Every step evaluates both branches or is skipped. Evaluations that are evenly spread, or denser
+    and denser early, are tried; of the best, evaluations are then moved by a step each, as long as
+    that helps.
 
-    def measure(schedule: Schedule) -> Candidate:
-        choices = choices_of(schedule)
-        found, pictures = fitter().fit(choices)
-        quality = trials.quality(to_tensor(pictures), to_tensor(fitter().pictures)).mean().item()
-        fill = found.coefficients
-        fitted = Schedule(choices, fill=fill, identity=fill.identity)
-        return Candidate(fitted, float(schedule.nfe(len(choices))), quality)
+    Args:
+        trials: Runs of about 30 typical prompts or more.
+        nfe: Network evaluations of a run; odd ones are rounded down.
+        fitter: Fits to the same runs; its pictures are what is judged by.
+        rounds: Schedules tried at most.
+        checkpoint: See `search`.
 
-    return measure
+    Raises:
+        ValueError: a rule, a setting out of its range, or a checkpoint of another search; see
+            `ScheduleFitter`.
+    """
+    if trials.rule is not None:
+        raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
+    total, path = trials.evaluations(), None if checkpoint is None else Path(checkpoint)
+    branches = trials.branches
+    count = nfe // branches
+    if not 2 <= count <= total:
+        least, most = 2 * branches, branches * total
+        raise ValueError(f"a run of {total} steps has {least} to {most} evaluations, got {nfe}")
+    with trials.bar("placing", "schedule", rounds) as bar:
+        measure = partial(_fitted, trials, lambda: fitter)
+        log = TrialLog(trials, bar, path, "forecast", measure, fitter.finer)
+        quality, _ = climb(
+            total, count, rounds, lambda at: log(Schedule(_both_at(at, total, "forecast"))).quality
+        )
+    return log.conclude(quality)
+
+
+def climb(
+    total: int, count: int, rounds: int, judge: Callable[[tuple[int, ...]], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The best places found for some evaluations among all steps, with their quality.
+
+    Evenly spread ones are tried, and some denser early; of the best, one after another is then
+    moved by a step, as long as that helps.
+
+    Args:
+        total: Number of steps.
+        count: Number of evaluations, the first step's among them.
+        rounds: Places tried at most.
+        judge: Steps that are evaluated -> quality, higher is better.
+    """
+    starts = dict.fromkeys(tuple(_denser(total, count, power)) for power in POWERS)
+    known = {places: judge(places) for places in list(starts)[:rounds]}
+    best = max(known, key=lambda places: known[places])
+    improved = True
+    while improved:
+        improved = False
+        for k, step in itertools.product(range(1, count), (-1, 1)):
+            moved = (*best[:k], best[k] + step, *best[k + 1 :])
+            if not 0 < moved[k] < total or moved[k] in best or moved in known:
+                continue
+            if len(known) >= rounds:
+                return known[best], best
+            known[moved] = judge(moved)
+            if known[moved] > known[best]:
+                best, improved = moved, True
+    return known[best], best
+
+
+def _denser(total: int, count: int, power: float) -> list[int]:
+    """Some of the steps, the first among them: evenly spread (1), or denser early (above 1)."""
+    found = sorted({int(total * (k / count) ** power) for k in range(count)})
+    rest = (step for step in range(total) if step not in found)
+    return sorted([*found, *itertools.islice(rest, count - len(found))])
+
+
+def _fitted(trials: Trials, fitter: Callable[[], ScheduleFitter], schedule: Schedule) -> Candidate:
+    """A schedule fitted to the prompts of some trials, judged by its pictures of them."""
+    choices = choices_of(schedule)
+    found, pictures = fitter().fit(choices)
+    quality = trials.quality(to_tensor(pictures), to_tensor(fitter().pictures)).mean().item()
+    fill = found.coefficients
+    fitted = Schedule(choices, fill=fill, identity=fill.identity)
+    nfe = schedule.nfe(len(choices)) * trials.branches / NFE["both"]
+    return Candidate(fitted, nfe, quality)
 
 
 def _move(log: TrialLog, total: int, floor: float, rounds: int, between: Between) -> None:

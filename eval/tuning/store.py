@@ -82,6 +82,7 @@ class TrialLog:
         between: What the steps are that do not evaluate both branches, by weights fitted to each
             schedule; None: any choice, and differences are held.
         measure: Schedule -> its candidate; default: `trials` judge it as it is.
+        finer: See `ScheduleFitter`.
 
     Attributes:
         known: All that was ever measured.
@@ -98,6 +99,7 @@ class TrialLog:
         path: Path | None = None,
         between: Between | None = None,
         measure: Callable[[Schedule], Candidate] | None = None,
+        finer: int = 1,
     ) -> None:
         self.trials, self.bar, self.path, self.between = trials, bar, path, between
         self.measure = measure or self._judged
@@ -113,6 +115,7 @@ class TrialLog:
             "rule": str(trials.rule),
             "fill": hashlib.sha256(repr(fill).encode()).hexdigest(),
             "between": between,
+            "finer": finer,
         }
         if path is not None:
             for candidate in read_tried(path, self.plan, self._read):
@@ -122,8 +125,8 @@ class TrialLog:
         choices, factors, nfe, quality, *fitted = entry
         fill: Fill = HoldDifference()
         if self.between:
-            cond, uncond, guided = fitted
-            fill = Coefficients(cond, uncond, guided, identity=self.identity)
+            cond, uncond, guided, space = (*fitted, "native")[:4]  # version 0.1 kept no space
+            fill = Coefficients(cond, uncond, guided, space, self.identity)
         return Candidate(Schedule(tuple(choices), tuple(factors), fill), nfe, quality)
 
     def _write(self, path: Path) -> None:
@@ -131,7 +134,7 @@ class TrialLog:
         for c in self.known.values():
             entry: list[Any] = [c.schedule.choices, c.schedule.factors, c.nfe, c.quality]
             if isinstance(fitted := c.schedule.fill, Coefficients):
-                entry += [fitted.cond, fitted.uncond, fitted.guided]
+                entry += [fitted.cond, fitted.uncond, fitted.guided, fitted.space]
             tried.append(entry)
         write_tried(path, self.plan, tried)
 

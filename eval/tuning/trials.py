@@ -37,6 +37,11 @@ class Trials(Runs):
     reference: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
+    def branches(self) -> int:
+        """How many branches a step evaluates."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    @property
     def plain(self) -> Guidance:
         """What they are judged against: the rule at every step."""
         return Guidance(self.rule or CFG())

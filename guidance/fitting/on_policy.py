@@ -13,11 +13,17 @@ and the run goes on with that estimate, so that it makes up for the errors of ea
 sum is one of LinearAG: :math:`\hat u_t = c_t - \sum \beta^c c_i - \sum \beta^\Delta (c_k - u_k)`.
 
 Where a step is skipped, :math:`g^*_t` itself is regressed on the last four guided predictions:
-:math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not skipped.
+:math:`\hat g_t = \sum \beta^g_{t,i} \, g_i`, i not skipped. A schedule of evaluated and skipped
+steps may be *corrected* as well: its evaluated steps are regressed likewise, on their own
+prediction and the last four. The weights then are those of a multistep solver fitted to the model,
+and the reference may be a run of more steps than a solver of fixed weights could follow. What is
+penalised is the distance to weights that hold the last prediction, or keep the step's own.
 
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
     Models", AAAI 2025, https://arxiv.org/abs/2312.12487 (the estimate)
+    Shaul et al., "Bespoke Solvers for Generative Flow Models", ICLR 2024,
+    https://arxiv.org/abs/2310.19075 (solvers fitted to one model)
     Ross et al., "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online
     Learning", AISTATS 2011, https://arxiv.org/abs/1011.0686 (fitting on states of one's own)
 """
@@ -32,10 +38,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Decision, Kept, Kind, Policy, PolicyState, SameForAll, Weights
+from ..base import Decision, Kept, Kind, Policy, PolicyState, SameForAll, Step, Weights
 from ..policies.fill import Coefficients
 from ..policies.schedule import Choice, Schedule
-from ..prediction import accumulate
+from ..prediction import Space, accumulate
 from .regression import ridge_regression
 
 RECENT = 4  # How many guided predictions a skipped step reuses, at most.
@@ -52,10 +58,12 @@ class FitOnPolicy(Policy):
         to: Called with the coefficients once the last of them is fitted.
         rows: Samples to fit on. The others are guided by what is found.
         ridge: Added to the diagonal, relative to the mean square of the regressors.
+        space: Where predictions are kept and summed.
+        correct: Correct evaluated steps, of a schedule that evaluates both branches or nothing.
 
     Raises:
-        ValueError: the choices cannot be followed; in a run, a prediction is NaN or infinite, or
-            the pipeline left a step without guidance.
+        ValueError: the choices cannot be followed or corrected; in a run, a prediction is NaN or
+            infinite, or the pipeline left a step without guidance.
     """
 
     name: ClassVar[str] = "fit-on-policy"
@@ -66,13 +74,22 @@ class FitOnPolicy(Policy):
     to: Callable[[Coefficients], None] = field(repr=False)
     rows: Sequence[int]
     ridge: float = 1e-4
+    space: Space = "native"
+    correct: bool = False
 
     def __post_init__(self) -> None:
+        if self.correct and not set(self.choices) <= {"both", "forecast"}:
+            raise ValueError("only schedules of 'both' and 'forecast' are corrected")
         self.decisions(len(self.choices))
 
     def decisions(self, total: int) -> Sequence[Decision]:
         """Those of the schedule, with other weights than those that will be fitted."""
-        return Schedule(self.choices).decisions(total)
+        decisions = Schedule(self.choices).decisions(total)
+        own = (Decision(reuse=Weights(guided={step: 1.0})) for step in range(total))
+        return [
+            o if self.correct and i and not d.skips else d
+            for i, (d, o) in enumerate(zip(decisions, own, strict=True))
+        ]
 
     def start(self, batch: int, total: int, on_cpu: bool) -> PolicyState:
         """A state that has fitted nothing yet."""
@@ -89,30 +106,38 @@ class _Fitting(SameForAll):
         ]
         super().__init__(batch, lambda step: fitted[step.index])
         self.policy = policy
-        self.terms = _terms(policy.choices)
+        self.terms = _terms(policy.choices, policy.correct)
         self.last_use = {term: step for step, terms in self.terms.items() for term in terms}
         self.weights: dict[int, Weights] = {}
         self._hand_over_if_done()
+
+    def decide(self, step: Step) -> Sequence[Decision]:
+        self.step = step
+        return super().decide(step)
 
     def keep_until(self, kind: Kind, step: int) -> int:
         return self.last_use.get((kind, step), -1)
 
     def _fit(self, step: int, kept: Kept) -> Weights:
         """The weights whose sum is nearest to what is wanted of a step."""
-        terms, skips = self.terms[step], self.policy.choices[step] == "forecast"
+        terms, estimates = self.terms[step], self.policy.choices[step] == "estimate"
         if missing := sorted({i for kind, i in terms if (kind, i) not in kept}):
             raise ValueError(
                 f"step {step} cannot be fitted: at step {missing[0]} the pipeline did not guide"
             )
-        aim = accumulate(self.policy.aim(step))
-        if not skips:
+        aim = self._aim(step)
+        if estimates:
             aim = (aim - accumulate(kept["cond", step])) / (self.policy.guidance_scale - 1)
         known = torch.stack([_regressor(term, kept) for term in terms])
+        near = None if estimates else known[-1]  # the newest: its own, or what would be held
+        if near is not None:
+            aim = aim - near
         rows = list(self.policy.rows)
         beta = ridge_regression(
             known[:, rows].flatten(1), aim[rows].flatten(), self.policy.ridge
         ).tolist()
-        if skips:
+        if near is not None:
+            beta[-1] += 1
             weights = Weights(guided={i: b for (_, i), b in zip(terms, beta, strict=True)})
         else:
             cond, uncond = {step: 1.0}, {}
@@ -125,6 +150,19 @@ class _Fitting(SameForAll):
         self._hand_over_if_done()
         return weights
 
+    def _aim(self, step: int) -> Tensor:
+        """What is wanted of a step, in the policy's space, with shape (B, \\*)."""
+        aim, now = self.policy.aim(step), self.step
+        if self.policy.space == "native":
+            return accumulate(aim)
+        level, x_t = now.known()
+        if x_t.shape != aim.shape:
+            raise ValueError(
+                f"the network's input has shape {tuple(x_t.shape)}, what it predicts "
+                f"{tuple(aim.shape)}: this fit needs them to be the same"
+            )
+        return level.to_x0(aim, x_t)
+
     def _hand_over_if_done(self) -> None:
         if len(self.weights) < len(self.terms):
             return
@@ -134,12 +172,14 @@ class _Fitting(SameForAll):
             cond = of.cond or {step: 1.0}
             conds.append(tuple(cond.get(i, 0.0) for i in range(step + 1)))
             unconds.append(tuple(of.uncond.get(i, 0.0) for i in range(step)))
-            guided.append(tuple(of.guided.get(i, 0.0) for i in range(step)))
-        self.policy.to(Coefficients(tuple(conds), tuple(unconds), tuple(guided)))
+            own = step in of.guided
+            guided.append(tuple(of.guided.get(i, 0.0) for i in range(step + own)))
+        space = self.policy.space
+        self.policy.to(Coefficients(tuple(conds), tuple(unconds), tuple(guided), space))
 
 
-def _terms(choices: Sequence[Choice]) -> dict[int, list[tuple[Kind, int]]]:
-    """Estimated or skipped step -> what it is made of; "uncond" stands for the difference c - u."""
+def _terms(choices: Sequence[Choice], correct: bool) -> dict[int, list[tuple[Kind, int]]]:
+    """Step -> what it is made of, if it is; "uncond" stands for the difference c - u."""
     found: dict[int, list[tuple[Kind, int]]] = {}
     for step, choice in enumerate(choices):
         evaluated = [i for i in range(step) if choices[i] != "forecast"]
@@ -149,6 +189,8 @@ def _terms(choices: Sequence[Choice]) -> dict[int, list[tuple[Kind, int]]]:
             both = [i for i in evaluated if choices[i] == "both"]
             found[step] = [("cond", i) for i in [*evaluated, step]]
             found[step] += [("uncond", i) for i in both]
+        elif correct and evaluated:
+            found[step] = [("guided", i) for i in [*evaluated[-RECENT:], step]]
     return found
 
 

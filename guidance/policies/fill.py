@@ -1,18 +1,24 @@
-r"""What fills in for predictions that are not evaluated: weighted sums of past ones.
+r"""What fills in for predictions that are not evaluated, and corrects those that are.
+
+Weighted sums of past predictions,
 
 .. math:: \hat u_t = \sum_{i \le t} \beta^c_{t,i} \, c_i + \sum_{i < t} \beta^u_{t,i} \, u_i,
     \qquad \hat g_t = \sum_{i < t} \beta^g_{t,i} \, g_i
 
 estimate the unconditional prediction of a step that evaluates the conditional branch alone, and the
 guided prediction of a step that is skipped; :math:`g_i` is what the rule made of step i. Where
-:math:`u_i` was itself estimated, the estimate takes its place. The weights are a formula (the last
-value held, or the last two continued) or fitted (LinearAG).
+:math:`u_i` was itself estimated, the estimate takes its place; likewise where :math:`g_i` was
+corrected, which is :math:`\hat g_t = \sum_{i \le t} \beta^g_{t,i} \, g_i` at a step t that is
+evaluated. The weights are a formula (the last value held, or the last two continued) or fitted
+(LinearAG, and solvers fitted to a model: see Bespoke solvers).
 
 References:
     Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion
     Models", AAAI 2025, https://arxiv.org/abs/2312.12487 (LinearAG)
     Lu et al., "DPM-Solver++", https://arxiv.org/abs/2211.01095 (solvers of higher order use past
     predictions likewise, with weights of their own)
+    Shaul et al., "Bespoke Solvers for Generative Flow Models", ICLR 2024,
+    https://arxiv.org/abs/2310.19075 (a solver's coefficients fitted to one model)
 """
 
 from __future__ import annotations
@@ -106,7 +112,8 @@ class Coefficients(Fill):
         uncond: Row t holds the weights of the unconditional predictions 0 .. t - 1. Fitted to one
             schedule (`guided` is given), the estimate of any other step is left at c_t: none.
         guided: Row t holds the weights of the guided predictions 0 .. t - 1 at a skipped step t,
-            all 0 where none was fitted; empty: no step can be skipped.
+            all 0 where none was fitted; or those of 0 .. t, with which the prediction of an
+            evaluated step t is corrected. Empty: no step can be skipped.
         space: The space of the predictions they were fitted on.
         identity: What they were fitted on (see `pilotage.pipelines.fitting.fitted`); pipelines
             refuse them elsewhere. None: not checked.
@@ -133,8 +140,13 @@ class Coefficients(Fill):
                 "Coefficients: row t must hold t + 1 conditional and t unconditional weights, got "
                 f"rows of {lengths[0]} and {lengths[1]}"
             )
-        if self.guided and [len(row) for row in self.guided] != list(range(steps)):
-            raise ValueError("Coefficients: row t must hold t weights of guided predictions")
+        if self.guided and not (
+            len(self.guided) == steps
+            and all(len(row) in (t, t + 1) for t, row in enumerate(self.guided))
+        ):
+            raise ValueError(
+                "Coefficients: row t must hold t or t + 1 weights of guided predictions"
+            )
         if not all(
             math.isfinite(w)
             for of in (self.cond, self.uncond, self.guided)
@@ -157,12 +169,17 @@ class Coefficients(Fill):
     def reused(self, step: int, evaluated: Sequence[int]) -> Weights:
         """See `Fill`."""
         weights = dict(enumerate(self.guided[step])) if step < len(self.guided) else {}
-        if not any(weights.values()):
+        if step in weights or not any(weights.values()):
             raise ValueError(
                 f"these coefficients hold no weights for skipping step {step}: fit them to the "
                 "schedule (pilotage fit --on-policy --then forecast, pilotage search --fitted)"
             )
         return Weights(guided=weights)
+
+    def corrected(self, step: int) -> Weights | None:
+        """See `Fill`."""
+        row = self.guided[step] if step < len(self.guided) else ()
+        return Weights(guided=dict(enumerate(row))) if len(row) > step else None
 
     def check_total(self, total: int) -> None:
         """See `Fill`."""

@@ -132,9 +132,9 @@ class Schedule(Policy):
 
     @property
     def space(self) -> Space | None:
-        """The fill's space, if any step is estimated or skipped."""
+        """The fill's space, if any step is estimated, skipped or corrected."""
         fills = self._kinds & {"estimate", "forecast"}
-        return self.fill.space if fills else None
+        return self.fill.space if fills or self._corrects else None
 
     @property
     def identities(self) -> tuple[Mapping[str, Any], ...]:
@@ -189,6 +189,14 @@ class Schedule(Policy):
         return f"Schedule({marks}{f', factors {factors}' if factors else ''})"
 
     @property
+    def _corrects(self) -> bool:
+        """Whether an evaluated step's prediction is corrected: only fitted weights do that."""
+        if not isinstance(self.fill, Coefficients):
+            return False
+        choices = self.choices_for(len(self.fill.cond))
+        return any(c == "both" and self.fill.corrected(i) for i, c in enumerate(choices))
+
+    @property
     def _kinds(self) -> set[str]:
         if not isinstance(self.choices, Pattern):
             return set(self.choices)
@@ -226,7 +234,7 @@ def _sums(choices: Sequence[Choice], fill: Fill) -> list[Weights | None]:
         elif choice == "estimate":
             result.append(_estimate(step, choices, fill, both))
         else:
-            result.append(None)
+            result.append(fill.corrected(step) if choice == "both" else None)
     for step, sum_ in enumerate(result):
         for kind, i, _ in sum_.terms() if sum_ else ():
             if choices[i] == "forecast" and kind != "guided":

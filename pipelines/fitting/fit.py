@@ -94,6 +94,8 @@ def fit(
 
     check_fit(runs.prompts, ridge)
     turns = [replace(runs, guidance_scale=float(w)) for w in scales or [runs.guidance_scale]]
+    for turn in turns:
+        turn.check_guided()
     listed = [turn.guidance_scale for turn in turns]
     span = min(listed), max(listed)
     identity = run_identity(runs.pipe, runs.num_inference_steps, span, runs.negative_prompt)

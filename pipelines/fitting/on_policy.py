@@ -1,4 +1,4 @@
-"""Fitting the estimates of one schedule on runs of that very schedule.
+"""Fitting the weights of one schedule on runs of that very schedule.
 
 See `pilotage.guidance.fitting.on_policy` for what is fitted. It needs the pipeline's state after
 every step (``callback_on_step_end``) and a scheduler whose steps are affine in the network's
@@ -21,6 +21,7 @@ from ...guidance.fitting.on_policy import FitOnPolicy
 from ...guidance.policies.schedule import Choice
 from ..guided import GuidanceLike
 from ..seam.calls import Call, with_rows
+from ..seam.noise_levels import knows_levels
 from ..seam.patch import attached
 from ..seam.support import denoisers_of, layout_of
 from .fit import Fit
@@ -30,25 +31,34 @@ from .runs import Runs, check_fit, held_out
 class ScheduleFitter:
     """Plain guidance on some prompts, and the fitting of schedules to it.
 
+    What is fitted brings a run back to its reference: the run that evaluates every step, or one of
+    `finer` times as many steps, which cheap schedules may then come nearer to than the former does.
+
     Args:
         runs: A guided pipeline and at least 2 prompts; about 50 are enough. They all make one batch
             of it, but the denoiser is given both branches of `batch_size` prompts at most. Every
             fifth (at least one) is left out of the fits, to judge by.
         ridge: See `FitOnPolicy`.
         output_type: What the pipeline makes of the last state, for `pictures` and `fit`.
+        finer: How many times as many steps the reference has.
 
     Attributes:
-        pictures: What plain guidance makes.
-        states: x* after every step, T tensors of shape (B, \\*).
+        pictures: What the reference makes.
+        states: Its x* after every step of the schedule, T tensors of shape (B, \\*).
 
     Raises:
-        ValueError: too few prompts, a ridge out of its range, or a pipeline that does not hand its
-            scheduler the guided prediction.
+        ValueError: too few prompts, a ridge or `finer` out of its range, a pipeline that does not
+            hand its scheduler the guided prediction, or a scheduler whose finer runs do not pass
+            through the timesteps of the others.
     """
 
-    def __init__(self, runs: Runs, *, ridge: float = 1e-4, output_type: str = "latent") -> None:
+    def __init__(
+        self, runs: Runs, *, ridge: float = 1e-4, output_type: str = "latent", finer: int = 1
+    ) -> None:
         check_fit(runs.prompts, ridge)
-        self.runs, self.ridge, self.output_type = runs, ridge, output_type
+        if finer < 1:
+            raise ValueError(f"finer is a whole number from 1 on, got {finer}")
+        self.runs, self.ridge, self.output_type, self.finer = runs, ridge, output_type, finer
         pipeline = type(runs.pipe)
         if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
             raise ValueError(f"{pipeline.__name__} does not tell its states on the way")
@@ -60,6 +70,27 @@ class ScheduleFitter:
             raise ValueError(
                 f"{pipeline.__name__} changes the guided prediction before its scheduler has it"
             )
+        if finer > 1:
+            self._refine(finer)
+
+    def _refine(self, times: int) -> None:
+        """Take a run of so many times as many steps for the reference."""
+        coarse = self.runs.pipe.scheduler.timesteps.tolist()
+        states: list[Tensor] = []
+        self.pictures = self._run(
+            "cfg", states, num_inference_steps=times * self.runs.num_inference_steps
+        )
+        fine = self.runs.pipe.scheduler.timesteps.tolist()
+        after = dict(zip(fine[1:], states, strict=False))
+        missing = [t for t in coarse[1:] if t not in after]
+        if missing or fine[0] != coarse[0] or len(states) != times * len(coarse):
+            name = self.runs.pipe.scheduler.__class__.__name__
+            raise ValueError(
+                f"a run of {len(states)} steps of {name} does not pass through the timesteps of "
+                f"one of {len(coarse)} (with timestep_spacing='trailing' it does): fit without "
+                "finer"
+            )
+        self.states = [*(after[t] for t in coarse[1:]), states[-1]]
 
     @property
     def total(self) -> int:
@@ -67,7 +98,10 @@ class ScheduleFitter:
         return len(self.states)
 
     def fit(self, choices: Sequence[Choice]) -> tuple[Fit, Any]:
-        """Fit the estimates of one schedule.
+        """Fit the weights of one schedule.
+
+        Where it evaluates both branches or nothing at every step, evaluated steps are corrected
+        as well (see `pilotage.guidance.fitting.on_policy`).
 
         Args:
             choices: "both", "estimate", "cond" or "forecast" for every step, for instance
@@ -77,12 +111,14 @@ class ScheduleFitter:
             The coefficients, and the pictures they make of all prompts: `linear_ag` takes them if
             the choices have its pattern, otherwise ``Schedule(choices, fill=coefficients)``. Their
             figures are "distance", |x - x*|² / |x*|² after every step over the runs fitted on, x*
-            being the state under plain guidance, and "distance_held_out" over those left out.
+            being the reference's state, and "distance_held_out" over those left out.
 
         Raises:
             ValueError: the choices cannot be followed, or the scheduler's steps are random or not
                 affine in the network's output.
         """
+        if "estimate" in choices:
+            self.runs.check_guided()
         if len(choices) != self.total:
             raise ValueError(f"{len(choices)} choices for a run of {self.total} steps")
         kept, left_out = held_out(len(self.runs.prompts))
@@ -95,6 +131,7 @@ class ScheduleFitter:
             found.append,
             rows=kept,
             ridge=self.ridge,
+            **self._solver_like(choices),
         )
         pictures = self._run(policy, reached)
         figures = {
@@ -103,6 +140,13 @@ class ScheduleFitter:
         }
         coefficients = replace(found[0], identity=self.runs.identity())
         return Fit(coefficients, figures, len(kept), len(left_out)), pictures
+
+    def _solver_like(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Of evaluated and skipped steps alone, all are made of guided (denoised) predictions."""
+        if not set(choices) <= {"both", "forecast"}:
+            return {}
+        known = knows_levels(self.runs.pipe.scheduler)
+        return {"correct": True, "space": "x0" if known else "native"}
 
     def _run(self, guidance: GuidanceLike, states: list[Tensor], **extra: Any) -> Any:
         """Pictures of all prompts; the state after every step is appended to `states`."""
@@ -117,11 +161,10 @@ class ScheduleFitter:
         with attached(self.runs.pipe, self.denoisers, self._in_parts):
             return self.runs.pipe(
                 guidance=guidance,
-                **extra,
                 output_type=self.output_type,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["latents"],
-                **call,
+                **call | extra,
             ).images
 
     def _in_parts(self, name: str, network: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,8 @@ class Runs:
     Args:
         pipe: A guided pipeline; its progress bar is switched off.
         prompts: Prompts, one picture each.
-        guidance_scale: w, finite and above 1.
+        guidance_scale: w, finite and at least 1. At 1 the pipelines evaluate one branch, of which
+            only skipped steps can be found and fitted.
         num_inference_steps: Sampling steps.
         negative_prompt: Prompt of the unconditional branch; None: as of a call without one.
         seed: Seed of the first prompt's noise; the others follow.
@@ -54,13 +55,22 @@ class Runs:
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
             raise ValueError(f"expected a list of prompts, got {self.prompts!r}")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale > 1):
-            raise ValueError(f"guidance_scale must be finite and > 1, got {self.guidance_scale}")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+            raise ValueError(f"guidance_scale must be finite and >= 1, got {self.guidance_scale}")
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.prompts = list(self.prompts)
         self.pipe.set_progress_bar_config(disable=True)
+
+    def check_guided(self) -> None:
+        """Refuse w = 1, for what needs two branches.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if self.guidance_scale == 1:
+            raise ValueError("this needs a guidance_scale > 1: at 1 there is no guidance")
 
     def call(self, samples: Sequence[int]) -> dict[str, Any]:
         """The arguments, but for the guidance, of the call that makes some of the prompts.
@@ -130,6 +140,7 @@ def read_tried(path: Path, plan: Mapping[str, Any], of: Callable[[Any], Found]) 
         # Version 0.1 kept its number, and had another word.
         old["identity"].pop("pilotage", None)
         old.setdefault("fill", old.get("stand_in"))
+        old.setdefault("finer", 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
     for name, value in json.loads(json.dumps(plan)).items():

@@ -147,7 +147,7 @@ def test_what_was_not_kept_is_named():
     ],
 )
 def test_decisions_that_mean_nothing(settings):
-    with pytest.raises(ValueError, match="evaluates|reuses past"):
+    with pytest.raises(ValueError, match="evaluates|reuses past|a correction is"):
         Decision(**settings)
 
 

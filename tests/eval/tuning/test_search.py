@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pilotage.eval.metrics.images import ssim, to_tensor
 from pilotage.eval.tuning import calibration, policy_search
 from pilotage.eval.tuning.calibration import agreement, calibrate
-from pilotage.eval.tuning.policy_search import search, spread
+from pilotage.eval.tuning.policy_search import climb, place, search, spread
 from pilotage.eval.tuning.relaxed_search import relaxed_search
 from pilotage.eval.tuning.store import Candidate, TrialLog, pareto
 from pilotage.eval.tuning.trials import Trials
 from pilotage.guidance import APG, CFG, Coefficients, Guidance, Schedule
 from pilotage.pipelines import guided
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 
 from ...families import FAMILIES
 
@@ -112,6 +114,50 @@ def test_a_fitted_search_reaches_any_floor(tmp_path, floor):
     found, _ = searched(fitted, tmp_path / "tried.json", floor)
     best = next(c for c in pareto(found.known.values()) if c.quality >= floor)
     assert best.nfe == 2 * T or floor < 0.999
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 200])
+def test_climbing_ends_where_no_move_helps(rounds):
+    """Or after as many tries; places are asked for once each."""
+    asked = []
+
+    def judge(places):
+        asked.append(places)
+        return measured(Schedule(policy_search._both_at(places, T, "forecast"))).quality
+
+    quality, best = climb(T, 5, rounds, judge)
+    assert len(asked) == len(set(asked)) <= rounds and best in asked
+    assert all(len(places) == 5 and places[0] == 0 for places in asked)
+    assert quality == max(map(judge, list(asked)))
+    if rounds == 200:
+        for k in range(1, 5):
+            for moved in ((*best[:k], best[k] + d, *best[k + 1 :]) for d in (-1, 1)):
+                if len(set(moved)) == 5 and 0 < moved[k] < T:
+                    assert judge(moved) <= quality
+
+
+def test_evaluations_are_placed_for_a_cost(pipe, tmp_path):
+    """What is said of the best is what it does; interrupted, nothing is fitted again."""
+    trials = Trials(pipe, PROMPTS, num_inference_steps=6, progress=False)
+    fitter = ScheduleFitter(trials, output_type="pil")
+    options = {"rounds": 5, "checkpoint": tmp_path / "tried.json"}
+    found = place(trials, 7, fitter, **options)
+    assert found.best.nfe == 6 and found.tried == 5
+    images, nfe = trials.run(found.guidance)
+    assert nfe == [6] * len(PROMPTS)
+    quality = ssim(images, to_tensor(fitter.pictures)).mean().item()
+    assert quality == pytest.approx(found.best.quality, abs=2e-3)
+    fitter.fit = None  # not to be called
+    assert place(trials, 7, fitter, **options) == found
+    with pytest.raises(ValueError, match="has 4 to 12 evaluations, got 3"):
+        place(trials, 3, fitter)
+    one = Trials(pipe, PROMPTS, guidance_scale=1.0, num_inference_steps=4, progress=False)
+    assert place(one, 3, ScheduleFitter(one, output_type="pil"), rounds=2).best.nfe == 3
+    with pytest.raises(ValueError, match="needs a guidance_scale > 1"):
+        search(one)
+    fitter.finer = 2
+    with pytest.raises(ValueError, match="its finer differs"):
+        place(trials, 6, fitter, **options)
 
 
 def test_evaluations_are_spread_up_to_all():

@@ -257,6 +257,12 @@ def test_the_commands_fit_and_search(monkeypatch, tmp_path, capsys, common):
     found = tmp_path / "fitted.json"
     assert run(monkeypatch, "search", *common, "--fitted", "--rounds", 0, "-o", found) == 0
     assert isinstance(load_guidance(found).policy.fill, Coefficients)
+    placed = [*common, "--nfe", 4, "--rounds", 2, "-o", tmp_path / "placed.json"]
+    assert run(monkeypatch, "search", *placed, "--finer", 2) == 2
+    assert "does not pass through the timesteps" in capsys.readouterr().err
+    assert run(monkeypatch, "search", *placed) == 0
+    policy = load_guidance(tmp_path / "placed.json").policy
+    assert policy.nfe(3) == 4 and policy.space == "x0"
 
 
 @pytest.mark.parametrize("then", ["estimate", "forecast"])
@@ -288,6 +294,8 @@ def test_the_command_calibrates(monkeypatch, tmp_path, capsys, common, then):
         (["search", "--between", "estimate"], "--between is for --fitted"),
         (["search", "--fitted", "--between", "cond"], "unknown --between 'cond': known are"),
         (["search", "--fitted", "--relaxed"], "--fitted makes its own estimates"),
+        (["search", "--nfe", 6, "--floor", 0.5], "--nfe goes without --floor"),
+        (["search", "--finer", 4], "--finer is for --nfe"),
         (
             ["calibrate", "--nfe", 6, "--then", "none"],
             "unknown --then 'none': known are cond",

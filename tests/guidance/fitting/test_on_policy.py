@@ -40,16 +40,15 @@ def sample(policy, uncond, seed=0, own=None):
     return torch.stack(states[1:])
 
 
-def fitted(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0):
+def fitted(reference, uncond, choices=CHOICES, seed=0, rows=None, ridge=0.0, correct=False):
     """The states of a run fitted to a reference, and the coefficients found."""
     own, found = [], []
 
     def aim(t):
         return (reference[t] - own[t]) / PACE
 
-    policy = FitOnPolicy(
-        choices, W, aim, found.append, rows=range(N) if rows is None else rows, ridge=ridge
-    )
+    rows = range(N) if rows is None else rows
+    policy = FitOnPolicy(choices, W, aim, found.append, rows=rows, ridge=ridge, correct=correct)
     states = sample(policy, uncond, seed, own)
     (coefficients,) = found
     return states, coefficients
@@ -115,6 +114,47 @@ def test_exact_weights_of_skipped_steps_are_recovered():
         assert found.guided[t] == pytest.approx(expected, abs=1e-5)
         if choice == "forecast":
             assert found.cond[t] == (0.0,) * t + (1.0,) and found.uncond[t] == (0.0,) * t
+
+
+def test_exact_weights_of_corrected_steps_are_recovered():
+    """Where the reference is a linear multistep solver of other weights, these are found."""
+    choices = ("both", "both", "both", "forecast", "both", "forecast", "both")
+    weights = {
+        1: {0: -0.3, 1: 1.4}, 2: {0: 0.2, 1: -0.5, 2: 1.2}, 3: {1: -0.6, 2: 1.5},
+        4: {1: 0.1, 2: -0.2, 4: 1.1}, 5: {2: -0.4, 4: 1.3}, 6: {1: 0.1, 4: 0.3, 6: 0.7},
+    }  # fmt: skip
+    x = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    states, guided = [], []
+    for t, choice in enumerate(choices):
+        known = list(guided)
+        if choice == "both":
+            c, u = cond_of(t, x), uncond_of(t, x)
+            known.append(u + W * (c - u))
+        of = weights.get(t, {t: 1.0})
+        guided.append(sum(w * known[i] for i, w in of.items()))
+        x = x + PACE * guided[-1]
+        states.append(x)
+    got, found = fitted(torch.stack(states), uncond_of, choices, correct=True)
+    torch.testing.assert_close(got, torch.stack(states), rtol=0, atol=1e-5)
+    for t, choice in enumerate(choices):
+        expected = [weights.get(t, {}).get(i, 0.0) for i in range(t + (choice == "both" and t > 0))]
+        assert found.guided[t] == pytest.approx(expected, abs=1e-4)
+    again = sample(Schedule(choices, fill=found), uncond_of)
+    torch.testing.assert_close(again, got, rtol=1e-5, atol=1e-5)
+
+
+def test_only_evaluated_and_skipped_steps_are_corrected():
+    with pytest.raises(ValueError, match="only schedules of 'both' and 'forecast'"):
+        fitted(torch.zeros(T, N, SIZE), uncond_of, CHOICES, correct=True)
+
+
+def test_nothing_to_correct_leaves_predictions_as_they_are():
+    """The penalty is on the distance to a step's own prediction, not on the weights."""
+    reference = sample(Schedule(("both",) * T), uncond_of)
+    got, found = fitted(reference, uncond_of, ("both",) * T, correct=True, ridge=0.1)
+    torch.testing.assert_close(got, reference)
+    for t in range(1, T):
+        assert found.guided[t] == pytest.approx([0.0] * t + [1.0], abs=1e-9)
 
 
 def test_a_skipped_step_reuses_the_last_few():

@@ -1,7 +1,7 @@
 """Schedules: what steps evaluate, and what fills in for the rest, on tensors alone."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from pilotage.guidance import (
     load_guidance,
     save_guidance,
 )
+from pilotage.guidance.base import BOTH, Decision, Policy, PolicyState, Weights
 
 T = 8
 W = 4.0
@@ -269,7 +270,7 @@ def test_skipped_steps_take_what_the_pipeline_did_not_guide_for_guided(policy, p
         (lambda: forecast(period=0), "period must be >= 1"),
         (lambda: forecast(space="x"), "space is 'x0' or 'native'"),
         (lambda: Coefficients(((1.0,),), ((1.0,),)), "row t must hold"),
-        (lambda: Coefficients(((1.0,),), ((),), guided=((1.0,),)), "weights of guided"),
+        (lambda: Coefficients(((1.0,),), ((),), guided=((1.0, 1.0),)), "weights of guided"),
         (
             lambda: linear_ag(then="forecast", coefficients=without_forecasts()),
             "no weights for skipping step 3",
@@ -283,6 +284,91 @@ def test_skipped_steps_take_what_the_pipeline_did_not_guide_for_guided(policy, p
 def test_settings_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("space", ["native", "x0"])
+@pytest.mark.parametrize("one_branch", [False, True])
+def test_corrected_steps_are_sums_of_what_was_stepped(space, one_branch):
+    """Against a loop in float64: a correction's terms are earlier results, and the step's own."""
+    generator = torch.Generator().manual_seed(4)
+    cond, uncond, x_t = torch.randn(3, 4, 2, 9, generator=generator).double()
+    w = 1.0 if one_branch else W
+    rows = ((), (0.3, 0.6), (-0.2, 1.3), (0.4, 0.0, -0.5, 1.2))
+    choices = ("both", "both", "forecast", "both")
+    fill = Coefficients(
+        tuple((0.0,) * t + (1.0,) for t in range(4)),
+        tuple((0.0,) * t for t in range(4)),
+        rows,
+        space,
+    )
+    a, s = 0.6, 0.8  # of LEVEL, v-prediction: x0 = a x - s v
+    expected: list = []
+    for t in range(4):
+        terms = [(e if space == "native" else a * x_t[i] - s * e) for i, e in enumerate(expected)]
+        if choices[t] == "both":
+            own = uncond[t] + w * (cond[t] - uncond[t])
+            terms.append(own if space == "native" else a * x_t[t] - s * own)
+        if rows[t]:
+            found = sum(weight * term for weight, term in zip(rows[t], terms, strict=True))
+            expected.append(found if space == "native" else (a * x_t[t] - found) / s)
+        else:
+            expected.append(own)
+    policy = Schedule(choices, fill=fill)
+    run = Run(Guidance(CFG(), policy), 2, 4, on_cpu=True, one_branch=one_branch)
+    for t in range(4):
+        both = run.plan(x_t[t], LEVEL)
+        assert both == ([0, 1] if choices[t] == "both" and not one_branch else [])
+        if run.all_skipped:
+            got = run.reused(x_t[t])
+        elif one_branch:
+            got = run.unguided(cond[t], x_t[t])
+        else:
+            got = run.combine(cond[t], uncond[t], w, x_t[t], own=uncond[t] + w * (cond - uncond)[t])
+        torch.testing.assert_close(got, expected[t], rtol=0, atol=1e-12)
+    assert run.kept == {}
+    assert Guidance(CFG(), policy).combines(policy.decisions(4))
+
+
+def test_a_correction_is_of_its_own_sample():
+    """Beside a sample that is not corrected."""
+    corrected = Decision(reuse=Weights(guided={0: 0.5, 1: 2.0}))
+    run = Run(Guidance(CFG(), Told([[BOTH, BOTH], [BOTH, corrected]])), 2, 2, on_cpu=True)
+    cond, uncond = torch.randn(2, 2, 2, 9, generator=torch.Generator().manual_seed(5))
+    guided = []
+    for t in range(2):
+        run.plan()
+        guided.append(run.combine(cond[t], uncond[t], W, torch.zeros(2, 9)))
+    plain = uncond + W * (cond - uncond)
+    torch.testing.assert_close(guided[1][0], plain[1, 0])
+    torch.testing.assert_close(guided[1][1], 0.5 * plain[0, 1] + 2 * plain[1, 1])
+
+
+@dataclass(frozen=True)
+class Told(Policy):
+    """Does what it is told, and keeps everything."""
+
+    steps: tuple
+
+    def start(self, batch, total, on_cpu):
+        state = _Told()
+        state.steps = self.steps
+        return state
+
+
+class _Told(PolicyState):
+    def decide(self, step):
+        return self.steps[step.index]
+
+    def keep_until(self, kind, step):
+        return 99
+
+
+def test_a_correction_is_made_of_guided_predictions():
+    with pytest.raises(ValueError, match="a correction is a sum of guided predictions"):
+        Decision(reuse=Weights(cond={0: 1.0}))
+    fill = Coefficients(((1.0,), (0.0, 1.0)), ((), (0.0,)), guided=((), (0.5, 0.5)))
+    with pytest.raises(ValueError, match="no weights for skipping step 1"):
+        Schedule(("both", "forecast"), fill=fill)
 
 
 def test_a_run_of_another_length_is_refused():

@@ -267,8 +267,9 @@ def test_a_model_folder_may_hold_named_settings(found, tmp_path):
     [
         ({"prompts": "a fox"}, "a list of prompts"),
         ({"prompts": ["a fox"]}, "a list of at least 2 prompts"),
-        ({"guidance_scale": 1.0}, "finite and > 1"),
-        ({"scales": [7.5, float("nan")]}, "finite and > 1"),
+        ({"guidance_scale": 1.0}, "needs a guidance_scale > 1"),
+        ({"scales": [7.5, float("nan")]}, "finite and >= 1"),
+        ({"scales": [7.5, 1.0]}, "needs a guidance_scale > 1"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"batch_size": 0}, "batch_size must be"),
     ],

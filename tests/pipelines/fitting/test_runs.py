@@ -21,8 +21,8 @@ def pipe():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"guidance_scale": 1.0}, "finite and > 1, got 1.0"),
-        ({"guidance_scale": math.nan}, "finite and > 1"),
+        ({"guidance_scale": 0.9}, "finite and >= 1, got 0.9"),
+        ({"guidance_scale": math.nan}, "finite and >= 1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prompts": "a"}, "expected a list of prompts, got 'a'"),
