@@ -14,7 +14,9 @@ from torch.nn.functional import pad
 from ...guidance.prediction import accumulate
 from .calls import LAYERS_FIRST, SAMPLES, Call, is_by_row, is_shared, prediction_of, with_rows
 from .deferred import DeferringDriver, placeholder, shapes_of, tensors_of
+from .hooks import check_no_caches
 from .layouts import LayoutError
+from .patch import unwrapped
 from .patterns import Pattern
 
 # What one call may differ by from several: rounding, or this share of what the branches do.
@@ -37,6 +39,12 @@ class BatchingDriver(DeferringDriver):
         super().__init__(*args, **kwargs)
         self.wish = "batch_branches=True"
         self.compared = False  # whether they did
+
+    def begin_step(self, call: Call) -> None:
+        """See that no cache holds the rows of one branch, before the first evaluation."""
+        if self.run is None:
+            check_no_caches([unwrapped(getattr(self.pipe, n)) for n in self.denoisers], self.wish)
+        super().begin_step(call)
 
     def output_of(self, place: int, call: Call, like: Any) -> Any:
         """The output, if its shape is not known yet."""

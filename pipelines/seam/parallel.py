@@ -25,7 +25,7 @@ from ...guidance.saved import to_dict
 from .calls import Call, RowsError, with_rows
 from .deferred import DeferringDriver, placeholder, shapes_of, tensors_of
 from .exchange import Exchange, ProcessesError, bits
-from .hooks import caches_of
+from .hooks import check_no_caches
 from .layouts import LayoutError
 from .patch import unwrapped
 from .patterns import Pattern
@@ -76,11 +76,7 @@ class ParallelDriver(DeferringDriver):
             if torch.is_grad_enabled():
                 raise ValueError(f"{self.wish} has no gradients: call the pipeline without them")
             networks = {name: unwrapped(getattr(self.pipe, name)) for name in self.denoisers}
-            if caches := sorted({n for network in networks.values() for n in caches_of(network)}):
-                raise LayoutError(
-                    f"a cache is enabled in the network ({', '.join(caches)}), which needs every "
-                    f"row at every step: disable it, or leave out {self.wish}"
-                )
+            check_no_caches(networks.values(), self.wish)
             self.exchange.agree(facts_of(self, call, networks))
             self.seen = LaggedReads(0 if on_host(_device_of(call)) else 1)
         super().begin_step(call)
