@@ -65,25 +65,80 @@ class Shown:
         return self.beside, self.scale if self.beside_scale is None else self.beside_scale
 
 
-TODO = "TODO"
 SHOWN = {
-    "cfg": Shown("cfg", 7.5, TODO, beside_scale=1.0),
-    "apg": Shown("apg", 15, TODO),
-    "rescale": Shown("rescale", 15, TODO),
-    "cfg-zero-star": Shown("cfg-zero*(zero_steps=0)", 15, TODO),
-    "tcfg": Shown("tcfg", 15, TODO),
-    "magnitude": Shown("magnitude", 15, TODO),
-    "fdg": Shown("fdg", 15, TODO),
-    "cfg-plus-plus": Shown("cfg-pp", 7.5, TODO, euler=True),
-    "momentum": Shown("momentum", 3, TODO, euler=True),
-    "higs": Shown("higs", 3, TODO, euler=True),
-    "tag": Shown("tag", 3, TODO, euler=True),
-    "ag": Shown("ag", 7.5, TODO),
-    "interval": Shown("interval(start_step=2, stop_step=12)", 15, TODO),
-    "linear-ag": Shown("linear-ag.json", 7.5, TODO),
-    "forecast": Shown("forecast", 7.5, TODO),
-    "scales": Shown("scale-linear", 15, TODO),
-    "schedules": Shown("searched.json", 7.5, TODO),
+    "cfg": Shown(
+        "cfg",
+        7.5,
+        "Without guidance the things are pale and soft; with it they are what the prompt "
+        "says, and more saturated.",
+        beside_scale=1.0,
+    ),
+    "apg": Shown(
+        "apg",
+        15,
+        "Here APG is less burnt: the cake's colours are softer and the penguin is round "
+        "again. The apple's red is mottled instead.",
+    ),
+    "rescale": Shown(
+        "rescale", 15, "The apple is paler, but specks appear on the white around the others."
+    ),
+    "cfg-zero-star": Shown(
+        "cfg-zero*(zero_steps=0)",
+        15,
+        "The cake loses most of its blue and yellow; of the others little changes.",
+    ),
+    "tcfg": Shown("tcfg", 15, "The penguin keeps more of its belly; of the others little changes."),
+    "magnitude": Shown(
+        "magnitude",
+        15,
+        "Nothing is burnt any more: the pictures look like those of a much lower scale.",
+    ),
+    "fdg": Shown(
+        "fdg", 15, "With the defaults (made for SDXL) hardly anything is to be seen at this scale."
+    ),
+    "cfg-plus-plus": Shown(
+        "cfg-pp", 7.5, "The apple gets its leaf back, and all colours are calmer.", euler=True
+    ),
+    "momentum": Shown("momentum", 3, "Hardly anything is to be seen.", euler=True),
+    "higs": Shown(
+        "higs",
+        3,
+        "Outlines and shading become a little stronger; no more is to be seen.",
+        euler=True,
+    ),
+    "tag": Shown("tag", 3, "Colours become a little fuller; no more is to be seen.", euler=True),
+    "ag": Shown(
+        "ag",
+        7.5,
+        "The pictures change where guidance ends early: the apple's leaf, the penguin's wing.",
+    ),
+    "interval": Shown(
+        "interval(start_step=2, stop_step=12)",
+        15,
+        "The penguin is whole again, and a quarter of the evaluations is saved; the cake is "
+        "as burnt as before.",
+    ),
+    "linear-ag": Shown(
+        "linear-ag.json",
+        7.5,
+        "The pictures are others of the same kind: the apple's leaf, the penguin's outline.",
+    ),
+    "forecast": Shown(
+        "forecast",
+        7.5,
+        "That is the point: the same pictures, with three fifths of the evaluations.",
+    ),
+    "scales": Shown(
+        "scale-linear",
+        15,
+        "A scale that rises to twice its mean at the end leaves grain: the apple is mottled, "
+        "specks lie around the others.",
+    ),
+    "schedules": Shown(
+        "searched.json",
+        7.5,
+        "The same pictures with a little grain, for three tenths of the evaluations.",
+    ),
 }
 
 

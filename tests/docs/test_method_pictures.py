@@ -21,7 +21,7 @@ def test_every_page_is_here():
     assert tuple(STORED["prompts"]) == PROMPTS
     for name in OTHERS:
         page = (ROOT / f"docs/methods/{name}.md").read_text()
-        assert re.search(r"!\[[^\]]+\]\(\.\./(pictures|figures)/|No picture: ", page), name
+        assert re.search(r"!\[[^\]]+\]\(\.\./(pictures|figures)/|No picture:", page), name
 
 
 @pytest.mark.parametrize("name", SHOWN)
