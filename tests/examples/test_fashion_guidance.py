@@ -1,7 +1,6 @@
-"""The study of guidance on Fashion-MNIST, tiny; and what it stored."""
+"""The study of guidance on Fashion-MNIST, tiny, and the network it measures."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,6 @@ from examples.fashion_mnist import train
 from examples.fashion_mnist.pipeline import ClassPipeline
 from examples.studies import fashion_guidance as study
 from pilotage.pipelines import guided
-
-ROOT = Path(__file__).parents[2]
-STORED = json.loads((ROOT / "eval/results/fashion_guidance.json").read_text(encoding="utf-8"))
-PAGE = (ROOT / "docs/results/fashion.md").read_text(encoding="utf-8")
-
 
 SHORT = {"no guidance", "cfg 3", "apg as strong as cfg 3", "ag 3"}
 
@@ -138,27 +132,8 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
         study.main(["--pictures", sizes[0], "--batch-size", sizes[1]])
 
 
-def test_stored_figures_are_of_the_code():
-    cells = STORED["cells"]
-    assert [cell["name"] for cell in cells] == [cell.name for cell in study.CELLS[: len(cells)]]
-    for row, cell in zip(cells, study.CELLS, strict=False):
-        assert row["n"] >= 5000 and row["fd_half_width"] <= 0.03 * row["fd"]
-        assert row["steps"] == cell.steps and (cell.matched or row["w"] == cell.w)
-        assert row["nfe"] <= cell.steps * (1 if cell.w == 1 else 2)
-        paired = row["paired_to_cfg"]
-        assert (paired and paired["cell"]) == cell.beside
-    assert STORED["network"]["minutes"] <= 120 and STORED["network"]["parameters"] <= 1
-    assert STORED["classifier"]["accuracy"] > 0.9
-
-
-def test_the_shipped_network_is_the_one_measured():
+def test_the_shipped_network_is_small_and_was_trained_within_two_hours():
     pipe = fashion_mnist.load_classes()
-    assert sum(p.numel() for p in pipe.unet.parameters()) <= 1e6
-    folder = ROOT / fashion_mnist.MODELS["classes"]
-    training = json.loads((folder / "training.json").read_text())
-    assert all(STORED["network"][name] == training[name] for name in STORED["network"])
-
-
-def test_the_page_has_the_stored_figures():
-    for row in STORED["cells"]:
-        assert study.table_line(row) in PAGE, row["name"]
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
+    training = json.loads((fashion_mnist.model_folder("classes") / "training.json").read_text())
+    assert parameters == round(training["parameters"] * 1e6) <= 1e6 and training["minutes"] <= 120
