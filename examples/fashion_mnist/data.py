@@ -81,7 +81,7 @@ def load_unet(dtype: torch.dtype = torch.float32) -> Any:
     """
     from diffusers import DDPMPipeline
 
-    return DDPMPipeline.from_pretrained(_folder("plain"), torch_dtype=dtype)
+    return DDPMPipeline.from_pretrained(model_folder("plain"), torch_dtype=dtype)
 
 
 def load_classes(dtype: torch.dtype = torch.float32) -> Any:
@@ -92,10 +92,15 @@ def load_classes(dtype: torch.dtype = torch.float32) -> Any:
     """
     from examples.fashion_mnist.pipeline import ClassPipeline
 
-    return ClassPipeline.from_pretrained(_folder("classes"), torch_dtype=dtype)
+    return ClassPipeline.from_pretrained(model_folder("classes"), torch_dtype=dtype)
 
 
-def _folder(network: str) -> Path:
+def model_folder(network: str) -> Path:
+    """Where a trained network lies, in the working directory or the checkout installed from.
+
+    Raises:
+        FileNotFoundError: neither has it.
+    """
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / MODELS[network] / "model_index.json").is_file():
             return root / MODELS[network]
