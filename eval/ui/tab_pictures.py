@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from PIL import Image
 
 from .background import followed
 from .parts import LIMIT, cleared, code, enlarged, progress, table, told
@@ -147,7 +148,8 @@ class Pictures:
                 slider: Any = gr.skip()
                 if step.preview is not None:
                     preview = enlarged(step.preview)
-                    slider = (enlarged(made[0].image) if made else preview, preview)
+                    left = enlarged(made[0].image) if made else preview
+                    slider = _marked(left, name, step.done), _marked(preview, name, step.done)
                 text = f"{name}: step {step.done} of {step.total}"
                 return progress(text, step.done, step.total), slider, *same
 
@@ -177,3 +179,13 @@ class Pictures:
             known = [row for row in rows if row[name] is not None]
             plots.append(pd.DataFrame(known, columns=["step", name, "side"]))
         return [figures, *(str(one.samples.paths[0]) for one in made), *codes, *plots]
+
+
+def _marked(image: Image.Image, name: str, done: int) -> Image.Image:
+    """The same picture with a text that no other step has.
+
+    Gradio names a picture's file after its content: it would write a file anew that is being read.
+    """
+    marked = image.copy()
+    marked.info = image.info | {"step": f"{name} {done}"}
+    return marked
