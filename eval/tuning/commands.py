@@ -185,7 +185,7 @@ def search(
     conditional one stand alone, and a dot skips the step.
     """
     from ...pipelines.fitting.on_policy import ScheduleFitter
-    from .policy_search import place, search
+    from .policy_search import check_nfe, place, search
     from .relaxed_search import relaxed_search
     from .store import Between
     from .trials import Trials
@@ -204,10 +204,11 @@ def search(
     # See `policy_search.search`; a step with gradients costs four without.
     tried = rounds + (2 if fitted else 6) * steps
     relaxing = 4 * rounds * min(batch_size, len(texts)) + steps * len(texts)
-    placing = round((finer + rounds * (nfe or 0) / (2 * steps)) * len(texts))
+    placing = round((1 + finer + rounds * (nfe or 0) / (trials.branches * steps)) * len(texts))
     ask_for(trials, placing if nfe else relaxing if relaxed else tried * len(texts), yes)
     kept, wanted = output.with_name(f"{output.name}.tried"), 0.9 if floor is None else floor
     if nfe is not None:
+        check_nfe(trials, nfe)
         fitter = ScheduleFitter(trials, output_type="pil", finer=finer)
         found = place(trials, nfe, fitter, rounds=rounds, checkpoint=kept)
     elif relaxed:

@@ -116,14 +116,8 @@ def place(
         ValueError: a rule, a setting out of its range, or a checkpoint of another search; see
             `ScheduleFitter`.
     """
-    if trials.rule is not None:
-        raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
-    total, path = trials.evaluations(), None if checkpoint is None else Path(checkpoint)
-    branches = trials.branches
-    count = nfe // branches
-    if not 2 <= count <= total:
-        least, most = 2 * branches, branches * total
-        raise ValueError(f"a run of {total} steps has {least} to {most} evaluations, got {nfe}")
+    total, count = check_nfe(trials, nfe)
+    path = None if checkpoint is None else Path(checkpoint)
     with trials.bar("placing", "schedule", rounds) as bar:
         measure = partial(_fitted, trials, lambda: fitter)
         log = TrialLog(trials, bar, path, "forecast", measure, fitter.finer)
@@ -131,6 +125,22 @@ def place(
             total, count, rounds, lambda at: log(Schedule(_both_at(at, total, "forecast"))).quality
         )
     return log.conclude(quality)
+
+
+def check_nfe(trials: Trials, nfe: int) -> tuple[int, int]:
+    """The steps of a run, and how many of them `place` evaluates; asked before the long work.
+
+    Raises:
+        ValueError: a rule, or a number of evaluations that no schedule has.
+    """
+    if trials.rule is not None:
+        raise ValueError(f"a fitted search is for classifier-free guidance, got {trials.rule}")
+    total, branches = trials.evaluations(), trials.branches
+    count = nfe // branches
+    if not 2 <= count <= total:
+        least, most = 2 * branches, branches * total
+        raise ValueError(f"a run of {total} steps has {least} to {most} evaluations, got {nfe}")
+    return total, count
 
 
 def climb(
