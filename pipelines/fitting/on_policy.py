@@ -76,21 +76,40 @@ class ScheduleFitter:
     def _refine(self, times: int) -> None:
         """Take a run of so many times as many steps for the reference."""
         coarse = self.runs.pipe.scheduler.timesteps.tolist()
+        self._check_finer(coarse, times)
         states: list[Tensor] = []
         self.pictures = self._run(
             "cfg", states, num_inference_steps=times * self.runs.num_inference_steps
         )
         fine = self.runs.pipe.scheduler.timesteps.tolist()
+        if len(states) != times * len(coarse):
+            raise self._passes_by(coarse, times)
+        self._check_passing(coarse, fine, times)
         after = dict(zip(fine[1:], states, strict=False))
-        missing = [t for t in coarse[1:] if t not in after]
-        if missing or fine[0] != coarse[0] or len(states) != times * len(coarse):
-            name = self.runs.pipe.scheduler.__class__.__name__
-            raise ValueError(
-                f"a run of {len(states)} steps of {name} does not pass through the timesteps of "
-                f"one of {len(coarse)} (with timestep_spacing='trailing' it does): fit without "
-                "finer"
-            )
         self.states = [*(after[t] for t in coarse[1:]), states[-1]]
+
+    def _check_finer(self, coarse: list[float], times: int) -> None:
+        """Refuse, before the long run, where the scheduler alone tells that it would be in vain."""
+        scheduler = copy.deepcopy(self.runs.pipe.scheduler)
+        try:
+            scheduler.set_timesteps(len(coarse))
+            if scheduler.timesteps.tolist() != coarse:
+                return  # the pipeline has a say in them: the run will tell
+            scheduler.set_timesteps(times * len(coarse))
+        except (TypeError, ValueError):  # it needs more than a number of steps
+            return
+        self._check_passing(coarse, scheduler.timesteps.tolist(), times)
+
+    def _check_passing(self, coarse: list[float], fine: list[float], times: int) -> None:
+        if fine[0] != coarse[0] or not set(coarse) <= set(fine):
+            raise self._passes_by(coarse, times)
+
+    def _passes_by(self, coarse: list[float], times: int) -> ValueError:
+        name = self.runs.pipe.scheduler.__class__.__name__
+        return ValueError(
+            f"a run of {times * len(coarse)} steps of {name} does not pass through the timesteps "
+            f"of one of {len(coarse)} (with timestep_spacing='trailing' it does): fit without finer"
+        )
 
     @property
     def total(self) -> int:
