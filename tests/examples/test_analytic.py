@@ -156,8 +156,8 @@ def test_verdict_takes_the_largest_saving_that_is_not_clearly_worse(statistics):
     assert [steps for _, _, steps in rows] == [20, 15, 20]
     stock = {"name": "", "pictures": None, "nfe": 20, "fd": 10.0, "sigma_skip": None}
     mild = stock | {"nfe": 16, "fd": 10.5, "sigma_skip": 10.0}
-    mild |= {"minus_stock": {"fd": 0.5, "interval": (-0.1, 1.1)}}
-    bold = mild | {"nfe": 10, "fd": 12.0, "minus_stock": {"fd": 2.0, "interval": (1.4, 2.6)}}
+    mild |= {"minus": {"": {"fd": 0.5, "interval": (-0.1, 1.1)}}}
+    bold = mild | {"nfe": 10, "fd": 12.0, "minus": {"": {"fd": 2.0, "interval": (1.4, 2.6)}}}
     found = verdict([stock, mild, bold])
     assert not found["clearly_worse"] and found["nfe_saved"] == pytest.approx(0.2)
     assert found["fd_with"] == 10.5 and found["fd_without"] == 10.0
@@ -168,21 +168,28 @@ def test_distances_of_settings_are_compared_by_pairs():
     """What pictures have in common is far more than what settings make of them."""
     noise = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     real, common = noise[0], 10 * noise[1]
-    moved = {"stock": 0.0, "same": 0.0, "far": 2.0}
+    moved = {"stock": 0.0, "fewer": 0.5, "same": 0.0, "far": 2.0}
 
     def sampler(scheduler, steps, first, count):
         return common[first : first + count] + moved[steps]
 
-    rows = [(name, DDIMScheduler(), name) for name in moved]
+    skips = {name: DDIMScheduler() for name in moved}
+    skips["same"].sigma_skip = skips["far"].sigma_skip = 1.0
+    rows = [(name, skips[name], name) for name in moved]
     groups = [i % 20 for i in range(40)]
-    stock, same, far = measure(sampler, rows, lambda x: x, real, groups, batch=16)
-    assert "minus_stock" not in stock and same["fd"] == stock["fd"]
-    assert same["minus_stock"]["fd"] == 0 and same["minus_stock"]["interval"] == (0, 0)
-    assert far["minus_stock"]["fd"] == pytest.approx(far["fd"] - stock["fd"])
+    stock, fewer, same, far = measure(sampler, rows, lambda x: x, real, groups, batch=16)
+    assert "minus" not in stock and same["fd"] == stock["fd"]
+    assert fewer["minus"].keys() == {"stock"} and far["minus"].keys() == {"stock", "fewer"}
+    assert same["minus"]["stock"]["fd"] == 0 and same["minus"]["stock"]["interval"] == (0, 0)
     mean = common.mean(0) - real.mean(0)  # the covariance is the same
-    assert far["minus_stock"]["fd"] == pytest.approx(float((4 * mean + 4).sum()))
-    low, high = far["minus_stock"]["interval"]
-    assert low < far["minus_stock"]["fd"] < high
+    for other in (stock, fewer):
+        found, by = far["minus"][other["name"]], moved["far"] - moved[other["name"]]
+        assert found["fd"] == pytest.approx(far["fd"] - other["fd"])
+        # (mean + 2)^2 - (mean + d)^2, summed
+        both = moved["far"] + moved[other["name"]]
+        assert found["fd"] == pytest.approx(float((by * (2 * mean + both)).sum()))
+        low, high = found["interval"]
+        assert low < found["fd"] < high
 
 
 def write_idx(path, array):

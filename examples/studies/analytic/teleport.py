@@ -95,7 +95,7 @@ def measure(
     groups: Sequence[Hashable],
     batch: int = 64,
 ) -> list[dict[str, Any]]:
-    """Fréchet distance of every setting, and its difference to the first's.
+    """Fréchet distance of every setting, and its differences to the stock ones before it.
 
     All settings have the same seeds, so differences are paired: whole groups are resampled, the
     same ones for every setting.
@@ -123,28 +123,30 @@ def measure(
                 "pictures": pictures[:8],
             }
         )
-    values, pairs = [row["fd"] for row in results], [(i, 0) for i in range(1, len(rows))]
-    found = differences(values, draws, pairs, len(set(groups)))
-    for row, one in zip(results[1:], found, strict=True):
-        row["minus_stock"] = {"fd": one.value, "interval": one.interval, "needed": one.needed}
+    stock = [i for i, row in enumerate(results) if row["sigma_skip"] is None]
+    pairs = [(i, j) for i in range(len(results)) for j in stock if j < i]
+    found = differences([row["fd"] for row in results], draws, pairs, len(set(groups)))
+    for (i, j), one in zip(pairs, found, strict=True):
+        difference = {"fd": one.value, "interval": one.interval, "needed": one.needed}
+        results[i].setdefault("minus", {})[results[j]["name"]] = difference
     return results
 
 
 def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The most evaluations saved at a distance that is not clearly above the first, stock setting.
 
-    Clearly: the interval of the paired difference, which holds for all settings, is above zero.
+    Clearly: the interval of the paired difference, which holds for all pairs, is above zero.
     """
     stock = results[0]
     fast = [row for row in results if row["sigma_skip"] is not None]
-    good = [row for row in fast if row["minus_stock"]["interval"][0] <= 0]
+    good = [row for row in fast if row["minus"][stock["name"]]["interval"][0] <= 0]
     best = min(good or fast, key=lambda row: row["nfe"] if good else row["fd"])
     return {
         "nfe_saved": 1 - best["nfe"] / stock["nfe"],
         "clearly_worse": not good,
         "fd_with": best["fd"],
         "fd_without": stock["fd"],
-        "minus_stock": best["minus_stock"],
+        "minus": best["minus"],
         "nfe_with": best["nfe"],
         "nfe_without": stock["nfe"],
         "settings": [{k: v for k, v in row.items() if k != "pictures"} for row in results],
