@@ -2,15 +2,16 @@
 
     python -m examples.emoji.data prepare && python -m examples.studies.evaluations
 
-On the embedded model (DPM++ 2M, w = 7.5, and one branch alone, w = 1), 94 held-out (concept, style)
-pairs, one seed each. Every method is held against two pictures from the same noise: that of its own
-full run, and that of a run of 200 steps. Baselines are CFG with fewer steps: evenly spaced, at the
-very timesteps that the fitted schedule evaluates, at the best timesteps found for it on the
-training prompts, and under other solvers; where a cost is no whole number of steps they get the
-next step more. What is fitted or searched is so on 24 prompts of the training split (ours and the
-baseline's timesteps get as many tries, BudCache's mask more). Differences are paired over prompts;
-each family (ours against all rows of a cost, in one metric) has simultaneous intervals. SSIM is
-over all pixels, the pictures mirrored at their borders.
+On the embedded model (DPM++ 2M, w = 7.5), and with one branch alone: the model at w = 1, and a
+guidance-distilled copy of its network (`distilled`, trained first, 20 minutes). 94 held-out
+(concept, style) pairs, one seed each. Every method is held against two pictures from the same
+noise: that of its own full run, and that of a run of 200 steps. Baselines are CFG with fewer steps:
+evenly spaced, at the very timesteps that the fitted schedule evaluates, at the best timesteps found
+for it on the training prompts, and under other solvers; where a cost is no whole number of steps
+they get the next step more. What is fitted or searched is so on 24 prompts of the training split
+(ours and the baseline's timesteps get as many tries, BudCache's mask more). Differences are paired
+over prompts; each family (ours against all rows of a cost, in one metric) has simultaneous
+intervals. SSIM is over all pixels, the pictures mirrored at their borders.
 
 Resumable: what is fitted and every row's values lie in ``cache/evaluations``.
 """
@@ -32,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.emoji import data as emoji
+from examples.studies.distilled import distil
 from examples.studies.linearag import training_prompts
 from examples.studies.rivals import (
     SOLVERS,
@@ -69,10 +71,12 @@ from pilotage.pipelines.fitting.runs import Runs
 FINE, BATCH = 200, 16
 HELD_OUT, FIT_PROMPTS, ROUNDS, MASKS, RESAMPLES = 94, 24, 8, 40, 2000
 FIT_SEED, MASK_SEED = 40_000, 41_000
-COSTS = {  # guidance scale and steps of the full run -> network evaluations
-    (7.5, 20): (24, 18, 12, 10),
-    (7.5, 50): (33, 25, 16),
-    (1.0, 20): (12,),
+EMBEDDED, DISTILLED = "embedded", "distilled"
+COSTS = {  # network, guidance scale and steps of the full run -> network evaluations
+    (EMBEDDED, 7.5, 20): (24, 18, 12, 10),
+    (EMBEDDED, 7.5, 50): (33, 25, 16),
+    (EMBEDDED, 1.0, 20): (12,),
+    (DISTILLED, 1.0, 20): (12, 9, 6),
 }
 OURS = ("forecast", "placed", "placed, to 200 steps")
 METRICS = ("ssim", "psnr", "feature_distance")
@@ -102,15 +106,20 @@ class Study:
     Args:
         archive: Of the emoji.
         work: Folder of what is kept.
+        network: The embedded model's own, or the distilled one.
         scale: w; at 1 a step evaluates one branch.
     """
 
-    def __init__(self, archive: Path, work: Path, scale: float) -> None:
+    def __init__(self, archive: Path, work: Path, network: str, scale: float) -> None:
         drawings = emoji.load(archive, everyday=True)
         held = [d.text for d in emoji.load(archive) if d.split == "pair"]
         self.held = held[:: len(held) // HELD_OUT][:HELD_OUT]
         self.fits = training_prompts(drawings, FIT_PROMPTS, first=5)
         self.pipe = load_embedded()
+        self.training: dict[str, Any] | None = None
+        if network == DISTILLED:
+            captions = [d.text for d in drawings if d.split == "train"]
+            self.training = distil(self.pipe, captions, self.held, work / "training")
         self.own, self.work, self.scale = self.pipe.scheduler, work, scale
         self.branches = 2 if scale > 1 else 1
         self.extractor = EfficientNetLite("efficientnet-lite0-native")
@@ -356,18 +365,20 @@ def compared(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """SSIM to the run of 200 steps over evaluations."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     shown = ("placed, to 200 steps", "forecast", "cfg, evenly spaced", "cfg, best timesteps",
              "cfg, UniPC", "BudCache")  # fmt: skip
     axes = figure.subplots(1, len(COSTS))
-    for ax, (w, full) in zip(axes, COSTS, strict=True):
-        here = [r for r in rows if (r["guidance_scale"], r["steps_of_full_run"]) == (w, full)]
+    for ax, key in zip(axes, COSTS, strict=True):
+        here = [
+            r for r in rows if (r["network"], r["guidance_scale"], r["steps_of_full_run"]) == key
+        ]
         for name in shown:
             of = [r for r in here if r["method"] == name]
             ax.plot([r["nfe"] for r in of], [r["ssim_200"] for r in of], "o-", label=name)
         whole = next(r for r in here if r["method"] == "cfg")
         ax.axhline(whole["ssim_200"], color="grey", linestyle=":", label="the full run")
-        ax.set(xlabel="network evaluations", title=f"w = {w:g}, of {whole['nfe']}")
+        ax.set(xlabel="network evaluations", title=f"{key[0]}, w = {key[1]:g}, of {whole['nfe']}")
     axes[0].set_ylabel("SSIM to 200 steps")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -382,11 +393,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/results/evaluations.json"))
     args = parser.parse_args()
     rows = []
-    costs = [(w, full, nfe) for (w, full), budgets in COSTS.items() for nfe in budgets]
-    folders = {7.5: args.work, 1.0: args.work / "one-branch"}
-    studies = {w: Study(args.archive, folder, w) for w, folder in folders.items()}
-    for w, full, nfe in tqdm(costs, unit="cost"):
-        family, study = [], studies[w]
+    costs = [(*key, nfe) for key, budgets in COSTS.items() for nfe in budgets]
+    folders = {
+        (EMBEDDED, 7.5): args.work,
+        (EMBEDDED, 1.0): args.work / "one-branch",
+        (DISTILLED, 1.0): args.work / "distilled",
+    }
+    studies = {key: Study(args.archive, folder, *key) for key, folder in folders.items()}
+    for network, w, full, nfe in tqdm(costs, unit="cost"):
+        family, study = [], studies[network, w]
         for method in methods(study, full, nfe):
             named = method._replace(name=f"{nfe}-{method.name}")
             values = study.measured(named, full)
@@ -394,6 +409,7 @@ def main() -> None:
             family.append(
                 {
                     "method": method.name,
+                    "network": network,
                     "guidance_scale": w,
                     "guidance": guidance if len(guidance) < 200 else guidance.split("(")[0],
                     "steps_of_full_run": full,
@@ -405,13 +421,21 @@ def main() -> None:
             )
         compared(family)
         rows += family
-    for w, full in COSTS:
-        values = studies[w].measured(Method("cfg", steps=full), full)
+    for network, w, full in COSTS:
+        study = studies[network, w]
+        values = study.measured(Method("cfg", steps=full), full)
         means = {n: round(sum(v) / len(v), 5) for n, v in values.items() if n.endswith("_200")}
-        cost = {"steps": full, "nfe": studies[w].branches * full}
-        row = {"method": "cfg", "guidance_scale": w, "steps_of_full_run": full}
+        cost = {"steps": full, "nfe": study.branches * full}
+        row = {"method": "cfg", "network": network, "guidance_scale": w, "steps_of_full_run": full}
         rows.append(row | cost | means)
-    write_figures(args.output, {"n": HELD_OUT, "fitted_on": FIT_PROMPTS, "rows": rows})
+    guided = studies[EMBEDDED, 7.5].reference(20)[0]
+    alike = ((n, studies[n, 1.0].reference(20)[0]) for n in (DISTILLED, EMBEDDED))
+    figures = {"n": HELD_OUT, "fitted_on": FIT_PROMPTS, "rows": rows}
+    figures[DISTILLED] = studies[DISTILLED, 1.0].training | {
+        f"ssim_of_{name}_to_guided": round(ssim(own, guided).mean().item(), 4)
+        for name, own in alike
+    }
+    write_figures(args.output, figures)
     draw(rows, args.plot)
 
 
