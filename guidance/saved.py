@@ -14,6 +14,7 @@ from .files import write_json
 from .names import unknown
 from .policies.adaptive import AdaptiveGuidance
 from .policies.schedule import Pattern, extrapolate, forecast, hold, linear_ag
+from .presets import resolve
 from .registry import TYPES, load_installed, part_name
 
 FORMAT = "pilotage-guidance-2"
@@ -50,20 +51,24 @@ def from_dict(config: Mapping[str, Any]) -> Guidance:
 
 
 def save_guidance(
-    path: Path | str, guidance: Guidance, measured: Mapping[str, Any] | None = None
+    path: Path | str,
+    guidance: str | Rule | Policy | Guidance,
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Write settings to a JSON file, whole or not at all.
 
     Args:
         path: File to write. In the folder ``guidance`` of a saved pipeline its stem is a name that
             ``pipe(..., guidance=name)`` knows.
-        guidance: What to save.
+        guidance: What to save, as `resolve` takes it.
         measured: Figures to keep beside the settings; not read back.
 
     Raises:
-        ValueError: the settings could not be loaded again.
+        ValueError: an unknown name, or the settings could not be loaded again.
+        TypeError: neither a name nor a guidance object.
     """
-    write_json(path, {"format": FORMAT, "guidance": to_dict(guidance), "measured": measured or {}})
+    settings = to_dict(resolve(guidance))
+    write_json(path, {"format": FORMAT, "guidance": settings, "measured": measured or {}})
 
 
 def load_guidance(path: str | Path) -> Guidance:

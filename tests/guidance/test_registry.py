@@ -178,6 +178,14 @@ def test_settings_survive_a_file(guidance, tmp_path):
     assert load_guidance(path) == guidance
 
 
+@pytest.mark.parametrize("written", ["apg(eta=0.5)", APG(eta=0.5), AdaptiveGuidance(0.98)])
+def test_what_a_pipeline_takes_can_be_saved(written, tmp_path):
+    save_guidance(tmp_path / "mine.json", written)
+    assert load_guidance(tmp_path / "mine.json") == resolve(written)
+    with pytest.raises(TypeError, match="got int"):
+        save_guidance(tmp_path / "other.json", 3)
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="Half has no name"):
         save_guidance(tmp_path / "half.json", Guidance(Half()))
