@@ -6,7 +6,7 @@ pipe([3, 9], guidance_scale=3, generator=torch.Generator().manual_seed(0)).image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class ClassPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """One picture for every label.
 
@@ -64,10 +66,16 @@ class ClassPipeline(DiffusionPipeline):
             generator: One, or one for each picture.
             output_type: "pil", "np" or "pt" (in [0, 1]).
             return_dict: Return an ``ImagePipelineOutput`` rather than a tuple.
+            callback_on_step_end: Called after every step with the pipeline, the number of the step,
+                its timestep, and a dictionary of the picture with its noise, "latents", with shape
+                (N, 4, 14, 14); one that it returns goes on from there.
+            callback_on_step_end_tensor_inputs: There is "latents" only.
 
         Raises:
-            ValueError: a label that the network does not know.
+            ValueError: a label that the network does not know, or another tensor for the callback.
         """
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"a callback gets latents, got {callback_on_step_end_tensor_inputs}")
         none = self.unet.config.num_class_embeds - 1
         labels = torch.as_tensor(class_labels, device=self._execution_device).flatten()
         if not len(labels) or bool(((labels < 0) | (labels >= none)).any()):
@@ -79,13 +87,16 @@ class ClassPipeline(DiffusionPipeline):
         x_t = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=x_t.device)
         x_t = x_t * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             x_in = self.scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, t)
             prediction = self.unet(x_in, t, class_labels=classes, return_dict=False)[0]
             if guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = uncond + guidance_scale * (cond - uncond)
             x_t = self.scheduler.step(prediction, t, x_t, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                told = {name: x_t for name in callback_on_step_end_tensor_inputs}
+                x_t = callback_on_step_end(self, i, t, told).pop("latents", x_t)
         pictures = pixel_shuffle(x_t, BLOCK).clamp(-1, 1)
         images = VaeImageProcessor(vae_scale_factor=1).postprocess(pictures, output_type)
         self.maybe_free_model_hooks()

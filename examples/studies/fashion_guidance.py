@@ -15,9 +15,9 @@ asked for.
 Differences are paired over pictures and their intervals corrected for all cells of a metric.
 Resamples are drawn within classes, of which every cell has as many pictures of each. The threshold
 of Adaptive Guidance (three quarters of the evaluations) and scales of matched strength (see
-`pilotage compare --matched`) are found with other noise. Chunks of pictures lie in
-``cache/fashion_guidance``: an interrupted run goes on where it stopped. Cells come in the order of
-importance; ``--cells`` takes the first ones.
+`pilotage compare --matched`) are found with other noise, and so is a fitted schedule. Chunks of
+pictures lie in ``cache/fashion_guidance``: an interrupted run goes on where it stopped. Cells come
+in the order of importance; ``--cells`` takes the first ones.
 """
 
 from __future__ import annotations
@@ -57,12 +57,22 @@ from pilotage.eval.metrics.resampled import neighbour_resamples
 from pilotage.eval.options import DEFAULT_EXTRACTOR
 from pilotage.eval.record import write_figures
 from pilotage.eval.tuning.calibration import cost_curve
-from pilotage.guidance import AdaptiveGuidance, Interval, resolve
+from pilotage.eval.tuning.policy_search import place
+from pilotage.eval.tuning.trials import Trials
+from pilotage.guidance import (
+    AdaptiveGuidance,
+    Interval,
+    Schedule,
+    load_guidance,
+    resolve,
+    save_guidance,
+)
 from pilotage.guidance.analytic import DatasetStatistics
 from pilotage.guidance.files import atomic, write_json
 from pilotage.guidance.saved import to_dict
 from pilotage.pipelines import GaussianTeleport, guided
 from pilotage.pipelines.fitting.identity import pipeline_identity
+from pilotage.pipelines.fitting.on_policy import ScheduleFitter
 
 STEPS = 8
 PICTURES, BATCH = 5000, 250
@@ -74,7 +84,11 @@ RESAMPLES = 200
 SIDE, COMPONENTS = 64, 256  # of pictures for the extractor, of its features
 NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 PAIRED = ("fd", "precision", "recall", "accuracy")
-SEED, OTHER_SEED = 0, 1
+SEED, OTHER_SEED, FIT_SEED = 0, 1, 50_000
+
+
+FITTED, FITTED_NFE = "fitted", 10  # as many evaluations as forecast has
+FIT_ROUNDS, FIT_BATCH = 8, 50
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Cell:
 
     Args:
         name: What it is called.
-        guidance: As the pipeline takes it.
+        guidance: As the pipeline takes it; `FITTED`: a schedule that `place` finds and fits.
         w: Guidance scale; of a `matched` cell that of the CFG it is to be as strong as.
         beside: Name of the CFG cell that it is compared with; None: it is what others are compared
             with.
@@ -118,6 +132,7 @@ CELLS = (
     Cell("apg as strong as cfg 3", "apg", 3.0, "cfg 3", matched=True),
     Cell("cfg 3, 5 steps", "cfg", 3.0, "cfg 3", steps=5),
     Cell("forecast 3", "forecast", 3.0, "cfg 3, 5 steps"),
+    Cell("fitted 3", FITTED, 3.0, "cfg 3, 5 steps"),
     Cell("cfg 3, 6 steps", "cfg", 3.0, "cfg 3", steps=6),
     Cell("ag 3", "ag", 3.0, "cfg 3, 6 steps"),
     Cell("teleport, cfg 3", "cfg", 3.0, "cfg 3, 6 steps", sigma_skip=SIGMA_SKIP),
@@ -160,6 +175,16 @@ class Components:
 def statistics_of(images: Tensor) -> DatasetStatistics:
     """Of pictures, uint8, as the network takes them."""
     return DatasetStatistics.from_images(to_blocks(to_unit(images)), value_range=None)
+
+
+class ClassTrials(Trials):
+    """Runs whose prompts are classes."""
+
+    def call(self, samples: Sequence[int]) -> dict[str, Any]:
+        """See `Runs.call`."""
+        call = super().call(samples)
+        call.pop("negative_prompt", None)
+        return {"class_labels": call.pop("prompt"), **call}
 
 
 class Sampler:
@@ -216,8 +241,16 @@ class Sampler:
         found = update_norms(trace, self.pipe.resolve_guidance(cell.guidance), self.stock)
         return found or [float("nan")] * trace.batch
 
-    def tuned(self, cell: Cell, known: dict[str, float]) -> Cell:
-        """A cell with its threshold or scale, found on a few pictures unless `known` has it."""
+    def tuned(self, cell: Cell, known: dict[str, float], folder: Path) -> Cell:
+        """A cell with what is found on a few pictures, unless `known` or the folder has it.
+
+        That is a threshold, a scale, or a schedule.
+        """
+        if cell.guidance == FITTED:
+            path = folder / "fitted.json"
+            if not path.is_file():
+                save_guidance(path, self._schedule(cell))
+            return replace(cell, guidance=load_guidance(path))
         if not (cell.matched or cell.guidance == "ag"):
             return cell
         if cell.name not in known:
@@ -233,6 +266,16 @@ class Sampler:
         gamma = torch.stack([step.gamma for step in self.pipe.guidance_trace.steps])
         wanted = AG_SHARE * 2 * cell.steps
         return min(cost_curve(gamma), key=lambda point: abs(point[1] - wanted))[0]
+
+    def _schedule(self, cell: Cell) -> Schedule:
+        """Where to evaluate, with weights fitted to the full run (`pilotage search --nfe`)."""
+        self.pipe.scheduler = self.stock
+        classes = [i % len(CLASSES) for i in range(TUNED_ON)]
+        trials = ClassTrials(
+            self.pipe, classes, cell.w, cell.steps, None, FIT_SEED, FIT_BATCH, False
+        )
+        fitter = ScheduleFitter(trials, output_type="pil")
+        return place(trials, FITTED_NFE, fitter, rounds=FIT_ROUNDS).best.schedule
 
     def _scale(self, cell: Cell) -> float:
         """With which a cell guides as strongly as CFG does at its own."""
@@ -499,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = kept["values"] if kept.get("network") == network else {}
     cells = []
     for cell in CELLS[: args.cells]:
-        cells.append(sampler.tuned(cell, known))
+        cells.append(sampler.tuned(cell, known, args.work))
         write_json(tuning, {"network": network, "values": known})
     make(sampler, cells, args.work, pictures, batch)
     judges = Judges.of(components, classifier, real_images, pictures)

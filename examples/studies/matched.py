@@ -76,6 +76,26 @@ def table(
     return rows
 
 
+def lines(figures: dict[str, Any], table: str, metric: str) -> list[str]:
+    """A line a rule, of its differences to CFG: bold where the interval leaves out zero."""
+    made = {(row["rule"], row["as_cfg"]): row for row in figures[table]}
+    found = []
+    for rule in figures["rules"]:
+        cells = []
+        for strength in figures["strengths"]:
+            row = made.get((rule, strength))
+            if row is None:
+                cells.append("no such scale")
+                continue
+            one = row["minus_cfg"][metric]
+            text = f"{one['difference']:+.3g}".replace("-", "−")
+            low, high = one["interval"]
+            text = f"**{text}**" if low > 0 or high < 0 else text
+            cells.append(text if table == "equal_scale" else f"{row['w']:.3g}: {text}")
+        found.append(f"| `{rule}` | {' | '.join(cells)} |")
+    return found
+
+
 def reversed_(one: dict[str, Any]) -> dict[str, Any]:
     """The paired difference of CFG and a rule the other way round: the rule minus CFG."""
     ends = one["interval"] and [-end for end in reversed(one["interval"])]

@@ -1,6 +1,7 @@
-"""The study of guidance on Fashion-MNIST, tiny, and the network it measures."""
+"""The study of guidance on Fashion-MNIST, tiny; the network it measures, and what it stored."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from examples.fashion_mnist.pipeline import ClassPipeline
 from examples.studies import fashion_guidance as study
 from pilotage.pipelines import guided
 
-SHORT = {"no guidance", "cfg 3", "apg as strong as cfg 3", "ag 3"}
+ROOT = Path(__file__).parents[2]
+STORED = json.loads((ROOT / "eval/results/fashion_guidance.json").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs/results/fashion.md").read_text(encoding="utf-8")
+SHORT = {"no guidance", "cfg 3", "apg as strong as cfg 3", "fitted 3", "ag 3"}
 
 
 def tiny():
@@ -37,7 +41,13 @@ def call(tmp_path, monkeypatch):
     """Runs the study; returns what it wrote, but for time and place."""
     monkeypatch.setattr(study, "load_classes", tiny)
     monkeypatch.setattr(study, "load_images", drawings)
-    for name, less in {"TUNED_ON": 10, "RESAMPLES": 20, "SIDE": 32}.items():
+    for name, less in {
+        "TUNED_ON": 10,
+        "RESAMPLES": 20,
+        "SIDE": 32,
+        "FIT_ROUNDS": 2,
+        "FIT_BATCH": 5,
+    }.items():
         monkeypatch.setattr(study, name, less)
 
     def run(name):
@@ -68,7 +78,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(call, tmp_path, monkeypatch
     monkeypatch.setattr(study.Sampler, "made", made)
     assert call("killed") == whole
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
-    assert len(files) == 3 * len(short) + 3  # two chunks each
+    assert len(files) == 3 * len(short) + 4  # two chunks each
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     assert [row["name"] for row in whole["cells"]] == [cell.name for cell in short]
@@ -97,8 +107,8 @@ def test_every_cell_has_the_same_noise_and_classes():
         with_kwargs=True,
     )
     for cell in study.CELLS:
-        if cell.sigma_skip:  # moves the noise, after the pipeline has drawn it
-            continue
+        if cell.sigma_skip or cell.guidance == study.FITTED:
+            continue  # that moves the noise after it was drawn; this is another's schedule
         seen.clear()
         sampler.run(cell, range(10, 20))
         x_t, classes = seen[0]
@@ -137,3 +147,24 @@ def test_the_shipped_network_is_small_and_was_trained_within_two_hours():
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     training = json.loads((fashion_mnist.model_folder("classes") / "training.json").read_text())
     assert parameters == round(training["parameters"] * 1e6) <= 1e6 and training["minutes"] <= 120
+    assert all(STORED["network"][name] == training[name] for name in STORED["network"])
+
+
+def test_what_is_stored_is_of_this_code():
+    assert [row["name"] for row in STORED["cells"]] == [cell.name for cell in study.CELLS]
+    for row, cell in zip(STORED["cells"], study.CELLS, strict=True):
+        assert row["n"] >= 5000 and row["fd_half_width"] <= 0.03 * row["fd"]
+        assert row["steps"] == cell.steps and (cell.matched or row["w"] == cell.w)
+        assert row["nfe"] <= cell.steps * (1 if cell.w == 1 else 2)
+        paired = row["paired_to_cfg"]
+        assert (paired and paired["cell"]) == cell.beside
+        for metric in study.PAIRED if paired else ():
+            (other,) = (one for one in STORED["cells"] if one["name"] == cell.beside)
+            found, (low, high) = paired[metric]["difference"], paired[metric]["interval"]
+            assert found == pytest.approx(row[metric] - other[metric], rel=1e-3, abs=1e-3)
+            assert low <= found <= high
+
+
+def test_the_page_has_what_is_stored():
+    table = "\n".join(study.table_line(row) for row in STORED["cells"])
+    assert table in PAGE

@@ -72,3 +72,27 @@ def test_class_pipeline_refuses_unknown_classes(labels):
     pipe = ClassPipeline(train.build_classes(), DDIMScheduler(**train.SCHEDULE))
     with pytest.raises(ValueError, match="class labels of 0 to 9"):
         pipe(labels)
+
+
+def test_class_pipeline_tells_its_state_after_every_step():
+    torch.manual_seed(0)
+    pipe = ClassPipeline(train.build_classes().eval(), DDIMScheduler(**train.SCHEDULE))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"class_labels": [3, 7], "num_inference_steps": 3, "output_type": "pt"}
+    seen = []
+
+    def told(own, index, timestep, tensors):
+        assert own is pipe and timestep == pipe.scheduler.timesteps[index]
+        seen.append(tensors["latents"])
+        return {"latents": torch.zeros(2, 4, 14, 14)} if index == 2 else {}
+
+    def images(callback):
+        generator = torch.Generator().manual_seed(1)
+        return pipe(generator=generator, callback_on_step_end=callback, **call).images
+
+    plain = images(None)
+    assert (images(told) == 0.5).all() and len(seen) == 3
+    last = torch.nn.functional.pixel_shuffle(seen[2], 2).clamp(-1, 1)
+    torch.testing.assert_close(plain, last / 2 + 0.5)
+    with pytest.raises(ValueError, match="gets latents"):
+        pipe(callback_on_step_end=told, callback_on_step_end_tensor_inputs=["noise"], **call)
