@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pilotage.eval.cli import app
 from pilotage.guidance.analytic import DatasetStatistics, decode, floats
 from pilotage.pipelines import AnalyticDenoiserModel
 
+ROOT = Path(__file__).parents[2]
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
@@ -190,6 +192,20 @@ def test_distances_of_settings_are_compared_by_pairs():
         assert found["fd"] == pytest.approx(float((by * (2 * mean + both)).sum()))
         low, high = found["interval"]
         assert low < found["fd"] < high
+
+
+@pytest.mark.parametrize("network", ["fashion_mnist", "emoji"])
+def test_stored_distances_of_teleportation_are_paired(network):
+    found = json.loads((ROOT / "eval/results/analytic.json").read_text())["teleport"][network]
+    by_name = {row["name"]: row for row in found["settings"]}
+    page = (ROOT / "docs/results/analytic.md").read_text(encoding="utf-8")
+    assert sum(len(row.get("minus", {})) for row in found["settings"]) == 11
+    for row in found["settings"]:
+        assert f"| {row['nfe']} | {row['fd']:.2f} |" in page
+        for other, one in row.get("minus", {}).items():
+            assert one["fd"] == pytest.approx(row["fd"] - by_name[other]["fd"])
+            low, high = one["interval"]
+            assert low <= one["fd"] <= high
 
 
 def write_idx(path, array):
