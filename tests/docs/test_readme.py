@@ -42,7 +42,7 @@ def test_modules_that_are_run_exist(page):
 def test_the_commands_are_there():
     for command in (
         "pip install -c constraints.txt -e . && python examples/quickstart.py",
-        'pip install -c constraints.txt -e ".[test]" && pytest -n 2',
+        'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile',
     ):
         assert command in README.splitlines()
 
