@@ -339,8 +339,11 @@ def calibrated(study: Study, full: int, nfe: int) -> float:
     return high
 
 
-def compared(rows: list[dict[str, Any]]) -> None:
-    """Put the paired differences of ours to every other row of a cost into the rows of ours."""
+def compared(rows: list[dict[str, Any]], whole: dict[str, list[float]]) -> None:
+    """Put the paired differences of ours to every other row of a cost into the rows of ours.
+
+    Those to the full run's own distance from 200 steps are a family of their own.
+    """
     drawn = Resamples.of(range(HELD_OUT), RESAMPLES)
     for row in rows:
         row["against"] = {row_["method"]: {} for row_ in rows if row_["method"] not in OURS}
@@ -355,6 +358,16 @@ def compared(rows: list[dict[str, Any]]) -> None:
         ]
         for (i, j), one in zip(pairs, differences(means, draws, pairs, HELD_OUT), strict=True):
             rows[i]["against"][rows[j]["method"]][metric] = [
+                round(x, 5) for x in (one.value, *(one.interval or (one.value, one.value)))
+            ]
+    ours = [i for i, row in enumerate(rows) if row["method"] in OURS]
+    for metric in (f"{m}_200" for m in METRICS):
+        listed = [*(row["values"][metric] for row in rows), whole[metric]]
+        values = [torch.tensor(one, dtype=torch.float64) for one in listed]
+        means, draws = [v.mean().item() for v in values], [drawn.means(v) for v in values]
+        pairs = [(i, len(rows)) for i in ours]
+        for i, one in zip(ours, differences(means, draws, pairs, HELD_OUT), strict=True):
+            rows[i].setdefault("against_full_run", {})[metric] = [
                 round(x, 5) for x in (one.value, *(one.interval or (one.value, one.value)))
             ]
     for row in rows:
@@ -419,7 +432,7 @@ def main() -> None:
                     "values": values,
                 }
             )
-        compared(family)
+        compared(family, study.measured(Method("cfg", steps=full), full))
         rows += family
     for network, w, full in COSTS:
         study = studies[network, w]

@@ -52,6 +52,8 @@ def test_what_the_page_claims():
     fine = [row("placed, to 200 steps", 7.5, 20, nfe) for nfe in (24, 18, 12, 10)]
     fine += [r for r in ROWS if r["network"] == "distilled" and r["method"].endswith("200 steps")]
     assert len(fine) == 7
+    for ours in (fine[0], *fine[4:]):
+        assert ours["against_full_run"]["ssim_200"][1] > 0
     for ours in fine:
         for other, metrics in ours["against"].items():
             assert metrics["ssim_200"][1] > 0, (ours["budget"], other)
@@ -73,10 +75,11 @@ def test_differences_are_paired(monkeypatch):
 
     rows = [row("placed", 0.2), row("rival", 0.0), row("other", 0.2)]
     values = [torch.tensor(r["values"]["ssim_own"]) for r in rows]
-    evaluations.compared(rows)
+    evaluations.compared(rows, rows[1]["values"])
     assert rows[0]["ssim_own"] == pytest.approx(values[0].mean().item(), abs=1e-5)
     assert "against" not in rows[1]
     value, low, high = rows[0]["against"]["rival"]["ssim_200"]
+    assert rows[0]["against_full_run"]["ssim_200"][0] == value
     differences = values[0] - values[1]
     assert value == pytest.approx(differences.mean().item(), abs=1e-5)
     error = differences.std().item() / 60**0.5
