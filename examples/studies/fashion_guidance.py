@@ -85,8 +85,6 @@ SIDE, COMPONENTS = 64, 256  # of pictures for the extractor, of its features
 NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 PAIRED = ("fd", "precision", "recall", "accuracy")
 SEED, OTHER_SEED, FIT_SEED = 0, 1, 50_000
-
-
 FITTED, FITTED_NFE = "fitted", 10  # as many evaluations as forecast has
 FIT_ROUNDS, FIT_BATCH = 8, 50
 
@@ -413,11 +411,11 @@ def flat(pictures: Tensor) -> Tensor:
 
 
 def compared(
-    cells: Sequence[Cell], found: dict[str, dict[str, Resampled]], pictures: int
+    beside: dict[str, str | None], found: dict[str, dict[str, Resampled]], pictures: int
 ) -> dict[str, dict[str, Any]]:
     """By cell, the paired differences to the CFG cell beside it, all of a metric one family."""
     names = list(found)
-    beside = {cell.name: cell.beside for cell in cells if cell.beside in found}
+    beside = {one: other for one, other in beside.items() if other in found}
     pairs = [(names.index(one), names.index(other)) for one, other in beside.items()]
     result: dict[str, dict[str, Any]] = {one: {"cell": other} for one, other in beside.items()}
     for metric in PAIRED:
@@ -450,8 +448,13 @@ def report(
             "strength": rounded(held["update"].mean()),
             **row,
         }
-    paired = compared(cells, found, pictures)
-    return [row | {"paired_to_cfg": paired.get(name)} for name, row in rows.items()]
+    beside = {cell.name: cell.beside for cell in cells}
+    full = {name: beside.get(other) for name, other in beside.items() if other}
+    paired, to_full = compared(beside, found, pictures), compared(full, found, pictures)
+    return [
+        row | {"paired_to_cfg": paired.get(name), "paired_to_full_run": to_full.get(name)}
+        for name, row in rows.items()
+    ]
 
 
 def table_line(row: dict[str, Any]) -> str:

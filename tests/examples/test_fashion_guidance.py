@@ -158,11 +158,14 @@ def test_what_is_stored_is_of_this_code():
         assert row["nfe"] <= cell.steps * (1 if cell.w == 1 else 2)
         paired = row["paired_to_cfg"]
         assert (paired and paired["cell"]) == cell.beside
-        for metric in study.PAIRED if paired else ():
-            (other,) = (one for one in STORED["cells"] if one["name"] == cell.beside)
-            found, (low, high) = paired[metric]["difference"], paired[metric]["interval"]
-            assert found == pytest.approx(row[metric] - other[metric], rel=1e-3, abs=1e-3)
-            assert low <= found <= high
+        for pair in filter(None, (paired, row["paired_to_full_run"])):
+            (other,) = (one for one in STORED["cells"] if one["name"] == pair["cell"])
+            for metric in study.PAIRED:
+                found, (low, high) = pair[metric]["difference"], pair[metric]["interval"]
+                assert found == pytest.approx(row[metric] - other[metric], rel=1e-3, abs=1e-3)
+                assert low <= found <= high
+    full = {row["name"] for row in STORED["cells"] if row["paired_to_full_run"]}
+    assert full == {"forecast 3", "fitted 3", "ag 3", "teleport, cfg 3"}
 
 
 def test_the_page_has_what_is_stored():
